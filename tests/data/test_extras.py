@@ -171,7 +171,7 @@ def test_an_old_index_is_made_anew(tmp_path, capsys):
     assert capsys.readouterr().err.count("is of an older version, without digests") == 1
     assert (tmp_path / "_index.bin").read_bytes() == whole
 
-    newer = whole.replace(b"index 5", b"index 61", 1)
+    newer = whole.replace(b"index 6", b"index 61", 1)
     assert newer != whole
     (tmp_path / "_index.bin").write_bytes(newer)
     assert len(index(sorted(tmp_path.glob("*.tar")))) == len(shards)

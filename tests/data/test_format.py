@@ -14,7 +14,7 @@ import pytest
 
 from tests.data.material import REAL, encoded, needs_data, picture, write_shards, write_tar
 from vlp.config import Captions
-from vlp.data import digests
+from vlp.data import digests, index_file
 from vlp.data import index as index_module
 from vlp.data.format import ShardWriter, index
 from vlp.data.members import Picture, parse_name
@@ -109,7 +109,7 @@ def test_a_shard_that_was_unpacked_and_packed_again_is_the_same(tmp_path, form):
 def test_an_index_of_the_version_before_is_read_unchecked_where_it_is_remote(tmp_path, capsys):
     folder = write_shards(tmp_path / "shards", 20, 10)
     place = folder / "_index.bin"
-    shards = index_module.parse_index(place.read_bytes()).values()
+    shards = index_file.parse_index(place.read_bytes()).values()
     header, body = [], b""
     for shard in shards:
         kept = ("name", "size", "mtime_ns", "count", "keys", "texts", "forms")
@@ -120,8 +120,8 @@ def test_an_index_of_the_version_before_is_read_unchecked_where_it_is_remote(tmp
     content = len(encoded_header).to_bytes(8, "little") + encoded_header + body
     place.write_bytes(b"vlp shard index 3\n" + hashlib.sha256(content).digest() + content)
 
-    with pytest.raises(index_module.OldIndex):
-        index_module.parse_index(place.read_bytes())
+    with pytest.raises(index_file.OldIndex):
+        index_file.parse_index(place.read_bytes())
     source = open_remote(RemoteOptions(f"file://{folder}/"), Captions())
     assert [source[i].key for i in range(20)] == [f"0000{i // 10}000{i % 10}" for i in range(20)]
     assert sum("the index of 2 shards is of an older version" in p for p in source.problems()) == 1
@@ -194,14 +194,14 @@ def test_an_index_that_cannot_lie_beside_its_shards_goes_to_the_cache(tmp_path, 
     folder = write_shards(tmp_path / "shards", 4, 10)
     (folder / "_index.bin").unlink()
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    real = index_module.write_atomically
+    real = index_module.save_index
 
-    def refuse(path, data):
+    def refuse(path, shards):
         if path.parent == folder:
             raise PermissionError(path)
-        real(path, data)
+        real(path, shards)
 
-    monkeypatch.setattr(index_module, "write_atomically", refuse)
+    monkeypatch.setattr(index_module, "save_index", refuse)
     assert [s.count for s in index([folder / "00000.tar"])] == [4]
     monkeypatch.setattr(index_module, "scan", lambda path: pytest.fail("scanned again"))
     assert [s.count for s in index([folder / "00000.tar"])] == [4]

@@ -369,17 +369,30 @@ def test_a_shard_that_goes_away_in_mid_epoch_is_reported(tmp_path, how):
 
 def test_a_full_disk_under_the_index_is_survived(tmp_path, monkeypatch, capsys):
     from vlp.data import index as index_module
+    from vlp.data import index_file
 
     write_shards(tmp_path, 20, 10)
     (tmp_path / "_index.bin").unlink()
+    replacing, full = index_file.replacing, [tmp_path]
 
-    def full(path, data):
-        raise OSError(28, "No space left on device")
+    def refused(path):
+        if any(folder in path.parents for folder in full):
+            raise OSError(28, "No space left on device")
+        return replacing(path)
 
-    monkeypatch.setattr(index_module, "write_atomically", full)
+    monkeypatch.setattr(index_file, "replacing", refused)
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    assert loader_of(data_of(tmp_path), 20).n_samples == 20
+    # Neither beside the shards nor in the cache: it lies in memory while the process runs.
+    loader = loader_of(data_of(tmp_path), 20)
+    assert loader.n_samples == 20 and len(next(loader).key) == 20
     assert "could not be saved" in capsys.readouterr().err
+    again = loader_of(data_of(tmp_path), 20)
+    assert again.n_samples == 20 and not capsys.readouterr().err
+
+    index_module._temporary_folder.cache_clear()
+    full.append(tmp_path.parents[-1])
+    with pytest.raises(ValueError, match=r"can be written neither there nor to .* make room"):
+        loader_of(data_of(tmp_path), 20)
 
 
 def test_gigantic_numbers_in_json_stay_numbers(tmp_path):

@@ -21,8 +21,9 @@ import pytest
 from tests.data.material import encoded, picture, write_shards, write_tar
 from tests.data_tools.tools import call, read
 from vlp.config import Captions
-from vlp.data import index as index_module
-from vlp.data.index import index, parse_index
+from vlp.data import index_file
+from vlp.data.index import index
+from vlp.data.index_file import parse_index
 from vlp.data.paths import expand
 from vlp.data.scan import scan
 from vlp.data.sources.shards import Options
@@ -360,7 +361,7 @@ def test_an_index_with_one_wrong_byte_is_made_anew(tmp_path, capsys):
 def test_a_forged_index_is_no_index(header):
     content = struct.pack("<Q", len(header)) + header.encode()
     with pytest.raises(ValueError):
-        parse_index(index_module._MAGIC + hashlib.sha256(content).digest() + content)
+        parse_index(index_file._MAGIC + hashlib.sha256(content).digest() + content)
 
 
 def test_a_resumed_run_notices_other_texts_of_the_same_length(tmp_path):

@@ -13,7 +13,8 @@ import pytest
 from tests.data.material import write_shards
 from vlp import checkpoint
 from vlp.cli import main
-from vlp.data.index import NAME, index
+from vlp.data.index import index
+from vlp.data.index_file import NAME
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:

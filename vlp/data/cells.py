@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vlp import log
-from vlp.data.mix import Mixture
+from vlp.data.mix import Mixture, Rows
 from vlp.data.permutation import permute
 from vlp.data.sources import Source
 from vlp.files import write_atomically
@@ -33,15 +33,20 @@ from vlp.seeds import derive
 # Samples whose content is compared when labels are read: tars of equal layout may hold other
 # pictures.
 _PROBES = 64
+_HASHED = "2:"  # before a hash of fingerprints that are made of the shards' digests
 _TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a batch
 
 
-def collection(mixture: Mixture) -> str:
+def collection(mixture: Mixture, like: str | None = None) -> str:
     """A hash that changes whenever samples are added, moved or (as far as 64 of them tell)
-    exchanged.
+    exchanged. `like`: one to compare it with, which may be of the version before.
     """
-    fingerprints = "".join(source.fingerprint() for source in mixture.sources)
-    total = hashlib.sha256(fingerprints.encode())
+    is_earlier = like is not None and not like.startswith(_HASHED)
+    fingerprints = [
+        source.earlier_fingerprint() if is_earlier else source.fingerprint()
+        for source in mixture.sources
+    ]
+    total = hashlib.sha256("".join(fingerprints).encode())
 
     probes = np.unique(np.linspace(0, mixture.n_samples - 1, _PROBES).astype(int))
     for sample_id in probes:
@@ -51,7 +56,7 @@ def collection(mixture: Mixture) -> str:
         except (OSError, ValueError):
             # Damage is the loader's to tell; the labels fit as before.
             total.update(b"unreadable")
-    return total.hexdigest()
+    return total.hexdigest() if is_earlier else _HASHED + total.hexdigest()
 
 
 def write_labels(
@@ -85,7 +90,7 @@ def read_labels(path: str | Path, mixture: Mixture) -> tuple[np.ndarray, int]:
         raise ValueError(
             f"{path} labels {len(labels)} samples, but the data has {mixture.n_samples}; {remedy}"
         )
-    if about["collection"] != collection(mixture):
+    if about["collection"] != collection(mixture, like=about["collection"]):
         raise ValueError(f"{path} was made for other samples than those of the data; {remedy}")
     return labels, about["n_clusters"]
 
@@ -174,11 +179,11 @@ class Cells(Mixture):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"cells": self._digest}
 
-    def batch(self, step: int, size: int) -> np.ndarray:
+    def rows(self, step: int, size: int, rows: range) -> Rows:
         epoch, cell, turn = self._place(step)
-        positions = turn * size + np.arange(size)
+        positions = turn * size + np.arange(rows.start, rows.stop)
         members = self._shuffled(int(self.sizes[cell]), positions, "cell", epoch, cell)
-        return self._samples(cell, members)
+        return Rows(self._samples(cell, members), None)
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
         """Stand-ins of the same cell, chosen as `Mixture` chooses among a source."""

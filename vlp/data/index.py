@@ -1,13 +1,13 @@
 """The index of a folder of shards: where every usable sample lies, so that counts and random access
 read no tar.
 
-One file, `_index.bin`, lies beside the shards (or in the cache where the folder cannot be written):
-a check sum, a JSON header naming each shard with its size, times of change, number of samples and
-what was left out, then 24 bytes a sample (`vlp.data.rows`).
+One file, `_index.bin` (`vlp.data.index_file`), lies beside the shards, or in the cache where the
+folder cannot be written.
 
 A shard whose size or time of modification differs from the header's, or that is not named there,
 is scanned again: it is read once, whole, because every sample gets a digest. So foreign shards need
-no preparation, and an index can be deleted at any time; one of an older version is made anew.
+no preparation, and an index can be deleted at any time; one of the version before is written anew.
+One process of a machine does it, and the others wait for it.
 
 Where only the inode's time (ctime) differs, which no tool can set back, the tar was copied with its
 times, or replaced in place: some of its samples are compared with their digests, and where one
@@ -16,30 +16,32 @@ differs the whole is scanned again. A change that this misses is met when the sa
 
 from __future__ import annotations
 
+import atexit
 import hashlib
-import json
 import os
-import struct
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from vlp import log
+from vlp import locks, log
 from vlp.caches import cache_folder
-from vlp.data.digests import UNKNOWN
+from vlp.data.index_file import NAME, VERSION, OldIndex, load, open_index, save_index
 from vlp.data.paths import unreadable
-from vlp.data.rows import EXTENT, FURTHER_LABELS, ROW, Shard
+from vlp.data.rows import Shard
 from vlp.data.scan import scan
-from vlp.files import write_atomically
 
-NAME = "_index.bin"
-_FAMILY = b"vlp shard index "
-_VERSION = b"5"
-# An index that does not know a label would say that no sample has it.
-_MAGIC = _FAMILY + b" ".join([_VERSION, *map(str.encode, FURTHER_LABELS)]) + b"\n"
-_BEFORE = (_FAMILY + b"3\n", _FAMILY + b"4\n")  # without digests
-_ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
-_SUM_BYTES = 32
 _N_COMPARED = 16  # samples of a tar whose inode changed
+# While an index is made it is saved from time to time: first after so long, then each time that
+# half as long again has passed, so that all writing costs no more than a few times the last.
+_SAVED_AFTER_S = 60.0
+_POLL_S = 0.2  # between two looks whether another process is done
+_TOLD_AFTER_S = 2.0  # that one waits; then each time that it took four times as long
+_ADVICE = "Ctrl-C ends this process only, and loses nothing"
+_MEMORY = Path("/dev/shm")
 
 
 def index(paths: list[Path]) -> list[Shard]:
@@ -47,40 +49,124 @@ def index(paths: list[Path]) -> list[Shard]:
 
     Raises ValueError for what is no tar to read from.
     """
-    known: dict[Path, dict[str, Shard]] = {}  # by folder and name
-    shards: list[Shard] = []
-    changed: set[Path] = set()
-    try:
-        for path in paths:
-            folder = path.parent
-            if folder not in known:
-                known[folder] = _load(folder)
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise ValueError(unreadable(path, error)) from None
-
-            # Of a thousand shards one may be new: only that one is read.
-            shard = known[folder].get(path.name)
-            if shard is None or not _is_current(shard, path, status):
-                shard = known[folder][path.name] = scan(path)
-                changed.add(folder)
-            elif shard.ctime_ns != status.st_ctime_ns:
-                shard.ctime_ns = status.st_ctime_ns
-                changed.add(folder)
-            shards.append(shard)
-    finally:  # where one cannot be read, the others are known the next time
-        for folder in changed:
-            _save(folder, known[folder])
+    shards = located(paths)
+    damaged = [path for path, shard in zip(paths, shards) if not _loads(shard)]
+    if damaged:
+        log.warn(
+            f"the index of {damaged[0].parent} is not a usable index (the rows of {len(damaged)} "
+            "shards are damaged); these shards are scanned again"
+        )
+        shards = located(paths, anew=set(damaged))
+        for shard in shards:
+            load(shard)
     return shards
 
 
-def _is_current(shard: Shard, path: Path, status: os.stat_result) -> bool:
-    """Whether a tar is as it was when it was indexed, as far as can be told without reading it."""
-    if (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
+def located(paths: list[Path], anew: Collection[Path] = ()) -> list[Shard]:
+    """As `index`, but the rows stay where `Shard.stored` says: the cost is that of the shards'
+    number. `anew`: those to scan in any case.
+    """
+    folders: dict[Path, list[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, []).append(path)
+
+    by_path: dict[Path, Shard] = {}
+    for folder, of_folder in folders.items():
+        by_path |= zip(of_folder, _of_folder(folder, of_folder, anew))
+    return [by_path[path] for path in paths]
+
+
+def _of_folder(folder: Path, paths: list[Path], anew: Collection[Path]) -> list[Shard]:
+    shards = _current(folder, paths, anew)
+    if shards is None:
+        with alone(_places(folder)[1], f"the index of {folder}"):
+            # Whoever this one waited for may have made it.
+            shards = _current(folder, paths, anew) or _made(folder, paths, anew)
+    return [shards[path.name] for path in paths]
+
+
+def _current(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, Shard] | None:
+    """What a folder's index says of its shards, where one is there that fits all of `paths`."""
+    for place in _places(folder):
+        try:
+            shards = open_index(place, oldest=VERSION)
+        except (OSError, ValueError):
+            continue  # there is none, or one to tell of when another is made
+        if not _unknown(shards, paths, anew):
+            return shards
+    return None
+
+
+def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, Shard]:
+    """Scan those of a folder's shards at `paths` that no index knows, and write its index."""
+    indices = list(_indices(folder)) or [{}]
+    # Where data are shared for reading, the index beside them may be older than that in the cache.
+    shards = min(indices, key=lambda known: len(_unknown(known, paths, anew)))
+    stale = []
+    for path in _unknown(shards, paths, anew):
+        if path in anew or not _same_but_for_ctime(shards.get(path.name), path):
+            stale.append(path)
+
+    if any(shard.stored is None for shard in shards.values()):
+        log.warn(f"the index of {folder} is of an older version; it is written anew")
+    names = {path.name for path in paths}
+    started = saved = time.monotonic()
+    try:
+        for n_done, path in enumerate(stale):
+            now = time.monotonic()
+            # Who is ended in the middle, or followed by another, loses a part only.
+            if n_done and now - saved > max(_SAVED_AFTER_S, (saved - started) / 2):
+                log.warn(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
+                _save(folder, shards, names)
+                saved = time.monotonic()
+            shards[path.name] = scan(path)
+    finally:  # where one cannot be read, the others are known the next time
+        _save(folder, shards, names)
+    return shards
+
+
+def _indices(folder: Path) -> Iterator[dict[str, Shard]]:
+    """The indices that there are of a folder, also older ones; says which are of no use."""
+    for place in _places(folder):
+        try:
+            yield open_index(place)
+        except OldIndex as error:
+            log.warn(f"{place} is {error}; its shards are read anew")
+        except ValueError as error:
+            log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
+        except OSError:
+            continue  # there is none
+
+
+def _unknown(shards: dict[str, Shard], paths: list[Path], anew: Collection[Path]) -> list[Path]:
+    """The paths whose tars differ from what an index says, as far as sizes and times tell. Raises
+    ValueError for one that cannot be read.
+    """
+    result = []
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise ValueError(unreadable(path, error)) from None
+
+        # Of a thousand shards one may be new: only that one is read.
+        shard = shards.get(path.name)
+        indexed = None if shard is None else (shard.size, shard.mtime_ns, shard.ctime_ns)
+        is_current = indexed == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if shard is None or not is_current or (path in anew and not _loads(shard)):
+            result.append(path)
+    return result
+
+
+def _same_but_for_ctime(shard: Shard | None, path: Path) -> bool:
+    """Whether a tar holds what was indexed although its inode changed, as far as some of its
+    samples tell; then the index is told the new time.
+    """
+    status = path.stat()
+    if shard is None or (shard.size, shard.mtime_ns) != (status.st_size, status.st_mtime_ns):
         return False
-    if shard.ctime_ns == status.st_ctime_ns:
-        return True
+    if shard.count == 0 or not _loads(shard):
+        return False
 
     step = max(1, shard.count // _N_COMPARED)
     try:
@@ -89,124 +175,91 @@ def _is_current(shard: Shard, path: Path, status: os.stat_result) -> bool:
                 shard.sample(file, i)
     except (OSError, ValueError):
         return False
-    return shard.count > 0
+    shard.ctime_ns = status.st_ctime_ns
+    return True
+
+
+def _loads(shard: Shard) -> bool:
+    """Read the rows of a shard, if they are whole."""
+    try:
+        load(shard)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextmanager
+def alone(place: Path, making: str) -> Iterator[None]:
+    """Let one process of this machine at a time make the file at `place`; the others wait, and say
+    for what. The lock ends with its process, however that ends, and the next one goes on.
+    """
+    started = time.monotonic()
+    told_after_s = _TOLD_AFTER_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locks.held(place, advice=_ADVICE, beside=True))
+                break
+            except locks.InUse as error:
+                in_use = error
+            except OSError:
+                # A cache that cannot be written: each process makes it for itself.
+                break
+
+            waited_s = time.monotonic() - started
+            if waited_s > told_after_s:
+                # From every rank: on other machines none is the first.
+                log.warn(f"waiting for {making} ({locks.age_text(waited_s)}): {in_use}")
+                told_after_s = 4 * waited_s
+            time.sleep(_POLL_S)
+        yield
 
 
 def _places(folder: Path) -> list[Path]:
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    return [folder / NAME, cache_folder() / "index" / f"{digest}.bin"]
+    name = f"{digest}.bin"
+    return [folder / NAME, cache_folder() / "index" / name, *_in_memory(name)]
 
 
-def _load(folder: Path) -> dict[str, Shard]:
-    for place in _places(folder):
-        try:
-            data = place.read_bytes()
-        except OSError:
-            continue  # there is none
-
-        try:
-            return parse_index(data)
-        except OldIndex as error:
-            log.warn(f"{place} is {error}; its shards are read anew")
-        except ValueError as error:
-            log.warn(f"{place} is not a usable index ({error}); its shards are scanned again")
-    return {}
+def _in_memory(name: str) -> list[Path]:
+    """Where an index lies that could be written nowhere else, if this process has such."""
+    return [_temporary_folder() / name] if _temporary_folder.cache_info().currsize else []
 
 
-class OldIndex(ValueError):
-    """An index of another version of this project."""
+@lru_cache(maxsize=1)
+def _temporary_folder() -> Path:
+    """A folder that goes with this process."""
+    parent = _MEMORY if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) else None
+    folder = tempfile.mkdtemp(prefix="vlp-index-", dir=parent)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
-def parse_index(data: bytes, undigested: bool = False) -> dict[str, Shard]:
-    """The shards that an index file describes, by name; raises ValueError, OldIndex for another
-    version's.
+def _save(folder: Path, shards: dict[str, Shard], names: Collection[str]) -> None:
+    """Write the index of a folder's shards, without those that are gone, where that is possible.
 
-    `undigested`: also of the versions before, whose samples have no digests and are not checked.
+    `names`: of the shards that are wanted now.
     """
-    magics = (_MAGIC, *_BEFORE) if undigested else (_MAGIC,)
-    magic = next((magic for magic in magics if data.startswith(magic)), None)
-    if magic is None:
-        if data.startswith(_FAMILY):
-            raise OldIndex(_of_which_version(data))
-        raise ValueError("it starts with other bytes")
-
-    without = magic in _BEFORE
-    row_bytes = _ROW_BEFORE.size if without else ROW.size
-    # A damaged row would lead to the bytes of other samples.
-    start = len(magic) + _SUM_BYTES
-    if hashlib.sha256(data[start:]).digest() != data[len(magic) : start]:
-        raise ValueError("its check sum is that of other bytes")
-
-    position = start + 8
-    length = int.from_bytes(data[start:position], "little")
-    shards = []
     try:
-        header = json.loads(data[position : position + length])
-        position += length
-        for fields in header:
-            end_of_rows = position + fields["count"] * row_bytes
-            end = end_of_rows + fields.pop("n_extents") * EXTENT.size
-            rows = data[position:end_of_rows]
-            if without:
-                rows = _with_unknown_digests(rows)
-            shards.append(Shard(**fields, rows=rows, extents=data[end_of_rows:end]))
-            position = end
-    except (TypeError, KeyError, ValueError, RecursionError, AttributeError) as error:
-        raise ValueError(f"its header is none ({type(error).__name__})") from None
+        present = {*os.listdir(folder), *names}
+    except OSError:  # one that may be entered, but not listed
+        present = set(shards)
+    kept = {name: shards[name] for name in sorted(shards) if name in present}
 
-    if position != len(data):
-        raise ValueError(f"it has {len(data)} bytes instead of {position}")
-    return {shard.name: shard for shard in shards}
+    # A read-only folder is normal for shared data: the cache is the second place.
+    beside, cached = _places(folder)[:2]
+    reason = None
+    for place in (beside, cached):
+        try:
+            return save_index(place, kept)
+        except OSError as error:
+            reason = error
 
-
-def _of_which_version(data: bytes) -> str:
-    """Whose index it is that starts with the family's name, in words."""
-    # The labels that are known are part of the magic, after the number.
-    number = data[len(_FAMILY) :].split(maxsplit=1)[0].rstrip(b"\n")
-    if number == _VERSION:
-        return "of a version that knows other labels"
-    if number.isdigit() and int(number) > int(_VERSION):
-        return "of a newer version"
-    return "of an older version, without digests"
-
-
-def _with_unknown_digests(rows: bytes) -> bytes:
-    """Rows of the version before as rows of this one."""
-    return b"".join(
-        ROW.pack(offset, length, form, UNKNOWN, *rest)
-        for offset, length, form, *rest in _ROW_BEFORE.iter_unpack(rows)
-    )
-
-
-def save_index(path: Path, shards: dict[str, Shard]) -> None:
-    """Write an index file; raises OSError."""
-    header: list[dict[str, Any]] = []
-    body: list[bytes] = []
-    for shard in shards.values():
-        # Rows and extents follow the header as bytes; JSON would triple them.
-        fields = dict(vars(shard))
-        del fields["rows"], fields["extents"]
-        header.append({**fields, "n_extents": len(shard.extents) // EXTENT.size})
-        body += [shard.rows, shard.extents]
-
-    encoded = json.dumps(header).encode()
-    content = len(encoded).to_bytes(8, "little") + encoded + b"".join(body)
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _MAGIC + hashlib.sha256(content).digest() + content)
-
-
-def _save(folder: Path, shards: dict[str, Shard]) -> None:
-    """Write the index of a folder's shards, without those that are gone, where that is possible."""
-    kept = {name: shards[name] for name in sorted(shards) if (folder / name).exists()}
-
-    beside, cached = _places(folder)
+    log.warn(f"the index of {folder} could not be saved ({reason}); it is built again next time")
     try:
-        return save_index(beside, kept)
-    except OSError:
-        pass  # a read-only folder is normal for shared data: the cache is the second place
-
-    try:
-        save_index(cached, kept)
+        save_index(_temporary_folder() / cached.name, kept)
     except OSError as error:
-        log.warn(f"the index of {folder} could not be saved ({error}); it is built again next time")
+        raise ValueError(
+            f"the index of {folder} can be written neither there nor to {cached.parent} "
+            f"({reason}) nor to {_MEMORY} ({error}); make room, or set VLP_CACHE to another folder"
+        ) from None

@@ -316,6 +316,9 @@ class Loader:
         """
         saved = {name: value for name, value in state.items() if name not in ("step", "content")}
         identity = self._identity(int(state["step"]))
+        # Of a run that began earlier, it is compared as it was then.
+        before = str(saved.get("sources"))
+        identity["sources"] = sequence.sources_digest(self._mixture.sources, like=before)
         differences = [
             f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
             for name in identity | saved

@@ -1,4 +1,4 @@
-"""The sample at each row of each step: a pure function of (seed, step), in constant
+"""The sample at each row of each step: a pure function of (seed, step, row), in constant
 memory.
 
 What is drawn are units (`vlp.data.units`) of G rows: a sample, one of its captions, or G samples of
@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlp.data.permutation import Windows, permute, uniform
+from vlp.data.deal import Deal
+from vlp.data.permutation import Windows, permute, permute_each, uniform
 from vlp.data.sources import Source
 from vlp.data.units import CaptionsOfSamples, Origins, Samples, Units
 from vlp.seeds import derive
@@ -35,13 +36,20 @@ _TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a b
 _RUN = 10_000
 
 
-class _Draws(NamedTuple):
-    """The draws of a step that fall to one source."""
+class Rows(NamedTuple):
+    """What stands in some rows of a step."""
 
-    places: np.ndarray  # of the step's n draws: a mask [n] bool
-    units: np.ndarray  # [of the source] int64
-    # [of the source] int64; which pass over the source each draw belongs to.
-    rounds: np.ndarray
+    samples: np.ndarray  # sample ids, int64 [rows]
+    # Which caption of its sample, int64 [rows]; None where captions are not drawn by themselves.
+    captions: np.ndarray | None
+
+
+class _Draws(NamedTuple):
+    """Some draws of a step: what each of them takes."""
+
+    sources: np.ndarray  # int64 [n]
+    units: np.ndarray  # of its source, int64 [n]
+    rounds: np.ndarray  # which pass over the source the draw belongs to, int64 [n]
 
 
 class Begin(NamedTuple):
@@ -98,6 +106,11 @@ class Mixture:
         self._check()
         self.n_units = sum(map(len, self.units))
 
+        # Units: where each source begins, and how many each stream of `_order` has.
+        n_of_sources = list(map(len, self.units))
+        self._first_units = np.cumsum([0, *n_of_sources])[:-1]
+        self._stream_sizes = np.array([self.n_units, *n_of_sources])
+        self._deals: dict[int, Deal] = {}
         self._shards = self._shards_of_streams()
         self._windows: dict[int, Windows] = {}
         self._begin = Begin(0, 0)
@@ -139,13 +152,30 @@ class Mixture:
 
     def batch(self, step: int, size: int) -> np.ndarray:
         """Sample ids [size] of one step's global batch, int64; size is a multiple of G."""
-        return self._rows(step, size)[0]
+        return self.rows(step, size, range(size)).samples
 
-    def captions(self, step: int, size: int) -> np.ndarray | None:
-        """Which caption of its sample stands in each row [size] of a step, where captions are drawn
-        by themselves.
+    def rows(self, step: int, size: int, rows: range) -> Rows:
+        """What stands in some consecutive rows of a step of `size` rows; costs as much as there are
+        of them, however large the step is.
         """
-        return self._rows(step, size)[1] if self.every_caption else None
+        # A draw fills `together` rows, and the rows may begin and end within one.
+        first = rows.start // self.together
+        n = -(-rows.stop // self.together) - first
+        draws = self._draws(step, size // self.together, first, n)
+
+        sample = np.empty((n, self.together), np.int64)
+        caption = np.empty((n, self.together), np.int64)
+        for s in np.unique(draws.sources).tolist():
+            here = draws.sources == s
+            key = derive(self.seed, "unit", s)
+            in_source, numbers = self.units[s].rows(draws.units[here], key, draws.rounds[here])
+            sample[here] = self.firsts[s] + in_source
+            caption[here] = numbers
+
+        skipped = rows.start - first * self.together
+        wanted = slice(skipped, skipped + len(rows))
+        captions = caption.ravel()[wanted] if self.every_caption else None
+        return Rows(sample.ravel()[wanted], captions)
 
     def replacements(self, sample_id: int, step: int, row: int, batch: np.ndarray) -> Iterator[int]:
         """Stand-ins for a sample that cannot be read: others of its origin, then of its source, not
@@ -240,38 +270,22 @@ class Mixture:
             streams.append((own_runs if source.window else None, source.window))
         return streams
 
-    def _rows(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ids and captions [size] of a step's rows."""
-        # A draw fills `together` rows.
-        n = size // self.together
-        sample = np.empty((n, self.together), np.int64)
-        caption = np.empty((n, self.together), np.int64)
+    def _draws(self, step: int, n_of_step: int, first: int, n: int) -> _Draws:
+        """The n draws from number `first` on of a step of `n_of_step`."""
+        first_draw = self._first_draw(step, n_of_step) + first
+        if self.shares is None:
+            count = first_draw + np.arange(n)
+            all_together = np.zeros(n, np.int64)
+            numbers, rounds = self._order(all_together, count)
+            sources = np.searchsorted(self._first_units, numbers, side="right") - 1
+            return _Draws(sources, numbers - self._first_units[sources], rounds)
 
-        for s, draws in enumerate(self._draws(step, n)):
-            key = derive(self.seed, "unit", s)
-            in_source, caption_numbers = self.units[s].rows(draws.units, key, draws.rounds)
-            sample[draws.places] = self.firsts[s] + in_source
-            caption[draws.places] = caption_numbers
-
-        return sample.ravel(), caption.ravel()
-
-    def _draws(self, step: int, n: int) -> Iterator[_Draws]:
-        """The n draws of a step, source by source."""
-        first_draw = self._first_draw(step, n)
-        if self.shares is not None:
-            for s, (places, count) in enumerate(self._deal(first_draw, n)):
-                units, rounds = self._order(s + 1, len(self.units[s]), count[places])
-                yield _Draws(places, units, rounds)
-            return
-
-        count = first_draw + np.arange(n)
-        numbers, rounds = self._order(0, self.n_units, count)
-
-        first = 0
-        for of_source in self.units:
-            places = (first <= numbers) & (numbers < first + len(of_source))
-            yield _Draws(places, numbers[places] - first, rounds[places])
-            first += len(of_source)
+        # Made once for a size of batch: its fractions cost more than dealing some rows.
+        if n_of_step not in self._deals:
+            self._deals[n_of_step] = Deal(self.shares, n_of_step)
+        sources, count = self._deals[n_of_step](first_draw, n)
+        units, rounds = self._order(sources + 1, count)
+        return _Draws(sources, units, rounds)
 
     def _first_draw(self, step: int, n: int) -> int:
         """The number of a step's first draw, of n a step; without weights epochs count N units."""
@@ -287,69 +301,57 @@ class Mixture:
         epochs, step_of_epoch = divmod(steps - left_of_epoch, self.n_units // n)
         return (epoch + 1 + epochs) * self.n_units + step_of_epoch * n
 
-    def _order(self, stream: int, n: int, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Elements `count` of a stream's endless sequence of n units, and the round of each: its
-        epoch, else itself.
+    def _order(self, stream: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Element count[i] of the endless sequence of units of stream[i], and the round of each:
+        its epoch, else itself.
         """
         if self.replacement:
-            return uniform(n, derive(self.seed, "draw", stream), count), count
+            number = np.empty_like(count)
+            for s in np.unique(stream).tolist():
+                here = stream == s
+                key = derive(self.seed, "draw", s)
+                number[here] = uniform(self._stream_sizes[s], key, count[here])
+            return number, count
 
-        epoch = count // n
-        number = np.empty_like(count)
-        for e in np.unique(epoch):
-            now = epoch == e
-            number[now] = self._permuted(n, int(e), stream, count[now] % n)
-        return number, epoch
+        epoch, place = np.divmod(count, self._stream_sizes[stream])
+        return self._permuted(stream, epoch, place), epoch
 
-    def _permuted(self, n: int, epoch: int, stream: int, i: np.ndarray) -> np.ndarray:
-        """Elements `i` of a stream's order of n units in an epoch."""
-        cannot_jump = self.sources[max(0, stream - 1)].reserve
-        if not self.shuffle or cannot_jump:
-            return i
+    def _permuted(self, stream: np.ndarray, epoch: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Element place[i] of the order of stream[i] in epoch[i]."""
+        number = place.copy()
+        pairs, which = np.unique(np.stack([stream, epoch]), axis=1, return_inverse=True)
+        which = which.reshape(-1)  # numpy 2.0 keeps two dimensions
 
-        key = derive(self.seed, "order", stream, epoch)
-        runs, width = self._shards[stream]
-        if runs is None:
-            return permute(n, key, i)
+        # Those whose elements are computed alike are computed together.
+        together: list[tuple[int, int, int]] = []  # the pair, and size and key of its permutation
+        for pair, (s, e) in enumerate(pairs.T.tolist()):
+            cannot_jump = self.sources[max(0, s - 1)].reserve
+            if not self.shuffle or cannot_jump:
+                continue
 
+            key = derive(self.seed, "order", s, e)
+            if self._shards[s][0] is None:
+                together.append((pair, int(self._stream_sizes[s]), key))
+            else:
+                here = which == pair
+                number[here] = self._windowed(s, key)(place[here])
+
+        if together:
+            permuted, sizes, keys = zip(*together)
+            here = np.isin(which, permuted)
+            own_pair = np.searchsorted(permuted, which[here])
+            number[here] = permute_each(sizes, keys, own_pair, place[here])
+        return number
+
+    def _windowed(self, stream: int, key: int) -> Windows:
+        """The permutation of a stream whose shards are fetched whole, kept while its epoch runs."""
         if key not in self._windows:
             if len(self._windows) > 2 * len(self._shards):  # epochs that are over
                 self._windows.clear()
+            runs, width = self._shards[stream]
+            assert runs is not None
             self._windows[key] = Windows(runs, width, key)
-        return self._windows[key](i)
-
-    def _deal(self, first_draw: int, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each source: which of the step's n draws are its own [n], and how many it had before
-        each draw [n].
-        """
-
-        shares = self.shares
-        assert shares is not None  # without weights nothing is dealt
-        total = sum(shares, Fraction())
-
-        def fills_no_whole_draws(s: int) -> bool:
-            return (shares[s] / total * n).denominator > 1
-
-        # Python integers, for products exceed 64 bits: how many draws were left to the sources that
-        # are still to be dealt to, before and after each of the step's.
-        before = (first_draw + np.arange(n)).astype(object)
-        after = before + 1
-        left = total
-
-        # Each takes its part of what those before it left, so only where these took whole numbers
-        # is its own exact.
-        result: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        for s in sorted(range(len(shares)), key=fills_no_whole_draws):
-            part = shares[s] / left
-            taken_before = before * part.numerator // part.denominator
-            taken_after = after * part.numerator // part.denominator
-            places = (taken_after > taken_before).astype(bool)
-            result[s] = places, taken_before.astype(np.int64)
-
-            before = before - taken_before
-            after = after - taken_after
-            left -= shares[s]
-        return [result[s] for s in range(len(shares))]
+        return self._windows[key]
 
 
 def _units(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:

@@ -8,6 +8,9 @@ and no state to save.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import numpy as np
 
 from vlp.seeds import derive
@@ -22,27 +25,65 @@ def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
     if n <= 1:
         return np.zeros_like(i)
 
-    # The network permutes the numbers of 2 · half bits, the least such range that holds n.
-    half = max(1, (int(n - 1).bit_length() + 1) // 2)
-    keys = [np.uint64(derive(key, "round", r)) for r in range(_ROUNDS)]
+    numbers = i.astype(np.uint64)
+    return _walked(numbers, np.uint64(n), np.uint64(_half(n)), _round_keys(key))
 
+
+def permute_each(
+    sizes: Sequence[int], keys: Sequence[int], which: np.ndarray, i: np.ndarray
+) -> np.ndarray:
+    """Elements `i` [k] of several permutations: element i[j] of that of range(sizes[which[j]]) that
+    keys[which[j]] names; int64 [k].
+
+    Equal to `permute` of each by itself. Of a few elements each, a call a permutation would cost as
+    much as all of them together do here.
+    """
+    halves = np.array([_half(n) for n in sizes], np.uint64)
+    round_keys = np.stack([_round_keys(key) for key in keys], axis=1)  # [rounds, permutations]
+    bounds = np.array(sizes, np.uint64)[which]
+    return _walked(i.astype(np.uint64), bounds, halves[which], round_keys[:, which])
+
+
+def _half(n: int) -> int:
+    """Half the bits of the numbers that the network permutes, the least such range that holds n."""
+    return max(1, (int(n - 1).bit_length() + 1) // 2)
+
+
+@lru_cache(maxsize=1024)
+def _round_keys(key: int) -> np.ndarray:
+    """The keys of a network's rounds, uint64 [rounds]."""
+    return np.array([derive(key, "round", r) for r in range(_ROUNDS)], np.uint64)
+
+
+def _walked(
+    x: np.ndarray, n: np.ndarray | np.uint64, half: np.ndarray | np.uint64, keys: np.ndarray
+) -> np.ndarray:
+    """The numbers `x` [k] permuted below `n`, int64; n, half and each of `keys` are one for all
+    numbers, or [k].
+    """
     # Walk on from numbers ≥ n until back within n: fewer than four walks on average.
-    result = np.array(i, np.uint64)
-    outside = np.ones(len(result), bool)
-    while outside.any():
-        result[outside] = _feistel(result[outside], half, keys)
-        outside = result >= n
-    return result.astype(np.int64)
+    result = np.empty(len(x), np.int64)
+    places = np.arange(len(x))
+    while len(places):
+        x = _feistel(x, half, keys)
+        outside = x >= n
+        inside = ~outside
+        result[places[inside]] = x[inside]
+
+        places, x = places[outside], x[outside]
+        if isinstance(n, np.ndarray) and isinstance(half, np.ndarray):
+            n, half, keys = n[outside], half[outside], keys[:, outside]
+    return result
 
 
-def _feistel(x: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray:
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
+def _feistel(x: np.ndarray, half: np.ndarray | np.uint64, keys: np.ndarray) -> np.ndarray:
+    one = np.uint64(1)
+    mask = (one << half) - one
 
-    left, right = x >> shift, x & mask
+    left, right = x >> half, x & mask
     for key in keys:
         left, right = right, left ^ (_scramble(right + key) & mask)
-    return left << shift | right
+    return left << half | right
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:

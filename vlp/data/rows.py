@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from vlp.data.captions import Form
 from vlp.data.members import Content, open_sample
@@ -31,9 +31,33 @@ _KEPT = 20  # problems of a shard that are kept in words; the others are only co
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
 
 
+class Kind(NamedTuple):
+    """Samples of a shard that have one form, and all or none of which name their class."""
+
+    form: int  # its number
+    n: int
+    some_flags: int  # those that any of the samples has
+    all_flags: int  # those that every one has
+    negatives: int  # the most of any
+    counterfactuals: int
+
+
+class Stored(NamedTuple):
+    """Where the rows of a shard, and behind them its extents, lie in an index file."""
+
+    path: str
+    head: bytes  # the check sum of the file's header, which tells it from one that replaced it
+    offset: int
+    n_bytes: int
+    n_extents: int
+    digest: str  # SHA-256, in hex, of these bytes
+
+
 @dataclass
 class Shard:
-    """What the index knows of one tar."""
+    """What the index knows of one tar. Where `stored` names their place, `rows` and `extents` may
+    be left unread, and empty here.
+    """
 
     name: str
     size: int
@@ -52,8 +76,12 @@ class Shard:
     content: str = ""  # SHA-256, in hex, of the digests of `rows`; empty: not known
     # Which texts samples have; a row names one of them by its number.
     forms: list[Form] = field(default_factory=list)
+    # What start-up needs to know of `rows`, which are as many as the samples.
+    kinds: list[Kind] = field(default_factory=list)
+    order: str = ""  # SHA-256, in hex, of places, forms and flags, see `vlp.data.summary`
     rows: bytes = b""
     extents: bytes = b""
+    stored: Stored | None = field(default=None, compare=False)
 
     def report(self, key: str, reason: str) -> None:
         """Count one problem, of the kind that stands before the colon, and keep it in words while

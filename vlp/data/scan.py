@@ -38,6 +38,7 @@ from vlp.data.rows import (
     labels_of,
 )
 from vlp.data.runs import Members, runs_of
+from vlp.data.summary import summarize
 from vlp.data.tar import BLOCK
 
 # The statistics of a shard name what it was written with; deleting them accepts what it holds now.
@@ -266,6 +267,7 @@ class _Rows:
         shard.forms = [dict(form) for form in self.forms]
         shard.keys, shard.texts = self.keys.hexdigest(), self.texts.hexdigest()
         shard.content = self.content.hexdigest()
+        summarize(shard)
 
 
 def _places(found: Found) -> list[tuple[int, int]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlp.config import Data
 from vlp.data.mix import Mixture
+from vlp.data.sources import Source
 from vlp.schema import plain
+
+_FINGERPRINTS = "2:"  # before a digest of fingerprints that are made of the shards' digests
 
 
 def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
@@ -59,8 +62,7 @@ def identity(
     """What the sequence of samples depends on, besides the step. `batch`: rows of all ranks, or
     the sizes with their first steps.
     """
-    fingerprints = [source.fingerprint() for source in mixture.sources]
-    weights: list[str | None] = [None] * len(fingerprints)
+    weights: list[str | None] = [None] * len(mixture.sources)
     if mixture.shares is not None:
         weights = [str(share) for share in mixture.shares]
 
@@ -70,10 +72,20 @@ def identity(
         "seed": seed,
         "shuffle": data.shuffle,
         "weights": weights,
-        "sources": _short_digest("".join(fingerprints)),
+        "sources": sources_digest(mixture.sources),
         "captions": _short_digest(json.dumps(plain(data.captions))),
         **mixture.identity(),
     }
+
+
+def sources_digest(sources: Sequence[Source], like: str | None = None) -> str:
+    """A digest of the sources' fingerprints, of the kind that `like` is: a checkpoint's, which may
+    be of the version before.
+    """
+    # Without a number: of all samples' columns, which a start does not read any more.
+    if like is not None and not like.startswith(_FINGERPRINTS):
+        return _short_digest("".join(source.earlier_fingerprint() for source in sources))
+    return _FINGERPRINTS + _short_digest("".join(source.fingerprint() for source in sources))
 
 
 def _short_digest(text: str) -> str:

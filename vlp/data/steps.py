@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,10 +75,12 @@ class Steps(Dataset):
         self.parts = 1  # P
         self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
+        # The last step that lost a sample, and all of its samples.
+        self._whole_step: tuple[int, np.ndarray] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Each process builds its own tokenizer: its caches are large.
-        return {**self.__dict__, "_tokenizer": None}
+        return {**self.__dict__, "_tokenizer": None, "_whole_step": None}
 
     def __getitem__(self, item: int) -> tuple[Batch, Report]:
         step, part = divmod(item, self.parts)
@@ -85,19 +88,20 @@ class Steps(Dataset):
         if self._tokenizer is None:
             self._tokenizer = text.build(self.text) if self.store is None else self.store
 
-        # Which samples stand in the whole step; shards of later ones are fetched meanwhile.
-        ids = self.mixture.batch(step, self.size)
-        places = self.mixture.captions(step, self.size)
-        # By one part of each step, another one every time: each has a thread that fetches.
-        if self.ahead and part == step % self.parts:
-            self.mixture.prepare(self.mixture.batch(step + self.ahead, self.size))
+        # Only the rows of this part: the whole step of many ranks has a million.
+        drawn = self.mixture.rows(step, self.size, numbers)
+        # Shards of later rows are fetched meanwhile.
+        if self.ahead:
+            later = self.mixture.rows(step + self.ahead, self.size, numbers)
+            self.mixture.prepare(later.samples)
 
         report = Report([], 0, len(numbers))
         pictures = self._new_pictures(len(numbers))
         rows = []
         for i, number in enumerate(numbers):
             out = {name: values[i] for name, values in pictures.items()}
-            rows.append(self._row(step, number, ids, places, out, report))
+            caption = None if drawn.captions is None else int(drawn.captions[i])
+            rows.append(self._row(step, number, int(drawn.samples[i]), caption, out, report))
 
         # Tokenized together: once the pictures are drawn, no sample is replaced any more.
         tokens, report.n_truncated = self._tokenizer.tokenize([row.caption for row in rows])
@@ -152,18 +156,18 @@ class Steps(Dataset):
         self,
         step: int,
         number: int,
-        ids: np.ndarray,
-        places: np.ndarray | None,
+        wanted: int,
+        place: int | None,
         out: dict[str, Tensor],
         report: Report,
     ) -> Row:
-        """The sample of this row, or its first usable stand-in, with its pictures written to `out`.
+        """The sample `wanted` of this row, or its first usable stand-in, with its pictures written
+        to `out`.
 
-        `places` [B]: which caption of its sample stands in each row, where the mixture draws them;
-        a stand-in's is chosen.
+        `place`: which of the sample's captions stands in the row, where the mixture draws them; a
+        stand-in's is chosen.
         """
-        wanted = int(ids[number])
-        stand_ins = self.mixture.replacements(wanted, step, number, ids)
+        stand_ins = self._stand_ins(wanted, step, number)
         for sample_id in itertools.chain([wanted], itertools.islice(stand_ins, _TRIES)):
             key = ""  # not known before the sample is read
             try:
@@ -172,8 +176,8 @@ class Steps(Dataset):
                 row_numbers.check(sample, self.widths)
 
                 row = Row(sample, self.mixture.seed, step, number)
-                if places is not None and sample_id == wanted:
-                    caption = sample.captions[places[number]]
+                if place is not None and sample_id == wanted:
+                    caption = sample.captions[place]
                 else:
                     caption = choose_caption(row, self.data.captions)
                 row = replace(row, caption=caption)
@@ -190,6 +194,14 @@ class Steps(Dataset):
             f"sample {wanted} and {_TRIES} stand-ins of its source are all bad; the last: "
             f"{report.bad[-1]}"
         )
+
+    def _stand_ins(self, sample_id: int, step: int, number: int) -> Iterator[int]:
+        """Samples that may take the place of one that is bad, see `Mixture.replacements`."""
+        # Stand-ins must not meet in the batch, so the whole of it is needed; only here, because a
+        # million rows take seconds, and most steps lose no sample.
+        if self._whole_step is None or self._whole_step[0] != step:
+            self._whole_step = step, self.mixture.batch(step, self.size)
+        yield from self.mixture.replacements(sample_id, step, number, self._whole_step[1])
 
     def _check_label(self, row: Row) -> None:
         """Raise ValueError for a sample without the label that a term reads."""

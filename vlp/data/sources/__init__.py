@@ -94,6 +94,10 @@ class Source(Protocol):
         """Changes whenever number, order or place of the samples do; a resumed run compares it."""
         ...
 
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint as checkpoints of earlier versions have it; may read the whole index."""
+        return self.fingerprint()
+
     def contents(self) -> Contents:
         """What its shards hold; a source without shards, or of which nothing is known, says
         nothing.

@@ -9,29 +9,20 @@ once to make it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
-from braceexpand import braceexpand
 
-from vlp import log
-from vlp.caches import cache_folder
 from vlp.config import Captions
 from vlp.data.captions import Texts
-from vlp.data.fetch import Cache, folder_and_name, version_of
-from vlp.data.index import NAME, parse_index, save_index
-from vlp.data.paths import is_packed
-from vlp.data.rows import Shard
-from vlp.data.scan import scan
+from vlp.data.fetch import Cache, version_of
 from vlp.data.sources import Contents, Source
+from vlp.data.sources._remote_index import index_of, list_shards
 from vlp.data.sources.shards import Shards
 from vlp.privacy import address
 from vlp.types import Sample
@@ -63,7 +54,7 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Remote:
     """List and index the shards; raises ValueError or OSError."""
     cache = Cache(int(options.cache_gb * 1e9), _storage(options))
-    urls, infos = _list(options.path, cache.storage)
+    urls, infos = list_shards(options.path, cache.storage)
     sizes = [int(info["size"]) for info in infos]
     versions = [version_of(info) for info in infos]
     cache = replace(cache, versions=dict(zip(map(address, urls), versions)))
@@ -73,7 +64,7 @@ def open(options: Options, captions: Captions) -> Remote:
     for url, size, version in zip(urls, sizes, versions):
         if cache.drop_if_changed(url, size, version):
             changed.add(url)
-    shards = _index(urls, sizes, changed, cache)
+    shards = index_of(urls, sizes, changed, cache)
 
     # This window, the next, and the one that slower processes still read.
     needed = 3 * options.window * max(sizes)
@@ -103,110 +94,6 @@ def _storage(options: Options) -> dict[str, Any]:
         limit = ClientTimeout(total=None, sock_connect=patience, sock_read=patience)
         return {**storage, "client_kwargs": {"timeout": limit, **storage.get("client_kwargs", {})}}
     return storage
-
-
-def _list(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The addresses of the shards, and what the store says of each."""
-    urls: list[str] = []
-    for part in path.split("::"):
-        if part.endswith("/"):
-            file_system, root = fsspec.url_to_fs(part, **storage)
-            names = file_system.glob(root.rstrip("/") + "/*.tar")
-            urls += sorted(map(file_system.unstrip_protocol, names))
-        else:
-            urls += braceexpand(part)
-
-    if not urls:
-        raise ValueError(
-            f"{path!r} names no shards; expected .tar addresses or a folder's address ending in /"
-        )
-    packed = [url for url in map(address, urls) if is_packed(url)]
-    if packed:
-        raise ValueError(
-            f"{packed[0]} is compressed, but samples are read from any place of a plain tar; fetch "
-            "the shards and write plain ones: vlp data reshard FOLDER --to DIR (the source "
-            "webdataset reads them as they are, in their order)"
-        )
-
-    # One look at each shard now: a missing one would be met hours later.
-    try:
-        file_system, _ = fsspec.url_to_fs(urls[0], **storage)
-        return urls, [file_system.info(url) for url in urls]
-    except ImportError as error:
-        raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
-    except FileNotFoundError as error:
-        refused = getattr(error.__cause__, "status", None) in (401, 403)
-        hint = (
-            "; the server refuses it: is its signature too old, or does it need `storage` options?"
-        )
-        raise ValueError(f"no shard at {error}{hint if refused else ''}") from None
-
-
-def _index(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -> list[Shard]:
-    """The shards at the addresses; those that no index knows are fetched once.
-
-    changed: the addresses of those that changed since they were fetched here.
-    """
-    # A folder's index is read once for all of its shards.
-    folders: dict[str, dict[str, str]] = {}  # the addresses of each folder, by name
-    for url in urls:
-        folder, name = folder_and_name(url)
-        folders.setdefault(folder, {})[name] = url
-
-    known: dict[str, Shard] = {}
-    ours: dict[str, dict[str, Shard]] = {}  # indices made here, which other runs use, too
-    for folder, named in folders.items():
-        shards, is_ours = _known(folder, next(iter(named.values())), cache)
-        ours[folder] = shards if is_ours else {}
-        for name, url in named.items():
-            if name in shards and not (is_ours and url in changed):
-                known[url] = shards[name]
-
-    # An index may be older than its shards: sizes tell most of that, digests the rest.
-    sized = dict(zip(urls, sizes))
-    stale = [url for url in sized if url not in known or known[url].size != sized[url]]
-    if stale:
-        log.warn(
-            f"{len(stale)} of {len(urls)} shards have no index beside them; "
-            "each is fetched once to make it"
-        )
-    for url in stale:
-        try:
-            known[url] = scan(Path(cache.get(url)))
-        except ValueError as error:
-            raise ValueError(f"{url}: {error}") from None
-
-    for folder, named in folders.items():
-        if set(stale) & set(named.values()):
-            used = {name: known[url] for name, url in named.items()}
-            save_index(_place(folder), ours[folder] | used)
-    return [known[url] for url in urls]
-
-
-def _place(folder: str) -> Path:
-    """Where an index that is made here of a folder's shards lies."""
-    digest = hashlib.sha256(folder.encode()).hexdigest()
-    return cache_folder() / "index" / f"{digest[:16]}.bin"
-
-
-def _known(folder: str, url: str, cache: Cache) -> tuple[dict[str, Shard], bool]:
-    """The index beside remote shards, else the one made here before, else nothing; and whether it
-    was made here.
-
-    `url` is one of the folder's shards: its credentials and signature may open the index, too.
-    """
-    place, question, query = url.partition("?")
-    beside = f"{place.rpartition('/')[0]}/{NAME}{question}{query}"
-    for file_url, storage in ((beside, cache.storage), (f"file://{_place(folder)}", {})):
-        try:
-            with fsspec.open(file_url, "rb", **storage) as file:
-                # An index without digests spares fetching all shards; their samples go unchecked.
-                return parse_index(file.read(), undigested=True), file_url != beside
-        except (FileNotFoundError, PermissionError):
-            continue
-        except ValueError as error:
-            log.warn(f"{file_url} is not a usable index ({error}); its shards are scanned again")
-    return {}, False
 
 
 class Remote(Source):
@@ -258,7 +145,7 @@ class Remote(Source):
         when it is read.
         """
         self._fetcher = self._fetcher or ThreadPoolExecutor(1, "fetch")
-        for shard in {self.shards.shard_of(int(i)) for i in ids}:
+        for shard in np.unique(self.shards.shards_of(ids)).tolist():
             url = self.shards.paths[shard]
             if url not in self._asked:
                 self._asked[url] = None
@@ -276,6 +163,9 @@ class Remote(Source):
 
     def fingerprint(self) -> str:
         return self.shards.fingerprint()
+
+    def earlier_fingerprint(self) -> str:
+        return self.shards.earlier_fingerprint()
 
     def contents(self) -> Contents:
         return self.shards.contents()

@@ -11,41 +11,31 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from vlp.config import Captions
 from vlp.data import splits
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
-from vlp.data.index import index
+from vlp.data.index import located
 from vlp.data.members import open_sample
 from vlp.data.paths import expand
-from vlp.data.rows import (
-    CLASS,
-    CONTINUES,
-    EXTENT,
-    LABELS,
-    PICTURED,
-    ROW,
-    SCATTERED,
-    Shard,
-    extents,
-    said,
-)
+from vlp.data.rows import CONTINUES, Shard, said
 from vlp.data.sources import Contents, Source, captions_of
+from vlp.data.sources._stored_rows import StoredRows
 from vlp.data.sources._table import (
-    ROW_COLUMNS,
+    Kinds,
     Table,
-    count_captions,
-    count_names,
+    earlier_fingerprint,
     fingerprint,
+    kinds_of,
     table_of,
 )
 from vlp.types import Sample
@@ -80,7 +70,7 @@ def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
     paths = expand(options.path)
     _refuse_splits(options.path, paths)
-    return Shards(paths, index(paths), captions, options, options.folders)
+    return Shards(paths, located(paths), captions, options, options.folders)
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
@@ -104,6 +94,7 @@ class Shards(Source):
         texts: Texts,
         embeddings: Sequence[str] = (),
     ) -> None:
+        """`shards`: as `vlp.data.index.located` gives them; their rows stay unread."""
         self.paths = [str(path) for path in paths]
         self.captions = captions
         self.choice = Choice.of(texts, captions)
@@ -116,53 +107,59 @@ class Shards(Source):
         if self.left_out:
             self._problems.append(f"{self._name()}: odd or passed over: {said(self.left_out)}")
 
-        table = table_of(shards, self.choice)
-        if not len(table.rows):
+        if not any(shard.count for shard in shards):
             of_shards = chain.from_iterable(shard.problems for shard in shards)
             problems = [*self._problems, *of_shards]
             raise ValueError(self._unusable(problems, "no members that form samples"))
-        self.names = count_names(shards, table.rows)  # how many samples have a text under each name
-        self._note_texts(table, shards)
+        kinds = kinds_of(shards, self.choice, with_class=bool(captions.class_templates))
+        self.names = kinds.names  # how many samples have a text under each name
+        self._note_texts(kinds, shards)
 
         # Without a text a sample is left out, or the whole source refused.
-        has_text = table.n_texts > 0
-        if captions.class_templates:
-            has_text |= table.has(CLASS)
-        self.n_left_out = sum(shard.n_left_out for shard in shards) + int((~has_text).sum())
-        if not has_text.all():
-            self._refuse_or_note(table.shard_of[~has_text], len(has_text))
-            table = table.only(has_text)
-        if not len(table.rows):
+        n_without = int(kinds.n_without.sum())
+        self.n_left_out = sum(shard.n_left_out for shard in shards) + n_without
+        if n_without:
+            self._refuse_or_note(kinds)
+        if not kinds.n.any():
             raise ValueError(self._unusable(self._problems, ""))
 
-        self._describe(table)
+        # What the samples offer besides picture and caption.
+        self.n_negatives = kinds.n_negatives
+        self.n_counterfactuals = kinds.n_counterfactuals
+        self.labels = kinds.labels
+        self.pictured = kinds.pictured
 
         # What a resumed run compares.
-        self._digest = fingerprint(table, shards, self.choice)
+        self._digest = fingerprint(shards, self.choice, kinds.n)
         # One text of all, because it is sent to every loader process.
         unknown = "-" * Contents.DIGITS
         self._contents = "".join((shard.content or unknown)[: Contents.DIGITS] for shard in shards)
 
-        self._share(table, shards)
+        self._kinds = kinds
+        self._shards = shards
+        self._rows = StoredRows(shards, kinds.n, kinds.left_out)
         if embeddings:
-            self._embed(embeddings, table, shards)
+            self._embed(embeddings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Loader processes read samples; what all of them are like is asked for before they start.
+        return {**self.__dict__, "_shards": None, "_kinds": None}
 
     def _unusable(self, problems: list[str], otherwise: str) -> str:
         return f"{self._name()} holds no usable sample: {'; '.join(problems[:3]) or otherwise}"
 
-    def _note_texts(self, table: Table, shards: list[Shard]) -> None:
+    def _note_texts(self, kinds: Kinds, shards: list[Shard]) -> None:
         """Note what is odd about the texts, and about the shards; ValueError for a name that no
         sample has.
         """
         name = self._name()
-        self._problems += self.choice.check(self.names, len(table.rows), name)
+        n_samples = int(kinds.n.sum() + kinds.n_without.sum())
+        self._problems += self.choice.check(self.names, n_samples, name)
 
-        each_line = count_captions(shards, table.rows, replace(self.choice, lines="each"))
-        n_several = int((each_line > table.n_texts).sum())
-        if n_several:
+        if kinds.n_several:
             self._problems.append(
-                f"{name}: text files of several lines are one caption each in {n_several:,} "
-                "samples; the source's lines: each makes each line a caption"
+                f"{name}: text files of several lines are one caption each in "
+                f"{kinds.n_several:,} samples; the source's lines: each makes each line a caption"
             )
 
         # Of local shards an old index is made anew, so these are remote.
@@ -177,42 +174,13 @@ class Shards(Source):
         for path, shard in zip(self.paths, shards):
             self._problems += [f"{path}: {text}" for text in shard.problems]
 
-    def _describe(self, table: Table) -> None:
-        """What the samples offer besides picture and caption."""
-        self.n_negatives = int(table.rows["negatives"].max())
-        self.n_counterfactuals = int(table.rows["counterfactuals"].max())
-        self.labels = frozenset(name for name, flag in LABELS.items() if table.has(flag).all())
-        self.pictured = bool(table.has(PICTURED).any())
-
-    def _share(self, table: Table, shards: list[Shard]) -> None:
-        """Keep what reading needs in shared memory: loader processes receive a handle instead of a
-        copy.
-        """
-        # Numbers of extents become those of the table of all shards.
-        rows, all_extents = table.rows.copy(), b"".join(shard.extents for shard in shards)
-        counts = [len(shard.extents) // EXTENT.size for shard in shards]
-        firsts = np.cumsum([0, *counts])
-        moved = np.where(table.has(SCATTERED), firsts[table.shard_of], 0)
-        rows["offset"] += moved.astype(np.uint64)
-
-        self._rows = torch.from_numpy(rows.view(np.uint8)).share_memory_()
-        self._extents = None
-        if all_extents:
-            self._extents = torch.frombuffer(bytearray(all_extents), dtype=torch.uint8)
-            self._extents.share_memory_()
-
-        self._n_texts = torch.from_numpy(table.n_texts).share_memory_()
-        self._shard_of = torch.from_numpy(table.shard_of).share_memory_()
-
-    def _embed(self, folders: Sequence[str], table: Table, shards: list[Shard]) -> None:
+    def _embed(self, folders: Sequence[str]) -> None:
         """Add teachers' embeddings of the samples."""
         # Its texts are those that stand first, so they serve only where training takes the first.
-        n_texts = table.n_texts
-        takes_first = self.captions.choose == "first" or (n_texts == 1).all()
-        with_text = self.choice == Choice() and bool((n_texts > 0).all() and takes_first)
-        members = [Embeddings(folder, self.paths, shards, with_text) for folder in folders]
+        takes_first = self.captions.choose == "first" or self._kinds.one_text_each
+        with_text = self.choice == Choice() and not self._kinds.some_without and takes_first
+        members = [Embeddings(folder, self.paths, self._shards, with_text) for folder in folders]
         self.embeddings = Ensemble(members)
-        self._place = torch.from_numpy(table.place.astype(np.int32)).share_memory_()
 
         for member in members:
             if not member.with_text:
@@ -226,12 +194,10 @@ class Shards(Source):
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
 
-    def _refuse_or_note(self, shards_without: np.ndarray, n_samples: int) -> None:
-        """Refuse samples without a text, or note how many there are in each shard.
-
-        shards_without: the shard of each of them.
-        """
-        per_shard = np.bincount(shards_without, minlength=len(self.paths))
+    def _refuse_or_note(self, kinds: Kinds) -> None:
+        """Refuse samples without a text, or note how many there are in each shard."""
+        per_shard = kinds.n_without
+        n_without = int(per_shard.sum())
         lines = [
             f"{self.paths[s]}: {per_shard[s]} samples without text"
             for s in np.flatnonzero(per_shard)
@@ -241,7 +207,8 @@ class Shards(Source):
         if self.captions.missing == "error":
             wanted = " or ".join(self.choice.names or USUAL)
             raise ValueError(
-                f"{len(shards_without)} of {n_samples} samples have no caption under {wanted} "
+                f"{n_without} of {n_without + int(kinds.n.sum())} samples have no caption under "
+                f"{wanted} "
                 f"({'; '.join(lines[:3])}). There are texts under {listed(self.names)}: name those "
                 "to take in the source's captions; or set captions.class_templates to make "
                 "captions of class names, or captions.missing=drop to leave the samples out"
@@ -249,23 +216,22 @@ class Shards(Source):
         self._problems += lines
 
     def __len__(self) -> int:
-        return len(self._shard_of)
+        return len(self._rows)
 
     def __getitem__(self, i: int) -> Sample:
         return self.sample(i, self.paths[self.shard_of(i)])
 
     def shard_of(self, i: int) -> int:
         """The position in `paths` of the shard that holds sample i."""
-        return int(self._shard_of[i])
+        return self._rows.shard_of(i)
+
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """The positions in `paths` of the shards that hold these samples."""
+        return self._rows.shards_of(samples)
 
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
-        row = ROW.unpack_from(self._rows.numpy(), i * ROW.size)
-        offset, length, _, digest, *_, flags = row
-        places = [(offset, length)]
-        if flags & SCATTERED:
-            assert self._extents is not None  # some sample of these shards is scattered
-            places = extents(self._extents.numpy().data, offset, length)
+        places, digest = self._rows.members(i, path)
         # The digest tells a shard that changed since, and a damaged one.
         content = open_sample(b"".join(_read(path, *place) for place in places), digest)
 
@@ -285,40 +251,50 @@ class Shards(Source):
             captions,
             content.meta,
             {place: picture.data for place, picture in content.negative_images.items()},
-            self._embeddings_of(i, f"{path}: {content.key!r}"),
+            self._embeddings_of(i, path, content.key),
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),
         )
 
-    def _embeddings_of(self, i: int, name: str) -> Stored | None:
-        """The teachers' embeddings of sample i, `name` in errors; None without a teacher."""
+    def _embeddings_of(self, i: int, path: str, key: str) -> Stored | None:
+        """The teachers' embeddings of sample i, of which the others tell in errors; None without a
+        teacher.
+        """
         if self.embeddings is None:
             return None
-        stored = Stored(self.embeddings, self.shard_of(i), int(self._place[i]))
+        stored = Stored(self.embeddings, self.shard_of(i), self._rows.row_number(i, path))
 
         # `vlp data embed` writes zeros for pictures that do not open.
         if not np.atleast_2d(stored.image()).any(1).all():
             raise ValueError(
-                f"{name} has no image embedding: its picture did not open for `vlp data embed`"
+                f"{path}: {key!r} has no image embedding: its picture did not open for `vlp data "
+                "embed`"
             )
         return stored
 
     def counts(self) -> np.ndarray:
         """Usable samples of each shard, int64."""
-        return np.bincount(self._shard_of.numpy(), minlength=len(self.paths))
+        return self._rows.counts()
 
     def n_captions(self) -> np.ndarray:
-        n_texts = self._n_texts.numpy()
+        n_texts = np.concatenate([table.n_texts for table in self._tables()])
         return np.where(n_texts > 0, n_texts, len(self.captions.class_templates))
 
     def origins(self) -> np.ndarray:
-        return np.cumsum(self._column("flags") & CONTINUES == 0)
+        begins = [~table.has(CONTINUES) for table in self._tables()]
+        return np.cumsum(np.concatenate(begins))
 
-    def _column(self, name: str) -> np.ndarray:
-        return self._rows.numpy().view(ROW_COLUMNS)[name]
+    def _tables(self) -> Iterator[Table]:
+        """The usable samples of each shard, read one shard at a time."""
+        for s, (path, shard) in enumerate(zip(self.paths, self._shards)):
+            without = self._kinds.left_out.get(s, frozenset())
+            yield table_of(self._rows.body(s, path), shard, self.choice, without)
 
     def fingerprint(self) -> str:
         return self._digest
+
+    def earlier_fingerprint(self) -> str:
+        return earlier_fingerprint(self._tables, self._shards, self.choice)
 
     def contents(self) -> Contents:
         names = [Path(path).name for path in self.paths]

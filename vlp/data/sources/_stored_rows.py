@@ -1,0 +1,191 @@
+"""The rows of some shards, left where they lie in index files and read one at a time: the page
+cache of a machine holds them once for all of its processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlp.data.index_file import checked, open_index, opened
+from vlp.data.rows import EXTENT, ROW, SCATTERED, Shard, Stored, extents
+from vlp.data.scan import scan
+from vlp.data.sources._table import usable_rows
+from vlp.data.summary import ROW_COLUMNS
+
+_KEPT_SHARDS = 64  # of which a process keeps more than where their rows lie
+
+
+class StoredRows:
+    """Where the members of sample i lie. Sent to every loader process: what is kept of a shard lies
+    in shared memory.
+
+    The rows of a shard are checked when a process reads the first of them. Where the index was
+    damaged, or replaced while the run goes on, they are looked for in the index that is there now,
+    and else the tar is scanned again.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], n_usable: np.ndarray, left_out: dict[int, frozenset[int]]
+    ) -> None:
+        """n_usable [shards]: samples; left_out: the kinds of samples left out, by shard."""
+        self._left_out = left_out
+        files: dict[tuple[str, bytes], int] = {}
+        places = np.zeros((len(shards), 4), np.int64)
+        digests = np.zeros((len(shards), hashlib.sha256().digest_size), np.uint8)
+        for s, shard in enumerate(shards):
+            stored = shard.stored
+            assert stored is not None, "an index is written before it is used"
+            file = files.setdefault((stored.path, stored.head), len(files))
+            places[s] = file, stored.offset, stored.n_bytes, stored.n_extents
+            digests[s] = np.frombuffer(bytes.fromhex(stored.digest), np.uint8)
+
+        self._files = list(files)
+        self._ends = _shared(np.cumsum(n_usable))  # samples up to and with each shard's
+        self._places = _shared(places)
+        self._digests = _shared(digests)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin without what a process finds out by itself."""
+        self._checked = bytearray(len(self._ends))  # shards whose rows this process has checked
+        self._moved: dict[int, Stored] = {}  # shards whose rows lie elsewhere by now
+        self._scanned: dict[int, bytes] = {}  # rows and extents that no index holds any more
+        self._usable: dict[int, np.ndarray] = {}  # numbers of a shard's usable rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        found_out = ("_checked", "_moved", "_scanned", "_usable")
+        return {name: value for name, value in vars(self).items() if name not in found_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def shard_of(self, i: int) -> int:
+        """The position of the shard that holds sample i."""
+        return int(np.searchsorted(self._ends.numpy(), i, side="right"))
+
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """The positions of the shards that hold these samples."""
+        return np.searchsorted(self._ends.numpy(), samples, side="right")
+
+    def counts(self) -> np.ndarray:
+        """Usable samples of each shard, int64."""
+        return np.diff(self._ends.numpy(), prepend=0)
+
+    def row_number(self, i: int, path: str) -> int:
+        """Which row of its shard, whose tar is at `path`, sample i is."""
+        s = self.shard_of(i)
+        number = i - (int(self._ends[s - 1]) if s else 0)
+        if s not in self._left_out:
+            return number
+
+        if s not in self._usable:
+            rows = np.frombuffer(self.body(s, path), ROW_COLUMNS, self._n_rows(s))
+            _make_room(self._usable)
+            self._usable[s] = usable_rows(rows, self._left_out[s])
+        return int(self._usable[s][number])
+
+    def members(self, i: int, path: str) -> tuple[list[tuple[int, int]], int]:
+        """(offset, bytes) of the members of sample i in its tar at `path`, and their digest."""
+        s = self.shard_of(i)
+        data = self._part(s, path, self.row_number(i, path) * ROW.size, ROW.size)
+        offset, length, _, digest, *_, flags = ROW.unpack(data)
+        if not flags & SCATTERED:
+            return [(offset, length)], digest
+
+        n_extents = int(self._places[s, 3])
+        table = self._part(s, path, self._n_rows(s) * ROW.size, n_extents * EXTENT.size)
+        return extents(table, offset, length), digest
+
+    def body(self, s: int, path: str) -> bytes:
+        """The rows and extents of a shard whose tar is at `path`; ValueError where they are
+        nowhere.
+        """
+        if s in self._scanned:
+            return self._scanned[s]
+        stored = self._stored(s)
+        try:
+            return checked(opened(stored.path, stored.head), stored)
+        except (OSError, ValueError) as error:
+            reason = error
+
+        # Another run may have indexed further shards of the folder.
+        moved = _lying_in(stored.path).get(stored.digest)
+        if moved is not None and moved != stored:
+            self._moved[s] = moved
+            return self.body(s, path)
+
+        shard = scan(Path(path))
+        body = shard.rows + shard.extents
+        if hashlib.sha256(body).hexdigest() != stored.digest:
+            raise ValueError(
+                f"{path} is not what was indexed when the run began, and its index is of no use "
+                f"any more ({reason})"
+            )
+        _make_room(self._scanned)
+        self._scanned[s] = body
+        return body
+
+    def _part(self, s: int, path: str, offset: int, n_bytes: int) -> bytes:
+        """Some bytes of a shard's rows and extents, which are checked the first time."""
+        if s in self._scanned or not self._checked[s]:
+            body = self.body(s, path)
+            self._checked[s] = 1
+            return body[offset : offset + n_bytes]
+
+        stored = self._stored(s)
+        try:
+            file = opened(stored.path, stored.head)
+            return file.read(stored.offset + offset, n_bytes)
+        except (OSError, ValueError):
+            self._checked[s] = 0
+            return self._part(s, path, offset, n_bytes)
+
+    def _stored(self, s: int) -> Stored:
+        if s in self._moved:
+            return self._moved[s]
+        file, offset, n_bytes, n_extents = self._places[s].tolist()
+        digest = bytes(self._digests[s].tolist()).hex()
+        path, head = self._files[file]
+        return Stored(path, head, offset, n_bytes, n_extents, digest)
+
+    def _n_rows(self, s: int) -> int:
+        _, _, n_bytes, n_extents = self._places[s].tolist()
+        return (n_bytes - n_extents * EXTENT.size) // ROW.size
+
+
+def _make_room(kept: dict[int, Any]) -> None:
+    """Let the oldest of what is kept of shards go."""
+    while len(kept) >= _KEPT_SHARDS:
+        kept.pop(next(iter(kept)))
+
+
+def _lying_in(path: str) -> dict[str, Stored]:
+    """Where the rows of shards lie in the index that is at `path` now, by their digests."""
+    try:
+        status = os.stat(path)
+        return _by_digest(path, status.st_ino, status.st_mtime_ns)
+    except (OSError, ValueError):
+        return {}
+
+
+@lru_cache(maxsize=2)
+def _by_digest(path: str, inode: int, mtime_ns: int) -> dict[str, Stored]:
+    shards = open_index(Path(path)).values()
+    return {shard.stored.digest: shard.stored for shard in shards if shard.stored is not None}
+
+
+def _shared(values: np.ndarray) -> torch.Tensor:
+    """In shared memory: loader processes receive a handle instead of a copy."""
+    return torch.from_numpy(values).share_memory_()
