@@ -112,9 +112,18 @@ def cases(folder: Path) -> dict[str, tuple[dict, dict]]:
     }
 
 
-def test_peft_and_every_reference_give_the_merged_model(tmp_path: Path, capsys: Any) -> None:
-    n_tried = 0
-    for name, (base_keys, keys) in cases(tmp_path).items():
+FAST = ("both towers", "other sizes", "hugging face")
+SLOW = ("one projection", "new projection", "timm")
+
+
+@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+def test_peft_and_every_reference_give_the_merged_model(
+    names: tuple[str, ...], tmp_path: Path, capsys: Any
+) -> None:
+    n_tried, known = 0, cases(tmp_path)
+    assert known.keys() == {*FAST, *SLOW}
+    for name in names:
+        base_keys, keys = known[name]
         place = tmp_path / f"of {name}"
         base = tiny(seed=1, **base_keys)
         reference = save_run(place / "base", base, plain(settings(**base_keys)))
@@ -151,7 +160,7 @@ def test_peft_and_every_reference_give_the_merged_model(tmp_path: Path, capsys: 
             whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
             assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
         n_tried += 1
-    assert n_tried == 6
+    assert n_tried == 3
 
 
 @pytest.fixture(scope="module")
