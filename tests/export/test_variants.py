@@ -125,21 +125,6 @@ def test_another_size_is_open_clips_force_image_size(size, tmp_path):
     assert described["vision_config"]["image_size"] == size
 
 
-@pytest.mark.parametrize("is_another", [True, False])
-def test_scores_of_another_size_are_not_told_as_the_exports(is_another, tmp_path):
-    """The card, and what the Hub reads above it."""
-    model = tiny()
-    size = 48 if is_another else model.image_spec.size[0]
-    record = {"task": "zeroshot_classification", "dataset": "pets", "metrics": {"acc1": 0.8765}}
-    export(model, tmp_path / "out", results=[record], image_size=size)
-    card = (tmp_path / "out" / "README.md").read_text()
-    if is_another:
-        assert "Not evaluated." in card and "not evaluated at this size" in card
-        assert "0.8765" not in card and "87.65" not in card and "pets" not in card
-    else:
-        assert "pets" in card and "Not evaluated." not in card
-
-
 SMALL_VIT = {"name": "vit", "patch_size": 8, "width": 16, "layers": 1, "head_width": 16}
 # image towers of other kinds, and a size that each can be brought to
 OTHERS = {
