@@ -33,7 +33,7 @@ from vlp import checkpoint, config
 from vlp.data.text import same_tokens
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained.references import Reference, resolve
+from vlp.pretrained.references import Reference, on_hub, resolve
 from vlp.schema import plain
 from vlp.types import ImageSpec, TextSpec
 
@@ -93,8 +93,9 @@ def card_name(reference: str) -> str:
     place = Path(reference)
     if place.parent.name == "checkpoints":
         return f"{place.parent.parent.name}/{place.name}"
-    on_hub = reference.startswith(("hf-hub:", "hf:"))
-    return reference if on_hub else place.name or place.resolve().name
+    if on_hub(reference):
+        return reference
+    return place.name or place.resolve().name
 
 
 # --- the mean -------------------------------------------------------------------------------------

@@ -15,13 +15,18 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from tests.export.test_cards import run_card
+from tests.export.test_places import places
+from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models.test_locking import towers
+from tests.models.test_references import use_hub
 from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
 from vlp import checkpoint
 from vlp.cli import main
-from vlp.export.adapters import write_adapters
+from vlp.export.adapters import _card, write_adapters
 from vlp.export.folder import export
 from vlp.export.place import ExportError
+from vlp.export.push import PushError, push
 from vlp.models import lora
 from vlp.models.build import build, fit_of
 from vlp.models.dual_encoder import DualEncoder
@@ -107,9 +112,18 @@ def cases(folder: Path) -> dict[str, tuple[dict, dict]]:
     }
 
 
-def test_peft_and_every_reference_give_the_merged_model(tmp_path: Path, capsys: Any) -> None:
-    n_tried = 0
-    for name, (base_keys, keys) in cases(tmp_path).items():
+FAST = ("both towers", "other sizes", "hugging face")
+SLOW = ("one projection", "new projection", "timm")
+
+
+@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+def test_peft_and_every_reference_give_the_merged_model(
+    names: tuple[str, ...], tmp_path: Path, capsys: Any
+) -> None:
+    n_tried, known = 0, cases(tmp_path)
+    assert known.keys() == {*FAST, *SLOW}
+    for name in names:
+        base_keys, keys = known[name]
         place = tmp_path / f"of {name}"
         base = tiny(seed=1, **base_keys)
         reference = save_run(place / "base", base, plain(settings(**base_keys)))
@@ -146,7 +160,7 @@ def test_peft_and_every_reference_give_the_merged_model(tmp_path: Path, capsys: 
             whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
             assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
         n_tried += 1
-    assert n_tried == 6
+    assert n_tried == 3
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +176,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
 def test_a_folder_says_what_it_is(written: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, _, folder = written
     card = (folder / "README.md").read_text()
-    assert f"base_model: {base}" in card and "license: mit" in card
+    assert "adapters for `base`" in card and "license: mit" in card
+    # Of the base's place on this machine speaks the one file that readers follow.
+    assert set(places(folder, base.parent)) == {"vlp_adapters.json"}
     assert not (folder / "text").exists()
 
     # A whole model of it, as of any other reference.
@@ -170,6 +186,42 @@ def test_a_folder_says_what_it_is(written: tuple[Path, Path, Path], tmp_path: Pa
     batch = inputs(tiny())
     merged = checkpoint.load_any(folder)
     assert_same(embedded(checkpoint.load_any(tmp_path / "whole"), batch), embedded(merged, batch))
+
+
+def test_adapters_and_their_base_are_read_from_a_hub(
+    written: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _, folder = written
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with loopback_hub() as hub:
+        use_hub(monkeypatch, hub.url)
+
+        def publish(folder: Path, repository: str) -> None:
+            push(folder, repository, endpoint=hub.url, say=lambda line: None)
+
+        # Whoever downloads them has no folder of this machine.
+        with pytest.raises(PushError, match=r"the adapters' base, .*base, is of this machine"):
+            publish(folder, "someone/adapters")
+        assert "someone/adapters" not in hub.repos
+        publish(base, "someone/base")
+        publish(changed(folder, tmp_path / "of the hub", base="hf-hub:someone/base"), "someone/a")
+        read = checkpoint.load_any("hf-hub:someone/a")
+
+    batch = inputs(tiny())
+    assert_same(embedded(read, batch), embedded(checkpoint.load_any(folder), batch))
+
+
+def test_the_code_of_a_card_of_adapters_runs(
+    written: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, folder = written
+    card = _card('a "b", é', "hf-hub:someone/base", ["image"], "mit")
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "someone/base"
+    shutil.copytree(folder, tmp_path / 'a "b", é')
+    (tmp_path / 'a "b", é' / "README.md").write_text(card, encoding="utf-8")
+    assert run_card(tmp_path / 'a "b", é', monkeypatch) == 1
 
 
 def changed(folder: Path, to: Path, **changes: Any) -> Path:

@@ -206,9 +206,9 @@ print(json.dumps([*apart, ids.tolist(), len(blocks), len(ran)]))
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["clip", "huggingface", pytest.param("siglip", marks=pytest.mark.slow)]
-)
+# A fast sample of the Hub is in the walk over consumers.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["clip", "huggingface", "siglip"])
 def test_every_library_loads_it_from_the_hub_and_the_card_runs(kind, exported, hub, tmp_path):
     folder, model = exported, tiny()
     prelude = ""

@@ -11,9 +11,9 @@ import yaml
 from open_clip import list_pretrained_tags_by_model
 from torch import Tensor, nn
 
-from vlp import checkpoint, config
-from vlp.export import licenses
-from vlp.export.place import ExportError, appearing, save_weights, write_json
+from vlp import averaging, checkpoint, config
+from vlp.export import licenses, usage
+from vlp.export.place import ExportError, appearing, check_free, save_weights, write_json
 from vlp.files import naming
 from vlp.locks import held
 from vlp.models import lora
@@ -40,6 +40,8 @@ def write_adapters(
     """
     lora.check_installed()
     licenses.metadata(license)
+    to = Path(to)
+    check_free(to, overwrite)
     path, scalings = _adapted_run(run)
     weights = dict(checkpoint.tensors_of(path, "model"))
     settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
@@ -53,7 +55,6 @@ def write_adapters(
     _check_base(base_name, rest, weights)
     rest |= _out_projections(weights, scalings, base)
 
-    to = Path(to)
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         for side, scaling in scalings.items():
             _write_tower(folder / SIDES[side], side, scaling, weights, base, base_name)
@@ -194,7 +195,7 @@ def _write_tower(
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=modules,
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=averaging.card_name(base_name),
         inference_mode=True,
     )
     folder.mkdir()
@@ -277,15 +278,15 @@ def _check_read_back(folder: Path, expected: Mapping[str, Tensor]) -> None:
 
 
 def _card(name: str, base: str, towers: list[str], license: str | None) -> str:
-    """The folder's README.md."""
-    front = {"library_name": "peft", "base_model": base, **licenses.metadata(license)}
-    lines = yaml.safe_dump(front, sort_keys=False).strip()
-    of_towers = "\n".join(
-        f"PeftModel.from_pretrained({tower}_tower, '{name}/{tower}')" for tower in towers
-    )
+    """The folder's README.md; of a base on this machine it shows the last name alone."""
+    front: dict[str, Any] = {"library_name": "peft", **licenses.metadata(license)}
+    if references.on_hub(base):
+        front["base_model"] = base.partition(":")[2]
+    lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
+    folders = " and ".join(f"`{tower}`" for tower in towers)
     return (
-        f"---\n{lines}\n---\n\n# {name}\n\nLow-rank adapters for `{base}`, which is not in this "
-        "folder, and in rest.safetensors what else was trained beside them.\n\n"
-        f"```bash\nvlp eval {name} --task zeroshot --data DATA\n```\n\n"
-        f"```python\n{of_towers}\n```\n"
+        f"---\n{lines}\n---\n\n# {name}\n\nLow-rank adapters for `{averaging.card_name(base)}`, "
+        "which is not in this folder, and in `rest.safetensors` what else was trained beside them. "
+        f"vlp adds both to the base:\n\n{usage.vlp_block(name)}\n\n"
+        f"peft's `PeftModel.from_pretrained` reads {folders} onto the plain tower of that name.\n"
     )

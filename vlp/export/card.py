@@ -261,7 +261,9 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
             interval = " to ".join(f"{bound:.4g}" for bound in intervals.get(key) or ())
             guessed = f"{chance[key]:.4g}" if chance.get(key) is not None else ""
             cells = [*first_cells, key, f"{value:.4g}", interval, guessed]
-            rows.append(f"| {' | '.join(cells)} |")
+            # A group or a folder may be called anything; a bar would begin a cell.
+            escaped = [cell.replace("|", "\\|") for cell in cells]
+            rows.append(f"| {' | '.join(escaped)} |")
 
     return "\n".join(rows)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlp import checkpoint
-from vlp.export.place import ExportError, appearing
+from vlp.export.place import ExportError, appearing, check_free
 from vlp.files import naming
 from vlp.locks import held
 from vlp.pretrained import references
@@ -21,6 +21,8 @@ def write_checkpoint(run: Path | str, to: Path | str, *, overwrite: bool = False
     """Write a run's newest checkpoint, or one checkpoint, whole into the folder `to`, which appears
     complete or not at all; returns a line on what was written. ExportError for another model.
     """
+    to = Path(to)
+    check_free(to, overwrite)  # a checkpoint may take minutes to read
     reference = references.resolve(run)
     if reference.kind != "run" or reference.averaged:
         raise ExportError(
@@ -32,7 +34,6 @@ def write_checkpoint(run: Path | str, to: Path | str, *, overwrite: bool = False
     contents = checkpoint.load(path)
     contents.state.pop("tables", None)  # in one piece they are as they are
 
-    to = Path(to)
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         checkpoint.write_whole(folder, contents)
     step = contents.state["step"]

@@ -34,6 +34,7 @@ from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load_concatenated
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.folders import read_json
 from vlp.pretrained.runs import AVERAGED
 
 _OF_AVERAGE = "The weights are the moving average of those in training (`teacher.ema` below)."
@@ -243,9 +244,16 @@ def _record(path: Path, averaged: bool) -> dict[str, Any]:
     return {
         "results": results,
         "training": yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
-        "step": int(path.name.removeprefix("step_")),
+        "step": _step_of(path),
         "origin": _OF_AVERAGE if averaged else None,
     }
+
+
+def _step_of(path: Path) -> int | None:
+    """How many steps a checkpoint has behind it; None where it does not say."""
+    number = path.name.removeprefix("step_")
+    # One in a piece (`--form checkpoint`) is called as its owner likes.
+    return int(number) if number.isdecimal() else read_json(path / "state.json").get("step")
 
 
 def export_concatenated(

@@ -37,7 +37,7 @@ def metadata(license: str | None) -> dict[str, str]:
         return {"license": "other", "license_name": name.strip()}
     close = difflib.get_close_matches(identifier, sorted(_KNOWN), n=1, cutoff=0.8)
     if close or not identifier:
-        meant = f"; did you mean {close[0]!r}?" if close else ""
+        meant = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(
             f"license is {license!r}, which is not known here{meant} Write other:NAME for a "
             "licence of another name"

@@ -26,7 +26,7 @@ from vlp.export import usage
 from vlp.models import language
 from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
-from vlp.pretrained.references import CONFIG, TEXT_TOWER
+from vlp.pretrained.references import ADAPTERS, CONFIG, TEXT_TOWER, on_hub, resolve
 from vlp.privacy import scrubbed
 
 _HTTPError = http_error()
@@ -138,6 +138,15 @@ def _contents(
             "vlp export first"
         )
 
+    # It has no card, and its configuration holds paths of this machine.
+    if "state.json" in names:
+        raise PushError(
+            f"{folder} is a checkpoint, what a run goes on from; publish its model: vlp export "
+            f"{folder} --to DIR, then vlp push DIR {repository}"
+        )
+    if ADAPTERS in names:
+        _check_base(folder)
+
     contents: dict[str, Path | bytes] = {name: _inside(folder, name) for name in names}
     others = sorted(set(files_of(folder)) - set(names))
     if others:
@@ -153,6 +162,23 @@ def _contents(
             contents[name] = _named(folder / name, repository if at_root else "", contents)
 
     return contents
+
+
+def _check_base(folder: Path) -> None:
+    """Refuse adapters for a base that nobody else has."""
+    about = folder / ADAPTERS
+    base = str(read_json(about).get("base"))
+    if on_hub(base):
+        return
+    try:
+        is_tag = resolve(base).kind == "tag"
+    except ValueError:
+        is_tag = False
+    if not is_tag:
+        raise PushError(
+            f"the adapters' base, {base}, is of this machine; publish that model and set base in "
+            f"{about} to hf-hub:USER/NAME"
+        )
 
 
 def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> bytes:

@@ -14,6 +14,10 @@ _DESCRIPTIONS = [
     "text_tower/*",
     "open_clip_model.safetensors",
     "*/open_clip_model.safetensors",
+    # a folder of adapters; its base is fetched by the name that it states
+    "rest.safetensors",
+    "image/adapter_model.safetensors",
+    "text/adapter_model.safetensors",
 ]
 # Weights of transformers' form, and pickled ones by the file that describes them.
 _TRANSFORMERS = ["model.safetensors", "model-*.safetensors"]

@@ -133,6 +133,11 @@ def resolve(reference: str | Path | Reference) -> Reference:
     )
 
 
+def on_hub(reference: str) -> bool:
+    """Whether a reference says that its model lies on the Hub."""
+    return reference.startswith(_HUB)
+
+
 def averaged(reference: Reference) -> Reference:
     """The moving average of the run that `reference` names; ValueError for other models."""
     if reference.kind != "run":
