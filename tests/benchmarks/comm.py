@@ -72,10 +72,24 @@ def parse() -> argparse.Namespace:
     report.add_arguments(parser)
 
     args = parser.parse_args()
-    for n_ranks in args.ranks or []:
-        if n_ranks < 1 or (args.simulate and n_ranks > args.per_node and n_ranks % args.per_node):
-            parser.error(f"--ranks: {n_ranks} ranks are no whole nodes of {args.per_node}")
+    check(args, parser)
     return args
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Refuse what cannot be run or computed, before anything is."""
+    for name in ("rows", "dim", *comm_time.NAMES):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            option = name.replace("_", "-")
+            parser.error(f"--{option}: found {value:g}, expected a positive number")
+
+    least, node = (1, args.per_node) if args.simulate else (2, 1)
+    for n_ranks in args.ranks or []:
+        if n_ranks < least:
+            parser.error(f"--ranks: found {n_ranks}, expected at least {least}")
+        if n_ranks > node and n_ranks % node:
+            parser.error(f"--ranks: {n_ranks} ranks are no whole nodes of {node} (--per-node)")
 
 
 # Counted
@@ -141,6 +155,7 @@ def simulate(args: argparse.Namespace) -> None:
         "local": "local",
         "group: a node": {"group": node},
         "the same, alternating": {"group": node, "layout": "alternating"},
+        "group: 8 nodes": {"group": 8 * node},
         "global": "global",
         "hierarchical (not in vlp)": {HIERARCHICAL: node},
         "ring": "ring",
@@ -149,9 +164,7 @@ def simulate(args: argparse.Namespace) -> None:
     rows = []
     for n_ranks in args.ranks or [8, 64, 256, 1024, 2048]:
         for name, topology in topologies.items():
-            # In one node they are all the same.
-            several_nodes = n_ranks > node
-            if several_nodes or topology in ("local", "global", "ring"):
+            if differs(topology, n_ranks, node):
                 exchanges = exchanges_of(topology, n_ranks, step.work)
                 g = candidates(topology, n_ranks)
                 times = comm_time.simulate(machine, step, exchanges, n_ranks, g)
@@ -159,6 +172,14 @@ def simulate(args: argparse.Namespace) -> None:
     report.publish(
         "comm_step", "A step of many ranks, simulated", rows, args, comm_time.notes(machine, step)
     )
+
+
+def differs(topology: Any, n_ranks: int, node: int) -> bool:
+    """Whether the topology exists for so many ranks and is not `global` by another name."""
+    if not isinstance(topology, dict):
+        return True
+    size = topology.get("group", node)
+    return size < n_ranks and n_ranks % size == 0
 
 
 def candidates(topology: Any, n_ranks: int) -> int:

@@ -204,13 +204,11 @@ CONSTANTS: list[tuple[str, Any, str]] = [
 ]
 
 
-def read(args: argparse.Namespace) -> tuple[Machine, Step]:
-    """SystemExit names a constant that is not positive."""
-    for name, _, meaning in CONSTANTS:
-        value = getattr(args, name.replace("-", "_"))
-        if value <= 0:
-            raise SystemExit(f"--{name}: found {value}, expected a positive number ({meaning})")
+NAMES = [name.replace("-", "_") for name, _, _ in CONSTANTS]
 
+
+def read(args: argparse.Namespace) -> tuple[Machine, Step]:
+    """The machine and a rank's step of the arguments."""
     machine = Machine(
         args.per_node,
         args.inside_us,
