@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests import ranks
@@ -46,15 +48,15 @@ def main() -> None:
         simulate(args)
         return
 
-    rows = [row for n_ranks in args.ranks or [2, 4] for row in measure(args, n_ranks)]
+    rows = [row for n_ranks in args.ranks for row in measure(args, n_ranks)]
     for row in rows:
         peer = next(r for r in rows if (r["topology"], r["W"]) == (OPEN_CLIP, row["W"]))
         row["of open_clip"] = row["KiB a rank"] / peer["KiB a rank"]
 
     notes = (
-        f"InfoNCE, b = {args.rows or 256}, D = {args.dim}, {args.dtype}; the first call's check of "
+        f"InfoNCE, b = {args.rows}, D = {args.dim}, {args.dtype}; the first call's check of "
         "shapes is not counted. Calls, bytes and messages of every row of ours are exactly those "
-        "of the model that the next section simulates."
+        "of the model behind the simulated step."
     )
     report.publish(
         "comm", "What a rank sends for one loss, forward and backward", rows, args, notes
@@ -73,11 +75,15 @@ def parse() -> argparse.Namespace:
 
     args = parser.parse_args()
     check(args, parser)
+    args.rows = args.rows or (512 if args.simulate else 256)
+    args.ranks = args.ranks or ([8, 64, 256, 1024, 2048] if args.simulate else [2, 4])
     return args
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuse what cannot be run or computed, before anything is."""
+    if not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        parser.error(f"--dtype: found {args.dtype}, expected one of torch's, like bfloat16")
     for name in ("rows", "dim", *comm_time.NAMES):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -99,14 +105,11 @@ def measure(args: argparse.Namespace, n_ranks: int) -> list[dict[str, Any]]:
     """A row for every topology that fits the number of ranks, and one for open_clip."""
     names = [*(name for name in TOPOLOGIES if fits(TOPOLOGIES[name], n_ranks)), OPEN_CLIP]
     values = [TOPOLOGIES.get(name, name) for name in names]
-    n_rows = args.rows or 256
-    by_rank = ranks.run(
-        n_ranks, comm_count.count, values, n_rows, args.dim, args.dtype, "infonce", timeout_s=300
-    )
+    settings = args.rows, args.dim, args.dtype, "infonce"
+    by_rank = ranks.run(n_ranks, comm_count.count, values, *settings, timeout_s=300)
     assert all(counts == by_rank[0] for counts in by_rank), "ranks send alike"
 
-    itemsize = comm_count.torch.empty(0, dtype=getattr(comm_count.torch, args.dtype)).itemsize
-    work = Work(n_rows, args.dim, itemsize)
+    work = Work(args.rows, args.dim, getattr(torch, args.dtype).itemsize)
     rows = []
     for name, value, counts in zip(names, values, by_rank[0]):
         if value != OPEN_CLIP:
@@ -162,7 +165,7 @@ def simulate(args: argparse.Namespace) -> None:
     }
 
     rows = []
-    for n_ranks in args.ranks or [8, 64, 256, 1024, 2048]:
+    for n_ranks in args.ranks:
         for name, topology in topologies.items():
             if differs(topology, n_ranks, node):
                 exchanges = exchanges_of(topology, n_ranks, step.work)

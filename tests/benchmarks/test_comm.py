@@ -1,5 +1,7 @@
 """The model of a step's exchanges beside the calls of real runs."""
 
+import json
+import sys
 from collections import Counter
 
 import pytest
@@ -142,3 +144,43 @@ def test_a_ring_waits_for_what_its_tiles_do_not_hide():
     assert 1000 * slow == pytest.approx(15 * 22 + 15 * 26 + 24)
     fast = comm_time.ring_waits_ms(MACHINE, exchanges, 100.0, 16)
     assert 1000 * fast == pytest.approx(24)
+
+
+# The command
+
+
+def test_a_simulated_step_of_2048_ranks(tmp_path, monkeypatch):
+    file = tmp_path / "comm step.json"
+    monkeypatch.setattr(
+        sys, "argv", ["comm.py", "--simulate", "--ranks", "8", "2048", "--json", str(file)]
+    )
+    comm.main()
+
+    rows = {(row["topology"], row["W"]): row for row in json.loads(file.read_text())["rows"]}
+    assert len(rows) == 3 + 7  # in one node, three topologies are all there are
+    everyone, in_hops = rows["global", 2048], rows["hierarchical (not in vlp)", 2048]
+    assert everyone["n"] == in_hops["n"] == 2**20
+    # Gather, reduce-scatter, and the columns' statistics there and back.
+    assert everyone["messages"] == 4 * 2047 and in_hops["messages"] == 4 * (7 + 255)
+    # Sums of more than 8 ranks travel in float32: 1 + 2 GiB, and 16 MiB of statistics.
+    assert everyone["MiB a rank"] == pytest.approx((3 * 1024 + 16) * 2047 / 2048)
+    assert rows["group: a node", 2048]["loss waits ms"] == rows["global", 8]["loss waits ms"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--ranks 1", "found 1, expected at least 2"),
+        ("--simulate --ranks 12", "12 ranks are no whole nodes of 8"),
+        ("--simulate --ranks 8 --per-node 0", "--per-node: found 0"),
+        ("--simulate --between-gbs -1", "--between-gbs: found -1"),
+        ("--rows 0", "--rows: found 0"),
+        ("--dtype float99", "--dtype: found float99"),
+        ("--dtype nn", "--dtype: found nn"),
+    ],
+)
+def test_what_makes_no_machine_is_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["comm.py", *arguments.split()])
+    with pytest.raises(SystemExit):
+        comm.main()
+    assert message in capsys.readouterr().err
