@@ -141,7 +141,8 @@ class StoredRows:
         """Some bytes of a shard's rows and extents, which are checked the first time."""
         if s in self._scanned or not self._checked[s]:
             body = self.body(s, path)
-            self._checked[s] = 1
+            # What was scanned may have to make room, and its place in the index stays damaged.
+            self._checked[s] = s not in self._scanned
             return body[offset : offset + n_bytes]
 
         stored = self._stored(s)
