@@ -88,7 +88,12 @@ def _asked(urls: list[str], storage: dict[str, Any]) -> dict[str, dict[str, Any]
         for folder in {name.rpartition("/")[0] for name in names.values()}:
             # This process may have listed the folder before a shard was added.
             file_system.invalidate_cache(folder)
-            for entry in file_system.ls(folder, detail=True):
+            try:
+                entries = file_system.ls(folder, detail=True)
+            except OSError:
+                # Rights to read every file need not be rights to list them.
+                continue
+            for entry in entries:
                 if entry.get("size") is not None:
                     listed[entry["name"]] = entry
 
