@@ -154,7 +154,7 @@ def test_rows_that_no_index_holds_are_found_in_the_tar_or_refused(tmp_path):
 
 
 def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch):
-    """What was read from the tars instead has to make room, and is not taken from the index then."""
+    """What was read from the tars instead may make room; the index is no help then either."""
     folder = constant_shards(tmp_path, 25, 10)
     place = folder / index_file.NAME
     expected, data = keys_of(opened(folder)), bytearray(place.read_bytes())
