@@ -153,7 +153,7 @@ def test_rows_that_no_index_holds_are_found_in_the_tar_or_refused(tmp_path):
         received[10]
 
 
-def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch):
+def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch, capsys):
     """What was read from the tars instead may make room; the index is no help then either."""
     folder = constant_shards(tmp_path, 25, 10)
     place = folder / index_file.NAME
@@ -165,6 +165,23 @@ def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, mon
     source = opened(folder)
     in_turn = [0, 10, 20, 1, 11, 21]
     assert [source[i].key for i in in_turn] == [expected[i] for i in in_turn]
+    assert capsys.readouterr().err.count("delete that index") == 1
+
+
+def test_damaged_rows_of_remote_shards_say_what_to_delete(tmp_path, monkeypatch):
+    folder = constant_shards(tmp_path / "data", 5, 5)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    options = RemoteOptions(f"file://{folder}/")
+    open_remote(options, Captions())
+    (copy,) = (tmp_path / "cache" / "index").glob("*.bin")
+    copy.write_bytes(copy.read_bytes()[: -5 * 24] + bytes(5 * 24))
+
+    index_file._handles.clear()
+    source = open_remote(options, Captions())
+    assert source[3].key == "k3"
+    damaged = open_remote(options, Captions())
+    with pytest.raises(ValueError, match=rf"{copy} is of no use .* delete that index"):
+        damaged.n_captions()
 
 
 def test_an_index_that_another_run_replaces_goes_on_to_be_read(tmp_path, monkeypatch):
