@@ -23,17 +23,20 @@ STALL_S = 5
 
 
 class Store(ThreadingHTTPServer):
-    """`faults`: how the next bodies of tars go wrong, one each: "error", "drop", "stall" or "away".
+    """`faults`: how the next bodies of tars, or of files of another `ending`, go wrong, one each:
+    "error", "drop", "stall" or "away".
 
     While "away" is the next one, HEAD fails too. `served`: bodies sent whole.
     """
 
     daemon_threads = True
+    request_queue_size = 64  # as many are asked for at once
 
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.lock = root, threading.Lock()
         self.faults: list[str] = []
+        self.ending = ".tar"
         self.suffered: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
 
@@ -44,14 +47,14 @@ class Store(ThreadingHTTPServer):
     def fault(self, name: str) -> str:
         """The fault that this body suffers, or nothing."""
         with self.lock:
-            found = self.faults.pop(0) if self.faults and name.endswith(".tar") else ""
+            found = self.faults.pop(0) if self.faults and name.endswith(self.ending) else ""
             self.suffered[found] += 1
             return found
 
     def away(self, name: str) -> bool:
         """Whether not even a HEAD is answered now."""
         with self.lock:
-            return self.faults[:1] == ["away"] and name.endswith(".tar")
+            return self.faults[:1] == ["away"] and name.endswith(self.ending)
 
     def handle_error(self, request: object, address: object) -> None:
         """A client that goes away is part of the play."""

@@ -153,6 +153,37 @@ def test_rows_that_no_index_holds_are_found_in_the_tar_or_refused(tmp_path):
         received[10]
 
 
+def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch, capsys):
+    """What was read from the tars instead may make room; the index is no help then either."""
+    folder = constant_shards(tmp_path, 25, 10)
+    place = folder / index_file.NAME
+    expected, data = keys_of(opened(folder)), bytearray(place.read_bytes())
+    data[-25 * 24 :] = bytes(25 * 24)
+    place.write_bytes(data)
+
+    monkeypatch.setattr(_stored_rows, "_KEPT_SHARDS", 1)
+    source = opened(folder)
+    in_turn = [0, 10, 20, 1, 11, 21]
+    assert [source[i].key for i in in_turn] == [expected[i] for i in in_turn]
+    assert capsys.readouterr().err.count("delete that index") == 1
+
+
+def test_damaged_rows_of_remote_shards_say_what_to_delete(tmp_path, monkeypatch):
+    folder = constant_shards(tmp_path / "data", 5, 5)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    options = RemoteOptions(f"file://{folder}/")
+    open_remote(options, Captions())
+    (copy,) = (tmp_path / "cache" / "index").glob("*.bin")
+    copy.write_bytes(copy.read_bytes()[: -5 * 24] + bytes(5 * 24))
+
+    index_file._handles.clear()
+    source = open_remote(options, Captions())
+    assert source[3].key == "k3"
+    damaged = open_remote(options, Captions())
+    with pytest.raises(ValueError, match=rf"{copy} is of no use .* delete that index"):
+        damaged.n_captions()
+
+
 def test_an_index_that_another_run_replaces_goes_on_to_be_read(tmp_path, monkeypatch):
     folder = constant_shards(tmp_path, 25, 10)
     source = opened(folder)
@@ -258,6 +289,19 @@ def test_many_remote_shards_are_listed_at_once(monkeypatch):
     assert n_listed < 10 and len(asked) == n_listed + 4
     with pytest.raises(ValueError, match="no shard at"):
         list_shards("memory://many/{00000..00070}.tar", {})
+
+
+def test_a_store_that_may_not_be_listed_is_asked_for_each_shard(monkeypatch):
+    store = fsspec.filesystem("memory")
+    for i in range(70):
+        store.pipe(f"/closed/{i:05d}.tar", bytes(i + 1))
+
+    def refuse(self, path, **options):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(type(store), "ls", refuse)
+    _, infos = list_shards("memory://closed/{00000..00069}.tar", {})
+    assert [entry["size"] for entry in infos] == list(range(1, 71))
 
 
 def test_the_index_beside_remote_shards_is_copied_once(tmp_path, monkeypatch):

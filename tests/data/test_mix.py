@@ -9,6 +9,7 @@ import pytest
 
 from vlp.data.mix import Mixture
 from vlp.data.permutation import Windows, permute
+from vlp.data.sources import Common
 from vlp.types import Sample
 
 
@@ -101,7 +102,10 @@ def test_seeds_and_epochs_differ_and_steps_repeat():
     assert a.batch(0, 100).tolist() != a.batch(10, 100).tolist()
 
 
-@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1, 1, 1], [5.0, 0.001, 2.5]])
+@pytest.mark.parametrize(
+    "weights",
+    [[0.7, 0.2, 0.1], [1, 1, 1], [5.0, 0.001, 2.5], [3e-7, 1e-7, 6e-7], [1, 3, 1e-300]],
+)
 def test_weights_are_kept_to_one_draw_and_each_source_runs_in_whole_epochs(weights):
     sizes, size = (30, 200, 11), 16
     mix = mixture(*sizes, weights=weights)
@@ -120,6 +124,12 @@ def test_weights_are_kept_to_one_draw_and_each_source_runs_in_whole_epochs(weigh
 def test_weights_are_given_to_all_sources_or_none():
     with pytest.raises(ValueError, match="every source a weight, or none"):
         mixture(3, 4, weights=[0.5, None])
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_no_share_is_refused(weight):
+    with pytest.raises(ValueError, match=f"weight is {weight}; expected a positive number"):
+        Common(weight=weight)
 
 
 def test_stand_ins_come_from_the_same_source_and_never_meet():

@@ -63,6 +63,17 @@ def test_a_server_that_fails_now_and_then_costs_nothing_but_time(server, kind, f
     assert server.suffered[fault] >= 2 and loader.counters()["bad_samples"] == 0
 
 
+def test_an_index_that_cannot_be_had_at_once_is_not_taken_for_missing(server):
+    """Without it every shard would be fetched to make one."""
+    server.ending = "_index.bin"
+    faults = ["error", "drop", "away"]
+    server.faults = [*faults]
+    assert loader_of(data_of(http(server)), 10).n_samples == 200
+
+    assert not server.faults and all(server.suffered[fault] == 1 for fault in faults)
+    assert not list((fetch.cache_folder() / "shards").rglob("*.tar"))
+
+
 def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
     cache, name = fetch.Cache(10**9), "train/00000.tar"
     server.faults = ["away", "away"]

@@ -7,6 +7,7 @@ change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -56,7 +57,7 @@ class Common:
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.weight is not None and self.weight <= 0:
+        if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"weight is {self.weight}; expected a positive number")
 
 

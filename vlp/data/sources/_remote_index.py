@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 
 from vlp import log
 from vlp.caches import cache_folder
-from vlp.data.fetch import Cache, folder_and_name
+from vlp.data.fetch import Cache, folder_and_name, is_refused, tried
 from vlp.data.index import alone
 from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
 from vlp.data.paths import is_packed
@@ -88,14 +88,29 @@ def _asked(urls: list[str], storage: dict[str, Any]) -> dict[str, dict[str, Any]
         for folder in {name.rpartition("/")[0] for name in names.values()}:
             # This process may have listed the folder before a shard was added.
             file_system.invalidate_cache(folder)
-            for entry in file_system.ls(folder, detail=True):
+            try:
+                entries = file_system.ls(folder, detail=True)
+            except OSError:
+                # Rights to read every file need not be rights to list them.
+                continue
+            for entry in entries:
                 if entry.get("size") is not None:
                     listed[entry["name"]] = entry
 
     infos = {url: listed[name] for url, name in names.items() if name in listed}
     missing = [url for url in urls if url not in infos]
+
+    def ask(url: str) -> dict[str, Any]:
+        # Of many thousand answers some are errors of a moment.
+        return tried(
+            lambda: file_system.info(url),
+            address(url),
+            cache_folder(),
+            is_final=lambda error: is_refused(error, url),
+        )
+
     with ThreadPoolExecutor(_ASKED_AT_ONCE, "list") as pool:
-        return infos | dict(zip(missing, pool.map(file_system.info, missing)))
+        return infos | dict(zip(missing, pool.map(ask, missing)))
 
 
 def index_of(urls: list[str], sizes: list[int], changed: set[str], cache: Cache) -> list[Shard]:
@@ -193,13 +208,19 @@ def _copied(url: str, cache: Cache) -> dict[str, Shard]:
     """
     place, question, query = url.partition("?")
     beside = f"{place.rpartition('/')[0]}/{NAME}{question}{query}"
-    try:
+
+    def once() -> Path:
         with fsspec.open(beside, "rb", **cache.storage) as source:
             first = source.read(_FIRST_BYTES)
             name = _digest(address(beside).encode() + first)[:24]
             copy = cache_folder() / "index" / f"{name}.bin"
             if not copy.exists():
                 _copy(first, source, copy, address(beside))
+            return copy
+
+    # An index that is taken for missing costs the transfer of all shards.
+    try:
+        copy = tried(once, address(beside), cache_folder(), lambda error: is_refused(error, beside))
     except (FileNotFoundError, PermissionError):
         return {}
 
@@ -225,6 +246,11 @@ def _copy(first: bytes, source: BinaryIO, copy: Path, name: str) -> None:
         with replacing(copy) as temporary, temporary.open("xb") as target:
             target.write(first)
             shutil.copyfileobj(source, target, 8 << 20)
+
+            # A connection that breaks off may end like a file.
+            expected = getattr(source, "size", None)
+            if expected is not None and target.tell() != expected:
+                raise OSError(f"{name} gave {target.tell()} of {expected} bytes")
 
 
 def _digest(name: str | bytes) -> str:

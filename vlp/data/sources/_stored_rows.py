@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vlp import log
 from vlp.data.index_file import checked, open_index, opened
 from vlp.data.rows import EXTENT, ROW, SCATTERED, Shard, Stored, extents
 from vlp.data.scan import scan
@@ -59,9 +60,10 @@ class StoredRows:
         self._moved: dict[int, Stored] = {}  # shards whose rows lie elsewhere by now
         self._scanned: dict[int, bytes] = {}  # rows and extents that no index holds any more
         self._usable: dict[int, np.ndarray] = {}  # numbers of a shard's usable rows
+        self._told = False  # that an index is of no use
 
     def __getstate__(self) -> dict[str, Any]:
-        found_out = ("_checked", "_moved", "_scanned", "_usable")
+        found_out = ("_checked", "_moved", "_scanned", "_usable", "_told")
         return {name: value for name, value in vars(self).items() if name not in found_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -126,7 +128,19 @@ class StoredRows:
             self._moved[s] = moved
             return self.body(s, path)
 
-        shard = scan(Path(path))
+        if not self._told:
+            self._told = True
+            log.warn(
+                f"{stored.path} is of no use for {path} ({reason}): the tar is read again, which "
+                "costs time; delete that index, and the next start makes it anew"
+            )
+        try:
+            shard = scan(Path(path))
+        except ValueError as error:  # remote ones are not here before the first step
+            raise ValueError(
+                f"{stored.path} is of no use for {path} ({reason}), nor is the tar ({error}); "
+                "delete that index, and the next start makes it anew"
+            ) from None
         body = shard.rows + shard.extents
         if hashlib.sha256(body).hexdigest() != stored.digest:
             raise ValueError(
@@ -141,7 +155,8 @@ class StoredRows:
         """Some bytes of a shard's rows and extents, which are checked the first time."""
         if s in self._scanned or not self._checked[s]:
             body = self.body(s, path)
-            self._checked[s] = 1
+            # What was scanned may have to make room, and its place in the index stays damaged.
+            self._checked[s] = s not in self._scanned
             return body[offset : offset + n_bytes]
 
         stored = self._stored(s)
