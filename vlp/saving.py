@@ -7,8 +7,9 @@
 
 One process writes a checkpoint in one piece. Of several each writes its part through
 torch.distributed.checkpoint: 1/W of the bytes, of which it holds one copy. Sharded tensors are
-written as they lie; those that every rank holds are dealt, large ones row by row. The folder
-appears under its name when all parts are on the disk (vlp.checkpoint).
+written as they lie; of those that every rank holds the first writes the small ones, and large ones
+are dealt row by row. The folder appears under its name when all parts are on the disk
+(vlp.checkpoint).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 # Packages whose versions decide numbers; a checkpoint records them.
 DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
 
-ROWS_BYTES = 2**16  # of a tensor that every rank holds: from here on its rows are dealt
+DEALT_BYTES = 2**16  # of a tensor that every rank holds: from here on it is dealt
 
 
 class Saver:
@@ -65,7 +66,7 @@ class Saver:
             self.group = dist.group_of(handle)
             self.staging = Dealt(DeviceMesh.from_group(handle, "cpu"))
         self.writing: threading.Thread | None = None
-        self.error: Exception | None = None  # of the last one, the same on every rank
+        self.error: BaseException | None = None  # of the last one, the same on every rank
 
     def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
         """Save the step just done, for good if it `stays`; raises what went wrong with the save
@@ -95,9 +96,14 @@ class Saver:
             raise error
 
     def close(self) -> None:
-        """Let the last save come to its end, whatever has happened beside it."""
-        if self.writing is not None:
-            self.writing.join()
+        """Let the last save come to its end, whatever has happened beside it; what went wrong with
+        it is said, since another error may be on its way.
+        """
+        try:
+            self.wait()
+        except Exception as error:
+            if dist.is_main():
+                log.warn(f"the last save failed: {error}")
 
     def _write(self, step: int, contents: Contents, started: float) -> None:
         try:
@@ -105,8 +111,9 @@ class Saver:
                 checkpoint.save(self.run, step, contents, self.keep)
             else:
                 write_parts(self.run, step, contents, self.keep, self.group)
-        except Exception as error:  # raised where the run next saves, or at its end
-            self.error = error
+        # Of any kind: what ends this thread in silence would pass for a save.
+        except BaseException as error:
+            self.error = error  # raised where the run next saves, or at its end
             return
         if dist.is_main():
             check_grace(time.monotonic() - started)
@@ -157,7 +164,13 @@ class Dealt(Staging):
     def held(self, name: str, value: Tensor) -> Tensor | None:
         if isinstance(value, DTensor):
             return self._part(name, value.to_local(), value.placements, value.shape)
-        if value.ndim and len(value) >= self.size and value.nbytes >= ROWS_BYTES:
+
+        # The first rank's: under DDP each rank's batch norms move by its own rows, and those of
+        # the first go to all before the next step.
+        if value.nbytes < DEALT_BYTES:
+            return self.copy(name, value) if self.rank == 0 else None
+
+        if value.ndim and len(value) >= self.size:
             chunks = value.chunk(self.size)
             own = chunks[self.rank] if self.rank < len(chunks) else value[:0]
             return self._part(name, own, (Shard(0),), value.shape)
@@ -278,12 +291,12 @@ def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=FileOfKind(), save_distributed=True
     )
-    try:
-        with naming(folder):
+    with naming(folder):
+        try:
             save_parts(tensors, storage_writer=writer, process_group=group.handle)
-    except CheckpointException as failure:  # of several ranks at once, and no Exception
-        error, _ = next(iter(failure.failures.values()))
-        raise error from None
+        except CheckpointException as failure:  # of several ranks at once, and no Exception
+            error, _ = next(iter(failure.failures.values()))
+            raise error from None
 
 
 class FileOfKind(dict[str, int]):
