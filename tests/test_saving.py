@@ -5,6 +5,7 @@ import shutil
 import threading
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,4 +274,20 @@ def test_an_error_of_the_last_save_is_said_beside_another(tmp_path, capsys):
     with pytest.raises(ZeroDivisionError), closing(saver):
         saver.write(3, checkpoint.Contents(model={}, optimizer={}), 0.0)
         raise ZeroDivisionError
-    assert "warning: the last save failed: " in capsys.readouterr().err
+    assert "warning: the checkpoint of step 3 could not be written: " in capsys.readouterr().err
+
+
+def test_a_run_that_ends_by_a_failed_save_has_saved_the_steps_since(settings, monkeypatch, capsys):
+    real = checkpoint.save
+
+    def failing_once(run, step, *args):
+        if step == 1:
+            raise OSError(28, "No space left on device", str(run))
+        return real(run, step, *args)
+
+    monkeypatch.setattr(checkpoint, "save", failing_once)
+    config = settings("checkpoint.every=1", "train.duration=4")
+    with pytest.raises(OSError, match="No space left"):
+        train(config)
+    assert "step 1 could not be written: " in capsys.readouterr().err
+    assert [path.name for path in checkpoint.all_of(Path(config.out))] == ["step_00000002"]

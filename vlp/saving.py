@@ -69,14 +69,19 @@ class Saver:
         self.error: BaseException | None = None  # of the last one, the same on every rank
 
     def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
-        """Save the step just done, for good if it `stays`; raises what went wrong with the save
-        before. Collective.
+        """Save the step just done, for good if it `stays`; then raises what went wrong with the
+        save before. Collective.
         """
-        self.wait()  # its copies on the host are used again
+        earlier = self._outcome()  # its copies on the host are used again
         started = time.monotonic()
         contents = collect(config, training, loader, self.staging)
         contents.state["stays"] = stays
         self.write(training.step, contents, started)
+
+        # It ends the run, but the steps since then are not lost where they can be saved.
+        if earlier is not None:
+            self.wait()
+            raise earlier
 
     def write(self, step: int, contents: Contents, started: float) -> None:
         """Begin to write what is on the host: every rank in a thread of its own, which exchange
@@ -88,22 +93,21 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the last save stands; raises what went wrong with it, on every rank."""
-        if self.writing is not None:
-            self.writing.join()
-            self.writing = None
-        error, self.error = self.error, None
+        error = self._outcome()
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """Let the last save come to its end, whatever has happened beside it; what went wrong with
-        it is said, since another error may be on its way.
-        """
-        try:
-            self.wait()
-        except Exception as error:
-            if dist.is_main():
-                log.warn(f"the last save failed: {error}")
+        """Let the last save come to its end, whatever has happened beside it."""
+        self._outcome()
+
+    def _outcome(self) -> BaseException | None:
+        """What went wrong with the last save, once it has come to its end; told once."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        error, self.error = self.error, None
+        return error
 
     def _write(self, step: int, contents: Contents, started: float) -> None:
         try:
@@ -114,6 +118,8 @@ class Saver:
         # Of any kind: what ends this thread in silence would pass for a save.
         except BaseException as error:
             self.error = error  # raised where the run next saves, or at its end
+            if dist.is_main():
+                log.warn(f"the checkpoint of step {step} could not be written: {error}")
             return
         if dist.is_main():
             check_grace(time.monotonic() - started)
