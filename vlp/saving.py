@@ -45,7 +45,7 @@ from vlp.pretrained.runs import KINDS
 from vlp.step import Training
 
 if TYPE_CHECKING:
-    from vlp.losses._table import Table
+    from vlp.losses import Table
 
 # Packages whose versions decide numbers; a checkpoint records them.
 DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
