@@ -1,6 +1,11 @@
 """Checkpoints of several ranks, written in parts beside the steps."""
 
+import resource
+import shutil
 import threading
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +14,12 @@ from tests import ranks
 from tests.engines.test_engines import save
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
-from vlp import checkpoint, dist, saving
+from vlp import checkpoint, dist, saving, stages
 from vlp.export.checkpoints import write_checkpoint
 from vlp.export.place import ExportError
 from vlp.losses._table import Table
 from vlp.pretrained import runs
+from vlp.resume import alone_in
 from vlp.saving import Saver
 from vlp.step import train_step
 from vlp.train import train
@@ -44,12 +50,38 @@ def save_and_compare(engine, run):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_parts_are_the_whole_and_each_rank_writes_its_share(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "ROWS_BYTES", 0)  # these tensors are small
+    monkeypatch.setattr(saving, "DEALT_BYTES", 0)  # these tensors are small
     results = ranks.run(4, save_and_compare, engine, tmp_path)
     assert [different for different, _ in results] == [[]] * 4
     sizes = [size for _, size in results]
     # Headers have each rank's names: the tensors here are hardly larger.
     assert max(sizes) < 1.5 * min(sizes)
+
+
+def statistics_written(run):
+    """{name: this rank's statistics of a batch norm}, and the names of those that it writes."""
+    norm = torch.nn.BatchNorm1d(5)
+    norm(make_batch(own_rows()).text[:, :5].float())
+    moved = norm.state_dict()
+
+    staging = Saver(run, keep=1).staging
+    written = [name for name, value in moved.items() if staging.held(name, value) is not None]
+    return {name: value.tolist() for name, value in moved.items()}, written
+
+
+def test_statistics_of_one_rank_are_written(tmp_path):
+    """Each rank's are of its own rows; under DDP those of the first go to all."""
+    (first, of_first), (other, of_other) = ranks.run(2, statistics_written, tmp_path)
+    assert first["running_mean"] != other["running_mean"]
+    assert (of_first, of_other) == (list(first), [])
+    assert len(of_first) == 5
+
+
+SAMPLES = [1, 3, 7, 9]
+
+
+def deal_all(numbers):
+    return [deal(n_samples) for n_samples in numbers]
 
 
 def deal(n_samples):
@@ -66,10 +98,9 @@ def deal(n_samples):
     return state["t/samples"][:, 0].tolist()
 
 
-@pytest.mark.parametrize("n_samples", [1, 3, 7, 9])
-def test_a_table_that_the_ranks_do_not_divide_keeps_its_order(n_samples):
-    for found in ranks.run(3, deal, n_samples):
-        assert found == list(range(n_samples))
+def test_a_table_that_the_ranks_do_not_divide_keeps_its_order():
+    for tables in ranks.run(3, deal_all, SAMPLES):
+        assert tables == [list(range(n_samples)) for n_samples in SAMPLES]
 
 
 def fail_on_one(run, place):
@@ -77,7 +108,9 @@ def fail_on_one(run, place):
     training = make_training(1, double=False)
     save(training, run)
     training.step = 1
-    if dist.rank() == 1:
+    if dist.rank() == 1 and place == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    elif dist.rank() == 1:
         real = getattr(saving, place)
 
         def failing(*args):
@@ -92,10 +125,11 @@ def fail_on_one(run, place):
     return "nothing"
 
 
-@pytest.mark.parametrize("place", ["_save_tensors", "_manifest_of_own"])
+@pytest.mark.parametrize("place", ["disk", "_save_tensors", "_manifest_of_own"])
 def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(place, tmp_path):
+    expected = "File too large" if place == "disk" else "No space left"
     for said in ranks.run(2, fail_on_one, tmp_path, place):
-        assert "No space left" in said
+        assert expected in said and str(tmp_path) in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
     assert checkpoint.newest(tmp_path) is not None
 
@@ -152,9 +186,17 @@ def test_checkpoints_that_stay(settings):
     assert kept == [4, 8, 9]
 
 
-def test_parts_are_checked_as_files_are(tmp_path):
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    """A run whose two checkpoints two ranks wrote."""
+    run = tmp_path_factory.mktemp("in parts")
+    ranks.run(2, save_twice, run)
+    return run
+
+
+def test_parts_are_checked_as_files_are(in_parts, tmp_path):
     """A part that is missing, shorter or changed: the checkpoint before it is taken."""
-    ranks.run(2, save_twice, tmp_path)
+    shutil.copytree(in_parts, tmp_path, dirs_exist_ok=True)
     newest = checkpoint.newest(tmp_path)
     assert newest.name == "step_00000001" and checkpoint.in_parts(newest)
     part = sorted(newest.glob("shard-00002-*"))[0]
@@ -174,16 +216,15 @@ def test_parts_are_checked_as_files_are(tmp_path):
 def save_twice(run):
     training = make_training(1, double=False)
     save(training, run)
-    training.step = 1
+    train_step(training, make_batch(own_rows()))
     save(training, run)
 
 
-def test_a_checkpoint_in_parts_is_exported_in_one_piece(tmp_path):
+def test_a_checkpoint_in_parts_is_exported_in_one_piece(in_parts, tmp_path):
     """Its tensors are those of the parts, and it needs nothing of them."""
-    ranks.run(2, save_twice, tmp_path / "run")
-    write_checkpoint(tmp_path / "run", tmp_path / "whole")
+    write_checkpoint(in_parts, tmp_path / "whole")
     whole = checkpoint.load(tmp_path / "whole")
-    parts = checkpoint.load(checkpoint.newest(tmp_path / "run"))
+    parts = checkpoint.load(checkpoint.newest(in_parts))
     n_compared = 0
     for kind in runs.KINDS:
         one, other = getattr(whole, kind), getattr(parts, kind)
@@ -194,3 +235,59 @@ def test_a_checkpoint_in_parts_is_exported_in_one_piece(tmp_path):
     assert n_compared > 60 and not checkpoint.in_parts(tmp_path / "whole")
     with pytest.raises(ExportError, match="is no run"):
         write_checkpoint("ViT-B-32:openai", tmp_path / "other")
+
+
+def test_a_joint_between_stages_takes_from_parts_what_it_takes_from_files(in_parts, tmp_path):
+    """Only positions are another size's; an optimiser's state of any other shape stays."""
+    model = make_training(double=False).engine.module
+    write_checkpoint(in_parts, tmp_path / "whole")
+    n_compared = 0
+    for path in (checkpoint.newest(in_parts), tmp_path / "whole"):
+        contents = replace(checkpoint.load(path), description=model.description())
+        assert stages.in_form_of(model, contents) is contents
+
+        larger = make_training(double=False, towers={"image": {"image_size": 24}}).engine.module
+        resized = stages.in_form_of(larger, contents)
+        for kind in ("model", "optimizer"):
+            before, after = getattr(contents, kind), getattr(resized, kind)
+            assert after.keys() == before.keys()
+            changed = [name for name, value in after.items() if not value.equal(before[name])]
+            assert changed and all("positional_embedding" in name for name in changed)
+            n_compared += 1
+    assert n_compared == 4
+
+
+def test_what_a_killed_run_left_of_a_checkpoint_goes_when_it_goes_on(tmp_path):
+    """It need not come to save that step again."""
+    unfinished = checkpoint.temporary(tmp_path, 137)
+    checkpoint.make_empty(unfinished)
+    (unfinished / "shard-00001-model-00001-of-00004.safetensors").write_bytes(b"half")
+    stands = tmp_path / "checkpoints/step_00000100"
+    stands.mkdir()
+    with alone_in(tmp_path):
+        assert list(stands.parent.iterdir()) == [stands]
+
+
+def test_an_error_of_the_last_save_is_said_beside_another(tmp_path, capsys):
+    (tmp_path / "checkpoints").write_text("no folder")
+    saver = Saver(tmp_path, keep=1)
+    with pytest.raises(ZeroDivisionError), closing(saver):
+        saver.write(3, checkpoint.Contents(model={}, optimizer={}), 0.0)
+        raise ZeroDivisionError
+    assert "warning: the checkpoint of step 3 could not be written: " in capsys.readouterr().err
+
+
+def test_a_run_that_ends_by_a_failed_save_has_saved_the_steps_since(settings, monkeypatch, capsys):
+    real = checkpoint.save
+
+    def failing_once(run, step, *args):
+        if step == 1:
+            raise OSError(28, "No space left on device", str(run))
+        return real(run, step, *args)
+
+    monkeypatch.setattr(checkpoint, "save", failing_once)
+    config = settings("checkpoint.every=1", "train.duration=4")
+    with pytest.raises(OSError, match="No space left"):
+        train(config)
+    assert "step 1 could not be written: " in capsys.readouterr().err
+    assert [path.name for path in checkpoint.all_of(Path(config.out))] == ["step_00000002"]

@@ -148,7 +148,7 @@ def check_finite(step: int, contents: Contents) -> None:
 
 def temporary(run: Path, step: int) -> Path:
     """Where a checkpoint is written before it stands under its name."""
-    return run / FOLDER / f"step_{step:08d}.tmp"
+    return run / FOLDER / f"step_{step:08d}{retention.UNFINISHED}"
 
 
 def make_empty(folder: Path) -> None:

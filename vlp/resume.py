@@ -37,6 +37,7 @@ def alone_in(run: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locks.held(run, advice=locks.OF_RUNS))
                 remove_leftovers(run)
+                retention.remove_unfinished(run)
             except (locks.InUse, OSError) as failure:
                 error = failure
 

@@ -6,9 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+from vlp.files import remove_leftovers
 from vlp.pretrained.runs import FOLDER, all_of, looks_complete, named_best
 
 ABANDONED = ".abandoned"  # ending of a checkpoint that the run did not go on from
+UNFINISHED = ".tmp"  # ending of a checkpoint that is being written
 
 
 def prune(run: Path, keep: int, latest: Path | None = None) -> None:
@@ -37,6 +39,15 @@ def prune(run: Path, keep: int, latest: Path | None = None) -> None:
     for path in (run / FOLDER).glob(f"step_*{ABANDONED}"):
         if path.name.split(".")[0] <= latest.name:
             shutil.rmtree(path)
+
+
+def remove_unfinished(run: Path) -> None:
+    """Remove what a killed run left of checkpoints that never stood, of which none may be written
+    again. For whoever holds the run's folder.
+    """
+    for path in (run / FOLDER).glob(f"step_*{UNFINISHED}"):
+        shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(run / FOLDER)  # of best.json
 
 
 def stays(path: Path) -> bool:

@@ -6,9 +6,10 @@
     saver.wait()                            all that was asked for stands
 
 One process writes a checkpoint in one piece. Of several each writes its part through
-torch.distributed.checkpoint: 1/W of the bytes, of which it holds one copy. Sharded tensors are
-written as they lie; those that every rank holds are dealt, large ones row by row. The folder
-appears under its name when all parts are on the disk (vlp.checkpoint).
+torch.distributed.checkpoint: 1/W of the bytes, of which it holds a copy, and while it writes a
+second one of a kind. Sharded tensors are written as they lie; of those that every rank holds the first writes the small ones, and large ones
+are dealt row by row. The folder appears under its name when all parts are on the disk
+(vlp.checkpoint).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,7 @@ from vlp.checkpoint import Contents, Manifest
 from vlp.config import Config
 from vlp.data.loader import Loader
 from vlp.engines.base import Named
+from vlp.engines.replicated import local_part
 from vlp.files import naming
 from vlp.joining import PATIENCE
 from vlp.lifetime import launcher_grace_s
@@ -44,12 +47,12 @@ from vlp.pretrained.runs import KINDS
 from vlp.step import Training
 
 if TYPE_CHECKING:
-    from vlp.losses._table import Table
+    from vlp.losses import Table
 
 # Packages whose versions decide numbers; a checkpoint records them.
 DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
 
-ROWS_BYTES = 2**16  # of a tensor that every rank holds: from here on its rows are dealt
+DEALT_BYTES = 2**16  # of a tensor that every rank holds: from here on it is dealt
 
 
 class Saver:
@@ -65,17 +68,22 @@ class Saver:
             self.group = dist.group_of(handle)
             self.staging = Dealt(DeviceMesh.from_group(handle, "cpu"))
         self.writing: threading.Thread | None = None
-        self.error: Exception | None = None  # of the last one, the same on every rank
+        self.error: BaseException | None = None  # of the last one, the same on every rank
 
     def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
-        """Save the step just done, for good if it `stays`; raises what went wrong with the save
-        before. Collective.
+        """Save the step just done, for good if it `stays`; then raises what went wrong with the
+        save before. Collective.
         """
-        self.wait()  # its copies on the host are used again
+        earlier = self._outcome()  # its copies on the host are used again
         started = time.monotonic()
         contents = collect(config, training, loader, self.staging)
         contents.state["stays"] = stays
         self.write(training.step, contents, started)
+
+        # It ends the run, but the steps since then are not lost where they can be saved.
+        if earlier is not None:
+            self.wait()
+            raise earlier
 
     def write(self, step: int, contents: Contents, started: float) -> None:
         """Begin to write what is on the host: every rank in a thread of its own, which exchange
@@ -87,17 +95,21 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the last save stands; raises what went wrong with it, on every rank."""
-        if self.writing is not None:
-            self.writing.join()
-            self.writing = None
-        error, self.error = self.error, None
+        error = self._outcome()
         if error is not None:
             raise error
 
     def close(self) -> None:
         """Let the last save come to its end, whatever has happened beside it."""
+        self._outcome()
+
+    def _outcome(self) -> BaseException | None:
+        """What went wrong with the last save, once it has come to its end; told once."""
         if self.writing is not None:
             self.writing.join()
+            self.writing = None
+        error, self.error = self.error, None
+        return error
 
     def _write(self, step: int, contents: Contents, started: float) -> None:
         try:
@@ -105,8 +117,11 @@ class Saver:
                 checkpoint.save(self.run, step, contents, self.keep)
             else:
                 write_parts(self.run, step, contents, self.keep, self.group)
-        except Exception as error:  # raised where the run next saves, or at its end
-            self.error = error
+        # Of any kind: what ends this thread in silence would pass for a save.
+        except BaseException as error:
+            self.error = error  # raised where the run next saves, or at its end
+            if dist.is_main():
+                log.warn(f"the checkpoint of step {step} could not be written: {error}")
             return
         if dist.is_main():
             check_grace(time.monotonic() - started)
@@ -157,7 +172,13 @@ class Dealt(Staging):
     def held(self, name: str, value: Tensor) -> Tensor | None:
         if isinstance(value, DTensor):
             return self._part(name, value.to_local(), value.placements, value.shape)
-        if value.ndim and len(value) >= self.size and value.nbytes >= ROWS_BYTES:
+
+        # The first rank's: under DDP each rank's batch norms move by its own rows, and those of
+        # the first go to all before the next step.
+        if value.nbytes < DEALT_BYTES:
+            return self.copy(name, value) if self.rank == 0 else None
+
+        if value.ndim and len(value) >= self.size:
             chunks = value.chunk(self.size)
             own = chunks[self.rank] if self.rank < len(chunks) else value[:0]
             return self._part(name, own, (Shard(0),), value.shape)
@@ -250,7 +271,7 @@ def write_parts(run: Path, step: int, contents: Contents, keep: int, group: dist
     """Write a checkpoint of `step` of which every rank holds its part, then remove what is beyond
     `keep`. Collective over `group`; what fails on any rank is raised on all, and leaves nothing.
     """
-    agree(group, partial(checkpoint.check_finite, step, contents))
+    agree(group, partial(checkpoint.check_finite, step, local_parts(contents)))
     is_first = group.index == 0
     folder = checkpoint.temporary(run, step)
     try:
@@ -268,6 +289,15 @@ def write_parts(run: Path, step: int, contents: Contents, keep: int, group: dist
         raise
 
 
+def local_parts(contents: Contents) -> Contents:
+    """The contents with this rank's rows in the place of sharded tensors, sharing memory."""
+    of_kinds = {}
+    for kind in KINDS:
+        tensors = getattr(contents, kind)
+        of_kinds[kind] = {name: local_part(value) for name, value in tensors.items()}
+    return replace(contents, **of_kinds)
+
+
 def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
     """Write this rank's part of all tensors, one file a kind. Collective."""
     tensors = {}
@@ -278,12 +308,12 @@ def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=FileOfKind(), save_distributed=True
     )
-    try:
-        with naming(folder):
+    with naming(folder):
+        try:
             save_parts(tensors, storage_writer=writer, process_group=group.handle)
-    except CheckpointException as failure:  # of several ranks at once, and no Exception
-        error, _ = next(iter(failure.failures.values()))
-        raise error from None
+        except CheckpointException as failure:  # of several ranks at once, and no Exception
+            error, _ = next(iter(failure.failures.values()))
+            raise error from None
 
 
 class FileOfKind(dict[str, int]):

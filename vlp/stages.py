@@ -275,8 +275,10 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
     def fit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return image_size.fitted(tensors, model.visual, trained_on)
 
-    weights = fit(contents.model)
-    changed = [name for name, value in weights.items() if value is not contents.model[name]]
+    # Read once: of a checkpoint in parts every access makes the tensor anew.
+    stored = dict(contents.model)
+    weights = fit(stored)
+    changed = [name for name, value in weights.items() if value is not stored[name]]
     if not changed:
         return contents
 
@@ -288,7 +290,7 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
     average = {EMA + name: value for name, value in fit(average).items()}
     optimizer = dict(contents.optimizer)
     for name in changed:
-        optimizer = _moments_fitted(optimizer, name, contents.model[name], fit)
+        optimizer = _moments_fitted(optimizer, name, stored[name], fit)
     teacher = {**contents.teacher, **average}
     return replace(contents, model=weights, teacher=teacher, optimizer=optimizer)
 

@@ -45,6 +45,34 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, trials):
     assert n_killed >= trials * 0.9
 
 
+@at_scale(1, 200)
+def test_ranks_killed_while_they_save_go_on_as_if_they_had_not_been(runs: Runs, trials):
+    """Of the parts any number may be on the disk: none of them is taken for a checkpoint."""
+    runs.finish("whole", n_ranks=2)
+    whole = runs.outcome("whole")
+
+    n_inside = 0
+    for trial in range(trials):
+        name = f"run{trial}"
+        checkpoints = runs.folder / name / checkpoint.FOLDER
+        unfinished = checkpoints / f"step_{runs.chance.randrange(2, 11):08d}.tmp"
+        life = runs.start(name, n_ranks=2)
+        runs.until(life, unfinished.exists)
+        # The first at once; parts, hashes and the last name take some 50 ms.
+        time.sleep(runs.chance.random() * 0.05 if trial else 0)
+        life.signal(signal.SIGKILL)
+        life.wait()
+        n_inside += unfinished.exists()
+
+        assert not life.remains()
+        assert checkpoint.newest(runs.folder / name) is not None
+        runs.finish(name, "resume=auto", n_ranks=2)
+        assert runs.outcome(name) == whole, trial
+        assert not list(checkpoints.glob("*.tmp"))
+    # The others met a moment between two saves.
+    assert n_inside >= (trials - 1) * 0.3
+
+
 @at_scale(1, 50)
 def test_a_killed_loader_process_ends_the_run_with_advice_and_it_goes_on_exactly(runs, trials):
     runs.finish("whole", "train.duration=40", "checkpoint.every=100%")

@@ -19,9 +19,12 @@ from vlp.fields import supplier
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
 from vlp.losses._objective import Objective, own_scale, reads
+from vlp.losses._table import Table
 from vlp.pairwise import Backend, Topology
 
-__all__ = ["Common", "Inputs", "Objective", "Schedule", "build", "own_scale", "reads", "supplier"]
+__all__ = [
+    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "own_scale", "reads", "supplier",
+]  # fmt: skip
 
 
 def build(
