@@ -3,8 +3,8 @@ layout.
 
 SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption
 beside each (img2dataset's `files`), or one sub-folder a class. Every image is decoded once before
-anything is written; the output appears at its place only when it is whole. The samples of one
-"origin" stay together, in one shard and one part.
+anything is written; the output appears at its place only when it is whole. A call that was killed
+goes on when it is repeated. The samples of one "origin" stay together, in one shard and one part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
-from vlp.data_tools.pack.target import check_target, replaced
-from vlp.data_tools.pack.write import write_shards
+from vlp.data_tools.pack.pictures import FORMATS, Pictures, loss_of
+from vlp.data_tools.pack.target import check_target, drafted
+from vlp.data_tools.pack.write import plan_of, write_shards
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
@@ -31,6 +32,7 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
   vlp data pack laion/ --to data/train      (laion/00000/000000001.jpg with .txt or .json beside it)
   vlp data pack imagenet/train --to data/imagenet
   vlp data pack imagenet.tar --split-folder val --to data/imagenet_val
+  vlp data pack photos/ --to data/small --max-side 512 --format webp --quality 85
   vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
       --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
@@ -145,6 +147,31 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "1,2/3 to train, 3/3 to test",
     )
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
+    add(
+        "--max-side",
+        type=int,
+        metavar="N",
+        help="shrink images whose longer side has more than N pixels to N; none is enlarged",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default="keep",
+        help="of the images: as they came (default; what is shrunk stays JPEG, PNG, WebP or AVIF, "
+        "other kinds become PNG), or encoded anew unless they are of this format already",
+    )
+    add(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help="of JPEG, WebP and AVIF that are encoded, 1 to 100 (default: 90)",
+    )
+    add(
+        "--lossless",
+        action="store_true",
+        help="with --format: images that came without loss (PNG, BMP, …) stay without, as lossless "
+        "WebP, else as PNG",
+    )
     add("--layout", choices=("train", "clip_benchmark"), default="train")
     add(
         "--split",
@@ -192,6 +219,7 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
 
     check_target(target, args.overwrite)
     _check_options(args)
+    pictures = Pictures.of(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
     listing = read_table(args) if args.captions else None
@@ -201,34 +229,58 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
     classes = contents.classes
     items = items_in_part(contents.items, args)
 
-    # Every picture is decoded before anything is written: a pack is whole, or it is not there.
     named, left_out = sort_out(items, archive, listing)
     named, left_out["whose names contradict each other"] = settle(named, archive)
-    named, left_out["whose image cannot be used"] = without_unreadable(named, archive)
     left_out["images or folders that cannot be used"] = tree.problems if tree else []
+
+    plan = plan_of(named, archive, classes, args, pictures)
+    try:
+        with drafted(target, args.overwrite, plan) as draft:
+            # Every picture is decoded before anything is written: a pack is whole, or not there.
+            named, unusable = without_unreadable(named, archive, pictures, draft.checked())
+            left_out["whose image cannot be used"] = unusable
+            _refuse(left_out, named, archive, bool(tree), args)
+            shards = write_shards(named, archive, classes, args, draft.folder, pictures)
+    except _Refused:
+        return 1
+
+    n_captions = sum(len(item.captions) for item, _ in named)
+    print(
+        f"{target}: {len(named)} images with {n_captions} captions "
+        f"and {len(classes)} classes in {shards.n} shards"
+    )
+    for line in loss_of(shards.totals, len(named)):
+        print(line)
+    reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
+    _say_rest(args, archive, tree, named, reasons, classes)
+    return 0
+
+
+class _Refused(ValueError):
+    """The input is not packed, and the user knows why."""
+
+
+def _refuse(
+    left_out: dict[str, list[str]],
+    named: list[Named],
+    archive: Archive,
+    is_tree: bool,
+    args: argparse.Namespace,
+) -> None:
+    """Name everything unusable; raises _Refused unless it may be left out, ValueError where nothing
+    else is there.
+    """
     problems = list(chain.from_iterable(left_out.values()))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and args.on_missing == "fail":
-        _say_refused(len(problems), archive, bool(tree), bool(named))
-        return 1
+        _say_refused(len(problems), archive, is_tree, bool(named))
+        raise _Refused
     if not named:
         raise ValueError(
             f"no usable image is left to pack; is {archive.path} the right folder? "
             f"It holds {_some(archive.names)}"
         )
-
-    with replaced(target, args.overwrite) as partial:
-        n_shards = write_shards(named, archive, classes, args, partial)
-
-    n_captions = sum(len(item.captions) for item, _ in named)
-    print(
-        f"{target}: {len(named)} images with {n_captions} captions "
-        f"and {len(classes)} classes in {n_shards} shards"
-    )
-    reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
-    _say_rest(args, archive, tree, named, reasons, classes)
-    return 0
 
 
 def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bool) -> None:
