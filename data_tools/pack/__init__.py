@@ -54,7 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--captions",
         metavar="TABLE",
         help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; "
-        "COCO's, Karpathy's, LLaVA's JSON",
+        "COCO's, Karpathy's, LLaVA's JSON; or the folder of img2dataset's .parquet files",
     )
     add(
         "--image-column",
@@ -215,6 +215,7 @@ def run(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace, target: Path) -> int:
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
+    from vlp.data.tables import fetched
     from vlp.data.trees import read_tree
 
     check_target(target, args.overwrite)
@@ -222,6 +223,9 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
     pictures = Pictures.of(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
+    if not args.captions and not archive.has_texts:
+        # What img2dataset fetched without writing texts is told of by its own tables.
+        args.captions = str(archive.path) if fetched.files_in(archive.path) else None
     listing = read_table(args) if args.captions else None
     tree = None if listing else read_tree(archive, args.lines)
     contents = listing or tree
