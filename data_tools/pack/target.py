@@ -41,6 +41,11 @@ class Draft:
         """The file of what is known of the pictures."""
         return self.folder / "_checked.jsonl"
 
+    def n_checked(self) -> int:
+        """Lines in it, one for some hundred pictures."""
+        path = self.checked()
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
     def publish(self, overwrite: bool) -> None:
         """Give the folder its name."""
         from vlp.files import sync
@@ -85,13 +90,14 @@ def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
         raise
     except BaseException:
         finished = [path for path in draft.folder.rglob("*.tar") if not path.name.startswith(".")]
-        if not finished:
+        if finished or draft.n_checked() > 1:
+            print(
+                f"{len(finished)} finished shards and what is known of the pictures wait in "
+                f"{draft.folder}; the same command goes on",
+                file=sys.stderr,
+            )
+        else:
             draft.discard()
-            raise
-        print(
-            f"{len(finished)} finished shards wait in {draft.folder}; the same command goes on",
-            file=sys.stderr,
-        )
         raise
 
 
