@@ -18,10 +18,11 @@ _PLAN = "_plan.txt"  # a digest of settings and input
 class Draft:
     """A folder to write into that becomes `target`, in place of an earlier one, with `publish`.
 
-    `plan`: a digest of all that the output depends on. Unfinished work of another plan is removed.
+    `plan`: a digest of all that the output depends on. Raises FileExistsError for unfinished work
+    of another plan, which `overwrite` removes.
     """
 
-    def __init__(self, target: Path, plan: str) -> None:
+    def __init__(self, target: Path, plan: str, overwrite: bool) -> None:
         from vlp.files import write_atomically
 
         self.target = target
@@ -30,12 +31,23 @@ class Draft:
         self._recover()
 
         note = self.folder / _PLAN
-        if not note.exists() or note.read_text() != plan:
-            if self.folder.exists():
-                print(f"note: unfinished work on {target} was of other input or settings; removed")
-                shutil.rmtree(self.folder)
-            self.folder.mkdir(parents=True)
-            write_atomically(note, plan.encode())
+        if note.exists() and note.read_text() == plan:
+            return
+        # A mistyped option must not cost the work of hours.
+        finished = self.finished()
+        if finished and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} holds {len(finished)} finished shards of other input or settings; "
+                "give the command that they are of to go on with them, or --overwrite to begin anew"
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_atomically(note, plan.encode())
+
+    def finished(self) -> list[Path]:
+        """The shards in it."""
+        paths = sorted(self.folder.rglob("*.tar"))
+        return [path for path in paths if not path.name.startswith(".")]
 
     def checked(self) -> Path:
         """The file of what is known of the pictures."""
@@ -80,7 +92,7 @@ def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
     """A Draft that is published when the block ends well, removed where its input is unusable, and
     kept for the next call where it is interrupted.
     """
-    draft = Draft(target, plan)
+    draft = Draft(target, plan, overwrite)
     try:
         yield draft
         draft.publish(overwrite)
@@ -89,7 +101,7 @@ def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
         draft.discard()
         raise
     except BaseException:
-        finished = [path for path in draft.folder.rglob("*.tar") if not path.name.startswith(".")]
+        finished = draft.finished()
         if finished or draft.n_checked() > 1:
             print(
                 f"{len(finished)} finished shards and what is known of the pictures wait in "
