@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from vlp.data_tools._run.work import clock
+
 _TERMINAL_S, _LINES_S = 0.2, 30.0  # between two lines
 
 Thing = TypeVar("Thing")
@@ -36,15 +38,9 @@ def progress(
 
         # Since the start, not since the last line: the time left then jumps less.
         rate = n_done / max(now - started, 1e-9)
-        left = _clock(round((total - n_before - n_done) / max(rate, 1e-9)))
+        left = clock(round((total - n_before - n_done) / max(rate, 1e-9)))
         line = f"{n_before + n_done:,} of {total:,} images {verb}, {rate:,.0f}/s, {left} left"
         if on_terminal:
             print(f"\r{line:<79}", end="\n" if is_last else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: int) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
