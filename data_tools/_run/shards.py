@@ -16,8 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from vlp.data.captions import Choice
 from vlp.data.format import ShardWriter, index, is_class_number
 from vlp.data.scan import scan
+from vlp.data.tables import fetched
 from vlp.data_tools._belonging import settle
 from vlp.data_tools._run.work import Job, Pool, Result, carry_out, read_note
 from vlp.files import write_atomically
@@ -53,6 +55,7 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     """All usable samples of a shard, in order; the others are counted."""
     # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
+    rows = _rows_beside(path, counts)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
 
@@ -60,8 +63,28 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
         for i in range(shard.count):
             counts["samples read"] += 1
             sample = shard.sample(file, i)
+            if row := rows.get(sample.key):
+                counts["completed from the parquet file beside the shard"] += 1
+                _complete(sample, row)
             settle(sample, counts)
             yield sample
+
+
+def _rows_beside(path: Path, counts: Counter[str]) -> dict[str, dict[str, Any]]:
+    """What img2dataset noted of a shard's samples, by key."""
+    try:
+        return fetched.rows_beside(path)
+    # The samples are whole without it.
+    except (ValueError, OSError):
+        counts["unreadable: parquet files beside shards"] += 1
+        return {}
+
+
+def _complete(sample: Content, row: dict[str, Any]) -> None:
+    """Give a sample the columns that its JSON lacks, and the caption where it has none."""
+    sample.meta = fetched.completed(sample.meta, row)
+    if not sample.captions and not sample.text:
+        sample.captions = Choice().captions(sample.meta, sample.text)
 
 
 def windows(samples: Iterable[Content], size: int) -> Iterator[list[Content]]:
@@ -92,7 +115,9 @@ def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]
     if folder.resolve() in {path.parent.resolve() for path in sources}:
         raise ValueError(f"{folder} holds the input; name another folder, the input stays as it is")
     # Sources are compared by name and size, so that a data set may move between two calls.
-    sizes = [[path.name, path.stat().st_size] for path in sources]
+    tables = [fetched.beside(path) for path in sources]
+    parts = [*sources, *(table for table in tables if table)]
+    sizes = [[path.name, path.stat().st_size] for path in parts]
     claimed = {"settings": without_secrets(settings), "sources": sizes}
     claimed = json.loads(json.dumps(claimed))  # as it will be read back
 

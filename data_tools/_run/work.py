@@ -317,14 +317,15 @@ class _Progress:
         line = f"{self.title}: {self.n_done}/{self.n_jobs} shards"
         line += f", {self.n_samples:,} samples, {rate:,.0f}/s"
         if is_last:
-            return f"{line}, took {_clock(round(elapsed_s))}"
+            return f"{line}, took {clock(round(elapsed_s))}"
 
         # Shards differ in size, so the time left goes by bytes.
         left_s = round(elapsed_s * (self.size - self.size_done) / max(self.size_done, 1))
-        return f"{line}, {_clock(left_s)} left"
+        return f"{line}, {clock(left_s)} left"
 
 
-def _clock(seconds: int) -> str:
+def clock(seconds: int) -> str:
+    """Seconds as people read them: 1:02:03, 2:03."""
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

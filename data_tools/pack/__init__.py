@@ -3,8 +3,8 @@ layout.
 
 SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption
 beside each (img2dataset's `files`), or one sub-folder a class. Every image is decoded once before
-anything is written; the output appears at its place only when it is whole. The samples of one
-"origin" stay together, in one shard and one part.
+anything is written; the output appears at its place only when it is whole. A call that was killed
+goes on when it is repeated. The samples of one "origin" stay together, in one shard and one part.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
-from vlp.data_tools.pack.target import check_target, replaced
-from vlp.data_tools.pack.write import write_shards
+from vlp.data_tools.pack.options import arguments as arguments
+from vlp.data_tools.pack.options import check_options
+from vlp.data_tools.pack.pictures import Pictures, loss_of
+from vlp.data_tools.pack.target import check_target, drafted
+from vlp.data_tools.pack.write import plan_of, write_shards
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
@@ -31,146 +34,11 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
   vlp data pack laion/ --to data/train      (laion/00000/000000001.jpg with .txt or .json beside it)
   vlp data pack imagenet/train --to data/imagenet
   vlp data pack imagenet.tar --split-folder val --to data/imagenet_val
+  vlp data pack photos/ --to data/small --max-side 512 --format webp --quality 85
   vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
       --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
 """
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `vlp data pack`."""
-    add = parser.add_argument
-    add(
-        "source",
-        help="folder or tar of images: with texts beside them, one sub-folder a class, "
-        "or named by --captions",
-    )
-    add("--to", required=True, metavar="DIR", help="the new folder")
-
-    # The table, where captions do not lie beside their images.
-    add(
-        "--captions",
-        metavar="TABLE",
-        help=".csv, .tsv, .txt, .token, .jsonl, .json or .parquet: one row an image or a caption; "
-        "COCO's, Karpathy's, LLaVA's JSON",
-    )
-    add(
-        "--image-column",
-        default="",
-        metavar="NAME",
-        help="column with image names (default: image, file_name, …)",
-    )
-    add(
-        "--caption-column",
-        default=[],
-        action="append",
-        metavar="NAME",
-        help="column with captions; may be repeated",
-    )
-    add(
-        "--class-column",
-        default="",
-        metavar="NAME",
-        help="column with class names (default: class)",
-        # Which of its rows and images.
-    )
-    add(
-        "--where",
-        default=[],
-        action="append",
-        metavar="COLUMN=VALUE",
-        help="only rows with this value; repeated for one column: with one of these",
-    )
-    add(
-        "--rows",
-        default="",
-        metavar="A:B",
-        help="only these rows of the table: :1000 the first thousand, 1000: all but them",
-    )
-    add(
-        "--only",
-        default="",
-        metavar="LIST",
-        help="only images that this file names, one a line (Flickr_8k.trainImages.txt)",
-        # How a text table is written, where that cannot be told from its first lines.
-    )
-    add(
-        "--separator",
-        default="",
-        metavar="CHARACTER",
-        help="of a text table: a character, tab or space (default: found)",
-    )
-    add(
-        "--encoding",
-        default="",
-        metavar="NAME",
-        help="of a text table, such as cp1252 (default: UTF-8 or UTF-16)",
-    )
-    add(
-        "--header",
-        choices=("auto", "yes", "no"),
-        default="auto",
-        help="whether the first line names the columns",
-    )
-    add(
-        "--quoting",
-        choices=("auto", "csv", "none"),
-        default="auto",
-        help="csv: as RFC 4180 says; none: a quote is a character",
-        # A folder or tar without a table.
-    )
-    add(
-        "--lines",
-        choices=("one", "each"),
-        default="one",
-        help="a text of several lines beside an image is one caption, or each of its lines is one",
-    )
-    add(
-        "--split-folder",
-        default="",
-        metavar="NAME",
-        help="only this sub-folder of SOURCE, where it holds splits",
-    )
-    add(
-        "--links",
-        choices=("follow", "inside"),
-        default="follow",
-        help="links that lead out of SOURCE: follow them and say so (default), or leave them out",
-        # What is written.
-    )
-    add(
-        "--part",
-        metavar="K/N",
-        help="only these of N parts, chosen by a hash of the image's name or origin: "
-        "1,2/3 to train, 3/3 to test",
-    )
-    add("--samples-per-shard", type=int, default=10_000, metavar="N")
-    add("--layout", choices=("train", "clip_benchmark"), default="train")
-    add(
-        "--split",
-        default="test",
-        help="name of the split's folder in clip_benchmark's layout (default: test)",
-    )
-    add(
-        "--template",
-        default=[],
-        action="append",
-        metavar="TEXT",
-        help="prompt with {} for the class (clip_benchmark)",
-        # What is unusable, or in the way.
-    )
-    add(
-        "--on-missing",
-        choices=("fail", "skip"),
-        default="fail",
-        help="rows without a usable image, images without a text, class folders without an image: "
-        "refuse, or leave out",
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="replace a folder that holds earlier output of this tool",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,12 +56,17 @@ def run(args: argparse.Namespace) -> int:
 def _pack(args: argparse.Namespace, target: Path) -> int:
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
+    from vlp.data.tables import fetched
     from vlp.data.trees import read_tree
 
     check_target(target, args.overwrite)
-    _check_options(args)
+    check_options(args)
+    pictures = Pictures.of(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
+    if not args.captions and not archive.has_texts:
+        # What img2dataset fetched without writing texts is told of by its own tables.
+        args.captions = str(archive.path) if fetched.files_in(archive.path) else None
     listing = read_table(args) if args.captions else None
     tree = None if listing else read_tree(archive, args.lines)
     contents = listing or tree
@@ -201,34 +74,58 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
     classes = contents.classes
     items = items_in_part(contents.items, args)
 
-    # Every picture is decoded before anything is written: a pack is whole, or it is not there.
     named, left_out = sort_out(items, archive, listing)
     named, left_out["whose names contradict each other"] = settle(named, archive)
-    named, left_out["whose image cannot be used"] = without_unreadable(named, archive)
     left_out["images or folders that cannot be used"] = tree.problems if tree else []
+
+    plan = plan_of(named, archive, classes, args, pictures)
+    try:
+        with drafted(target, args.overwrite, plan) as draft:
+            # Every picture is decoded before anything is written: a pack is whole, or not there.
+            named, unusable = without_unreadable(named, archive, pictures, draft.checked())
+            left_out["whose image cannot be used"] = unusable
+            _refuse(left_out, named, archive, bool(tree), args)
+            shards = write_shards(named, archive, classes, args, draft.folder, pictures)
+    except _Refused:
+        return 1
+
+    n_captions = sum(len(item.captions) for item, _ in named)
+    print(
+        f"{target}: {len(named)} images with {n_captions} captions "
+        f"and {len(classes)} classes in {shards.n} shards"
+    )
+    for line in loss_of(shards.totals, len(named)):
+        print(line)
+    reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
+    _say_rest(args, archive, tree, named, reasons, classes)
+    return 0
+
+
+class _Refused(ValueError):
+    """The input is not packed, and the user knows why."""
+
+
+def _refuse(
+    left_out: dict[str, list[str]],
+    named: list[Named],
+    archive: Archive,
+    is_tree: bool,
+    args: argparse.Namespace,
+) -> None:
+    """Name everything unusable; raises _Refused unless it may be left out, ValueError where nothing
+    else is there.
+    """
     problems = list(chain.from_iterable(left_out.values()))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems and args.on_missing == "fail":
-        _say_refused(len(problems), archive, bool(tree), bool(named))
-        return 1
+        _say_refused(len(problems), archive, is_tree, bool(named))
+        raise _Refused
     if not named:
         raise ValueError(
             f"no usable image is left to pack; is {archive.path} the right folder? "
             f"It holds {_some(archive.names)}"
         )
-
-    with replaced(target, args.overwrite) as partial:
-        n_shards = write_shards(named, archive, classes, args, partial)
-
-    n_captions = sum(len(item.captions) for item, _ in named)
-    print(
-        f"{target}: {len(named)} images with {n_captions} captions "
-        f"and {len(classes)} classes in {n_shards} shards"
-    )
-    reasons = [f"{len(lines)} {reason}" for reason, lines in left_out.items() if lines]
-    _say_rest(args, archive, tree, named, reasons, classes)
-    return 0
 
 
 def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bool) -> None:
@@ -241,23 +138,6 @@ def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bo
     if not any_named and not is_tree:
         question = f"is {archive.path} the right folder? It holds {_some(archive.names)}"
         print(f"none of them has its image; {question}", file=sys.stderr)
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    """Refuse options that choose from a table where none is named: they would be ignored."""
-    of_tables = (
-        "image_column",
-        "caption_column",
-        "class_column",
-        "where",
-        "only",
-        "separator",
-        "encoding",
-    )
-    useless = [f"--{name.replace('_', '-')}" for name in of_tables if getattr(args, name)]
-    useless += [f"--{name}" for name in ("header", "quoting") if getattr(args, name) != "auto"]
-    if useless and not args.captions:
-        raise ValueError(f"{', '.join(useless)} choose from a table; name it with --captions TABLE")
 
 
 def _say_rest(

@@ -1,58 +1,116 @@
-"""The folder that a pack becomes: written beside it, and renamed when it is whole."""
+"""The folder that a pack becomes: written beside it, and renamed when it is whole.
+
+What a killed call has finished stays under the name that the next call of the same settings and
+input looks for, so that it goes on.
+"""
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PLAN = "_plan.txt"  # a digest of settings and input
 
-@contextmanager
-def replaced(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `target`, in place of an earlier one, when the block ends
-    without an error.
+
+class Draft:
+    """A folder to write into that becomes `target`, in place of an earlier one, with `publish`.
+
+    `plan`: a digest of all that the output depends on. Raises FileExistsError for unfinished work
+    of another plan, which `overwrite` removes.
     """
-    from vlp.files import sync
 
-    # Named by process, so that two calls do not write into one folder. What killed calls left
-    # behind is removed.
-    prefix = f".{target.name}.{socket.gethostname()}."
-    for leftover in target.parent.glob(f"{prefix}*.partial"):
-        if not _is_alive(leftover.name.removeprefix(prefix).removesuffix(".partial")):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def __init__(self, target: Path, plan: str, overwrite: bool) -> None:
+        from vlp.files import write_atomically
 
-    partial = target.with_name(f"{prefix}{os.getpid()}.partial")
-    previous = target.with_name(f".{target.name}.previous")
-    if previous.exists() and not target.exists():
-        previous.rename(target)  # a call was killed between its two renames
-    try:
-        yield partial
-        sync(partial)
-        check_target(target, overwrite)  # again: another call may have finished meanwhile
+        self.target = target
+        self.folder = target.with_name(f".{target.name}.partial")
+        self._previous = target.with_name(f".{target.name}.previous")
+        self._recover()
+
+        note = self.folder / _PLAN
+        if note.exists() and note.read_text() == plan:
+            return
+        # A mistyped option must not cost the work of hours.
+        finished = self.finished()
+        if finished and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} holds {len(finished)} finished shards of other input or settings; "
+                "give the command that they are of to go on with them, or --overwrite to begin anew"
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_atomically(note, plan.encode())
+
+    def finished(self) -> list[Path]:
+        """The shards in it."""
+        paths = sorted(self.folder.rglob("*.tar"))
+        return [path for path in paths if not path.name.startswith(".")]
+
+    def checked(self) -> Path:
+        """The file of what is known of the pictures."""
+        return self.folder / "_checked.jsonl"
+
+    def n_checked(self) -> int:
+        """Lines in it, one for some hundred pictures."""
+        path = self.checked()
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the folder its name."""
+        from vlp.files import sync
+
+        check_target(self.target, overwrite)  # again: another call may have finished meanwhile
+        self.checked().unlink(missing_ok=True)
+        (self.folder / _PLAN).unlink()
+        sync(self.folder)
 
         # The earlier pack moves aside first, so that a kill between the renames loses neither.
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        partial.rename(target)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        if previous.exists() and not target.exists():
-            previous.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if self.target.exists():
+                shutil.rmtree(self._previous, ignore_errors=True)
+                self.target.rename(self._previous)
+            self.folder.rename(self.target)
+            shutil.rmtree(self._previous, ignore_errors=True)
+        finally:
+            self._recover()
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Give an earlier pack its name back, where a call ended between its two renames."""
+        if self._previous.exists() and not self.target.exists():
+            self._previous.rename(self.target)
 
 
-def _is_alive(process: str) -> bool:
+@contextmanager
+def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
+    """A Draft that is published when the block ends well, removed where its input is unusable, and
+    kept for the next call where it is interrupted.
+    """
+    draft = Draft(target, plan, overwrite)
     try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return True
+        yield draft
+        draft.publish(overwrite)
+    # No later call could go on: what was found wrong stays wrong.
+    except ValueError:
+        draft.discard()
+        raise
+    except BaseException:
+        finished = draft.finished()
+        if finished or draft.n_checked() > 1:
+            print(
+                f"{len(finished)} finished shards and what is known of the pictures wait in "
+                f"{draft.folder}; the same command goes on",
+                file=sys.stderr,
+            )
+        else:
+            draft.discard()
+        raise
 
 
 def check_target(target: Path, overwrite: bool) -> None:

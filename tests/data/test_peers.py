@@ -100,7 +100,8 @@ def test_we_read_img2datasets_layout(tmp_path):
     write_tar(tmp_path / "00000.tar", members)
     (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 20, "successes": 5}))
     (tmp_path / "00000.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="1 of 5 samples have no caption"):
+    refused = r"1 of 5 samples have no caption.* vlp data filter SHARDS --to DIR"
+    with pytest.raises(ValueError, match=refused):
         open_shards(Options(str(tmp_path)), Captions())
     source = open_shards(Options(str(tmp_path)), Captions(missing="drop"))
     assert [source[k].captions for k in range(4)] == [

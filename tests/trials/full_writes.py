@@ -126,7 +126,10 @@ def trial(
         "missing": [p for p in whole if p not in after],
         "changed": [p for p in kept if after.get(p) != before[p]],
         "torn": [p for p in logs if not whole_lines(place / p)],
-        "partial": [p for p in after if any(end in p for end in (".tmp", "partial", ".lock"))],
+        # Finished files in a draft's folder are what the same command goes on with.
+        "partial": [
+            p for p in after if any(end in Path(p).name for end in (".tmp", "partial", ".lock"))
+        ],
         "again": again,
         "said_again": said_again,
         "same_files": contents(place).keys() == whole.keys(),

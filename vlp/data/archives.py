@@ -138,6 +138,11 @@ class Archive:
         """
         return self.index.find(name)
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are texts that may belong to pictures, beside the statistics of shards."""
+        return any(not name.endswith("_stats.json") for name in self.texts)
+
     def why_not(self, name: str) -> str:
         """Why `find` answers None, to stand behind the name: "is missing in …", with the nearest
         names there are."""

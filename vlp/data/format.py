@@ -26,6 +26,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
@@ -80,6 +81,7 @@ class ShardWriter:
         self._digits = max(4, len(str(samples_per_shard - 1)))
         self._tar: tarfile.TarFile | None = None
         self._digests: dict[str, int] = {}  # of the samples of the shard that is being written
+        self._totals: Counter[str] = Counter()  # of its samples' numbers
         self._origin: Any = None  # of the last sample; a shard ends only where it changes
 
         # Of several processes only the first one can tell a folder that was full before.
@@ -101,6 +103,8 @@ class ShardWriter:
         txt: str | None = None,  # other text for the .txt; default: the first caption
         # Images that negatives are true of, by their place in the JSON's list.
         negative_images: Mapping[int, Picture] = MappingProxyType({}),
+        # Numbers of this sample, whose sums stand in the shard's statistics.
+        numbers: Mapping[str, int] = MappingProxyType({}),
     ) -> str:
         """Append one sample and return its key; raises ValueError for what cannot be read back."""
         meta = meta or {}
@@ -138,6 +142,7 @@ class ShardWriter:
 
         read_back = {_as_read(name): data for name, data in named.items()}
         self._digests[_as_read(key)] = digest_of(read_back)
+        self._totals.update(numbers)
         self._origin = origin
         self.n_samples += 1
 
@@ -209,7 +214,7 @@ class ShardWriter:
 
         # img2dataset's names of what it counts, so that its tools read ours.
         n = len(self._digests)
-        stats = {
+        stats: dict[str, Any] = {
             "count": n,
             "successes": n,
             "failed_to_download": 0,
@@ -217,10 +222,12 @@ class ShardWriter:
             "status_dict": {"success": n},
             "digests": as_json(self._digests),
         }
+        if self._totals:
+            stats["totals"] = dict(self._totals)
         write_atomically(stats_path, (json.dumps(stats, indent=1) + "\n").encode())
 
         self.paths.append(path)
-        self._tar, self._digests = None, {}
+        self._tar, self._digests, self._totals = None, {}, Counter()
         self._number += 1
 
     def __enter__(self) -> ShardWriter:

@@ -21,8 +21,9 @@ size; all else is Pillow's.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from typing import NamedTuple
 
@@ -75,6 +76,8 @@ class Header(NamedTuple):
     height: int
     turned: bool  # its Exif orientation is not 1
     transparent: bool  # it has an alpha channel or a transparent colour
+    kind: str  # Pillow's name of the format, a key of IMAGE_FORMATS
+    lossless: bool  # stored without loss, as far as the header tells
 
 
 def header(data: bytes, decoding: Decoding = ON_WHITE) -> Header:
@@ -86,7 +89,9 @@ def header(data: bytes, decoding: Decoding = ON_WHITE) -> Header:
     # Pillow gives a TIFF's size as it will be after loading, which turns it.
     if orientation in _SIDEWAYS and decoding.exif and image.format != "TIFF":
         width, height = height, width
-    return Header(width, height, orientation != 1, _has_transparency(image))
+    kind = "JPEG" if image.format == "MPO" else image.format or ""
+    transparent = _has_transparency(image)
+    return Header(width, height, orientation != 1, transparent, kind, _is_lossless(image, data))
 
 
 def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Image:
@@ -94,6 +99,32 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
 
     side: a JPEG may come at a fraction of its size, not below this many pixels; 0 for the whole.
     """
+    return _upright(data, side, decoding.exif, partial(to_rgb, decoding=decoding))
+
+
+def layered(data: bytes, side: int = 0) -> Image.Image:
+    """The upright picture with its transparency, in RGBA, RGB or gray (L); raises BadImage.
+
+    For those who store it again: what lies behind transparent pixels is chosen when it is read, as
+    `rgb` does. The info holds `icc_profile` where the file has one. side: as in `rgb`.
+    """
+    return _upright(data, side, True, _with_transparency)
+
+
+def _with_transparency(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes in RGBA, RGB or L."""
+    is_wide = image.mode == "F" or image.mode.startswith("I")
+    if image.mode in ("1", "L") and not _has_transparency(image):
+        return image.convert("L")
+    if is_wide or not _has_transparency(image):
+        return to_rgb(image)
+    return image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+
+
+def _upright(
+    data: bytes, side: int, turn_it: bool, converted: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    """The picture, converted and then turned; raises BadImage."""
     image = _open(data)
     try:
         with _quietly():
@@ -102,8 +133,10 @@ def rgb(data: bytes, decoding: Decoding = ON_WHITE, side: int = 0) -> Image.Imag
             image.load()
 
             # Turned last: transparency and colours are of the stored pixels.
-            turn = _TURNS.get(_orientation(image)) if decoding.exif else None
-            picture = to_rgb(image, decoding)
+            turn = _TURNS.get(_orientation(image)) if turn_it else None
+            picture = converted(image)
+            if "icc_profile" in image.info:
+                picture.info["icc_profile"] = image.info["icc_profile"]
             return picture if turn is None else picture.transpose(turn)
     except BadImage:
         raise
@@ -294,6 +327,27 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def _has_transparency(image: Image.Image) -> bool:
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     return has_alpha or image.info.get("transparency") is not None
+
+
+def _is_lossless(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Whether a picture is stored without loss; what the header leaves open counts as lossy."""
+    if image.format == "TIFF":
+        return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
+    if image.format == "WEBP":
+        # A simple file begins with its picture; an extended one has chunks before it.
+        return b"VP8L" in _chunks(data)
+    return image.format in ("PNG", "GIF", "BMP", "PPM")
+
+
+def _chunks(data: bytes) -> list[bytes]:
+    """The names of a WebP's chunks."""
+    names = []
+    position = 12
+    while position + 8 <= len(data):
+        names.append(data[position : position + 4])
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
+    return names
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:

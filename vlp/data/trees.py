@@ -20,7 +20,7 @@ from typing import Any, Literal
 from vlp.data import splits
 from vlp.data.archives import Archive, extension_of, printable
 from vlp.data.captions import Choice, lines_of, read_texts
-from vlp.data.tables import Item
+from vlp.data.tables import Item, fetched
 
 _TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
 # What a .txt or .json is called that is a table rather than a note.
@@ -61,7 +61,15 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
             f"{archive.path} holds splits, not classes: {', '.join(split_folders)}; "
             f"give one of them, such as {_how_to_name(archive, split_folders[0])}"
         )
-    return _pairs(archive, texts, lines) if texts else _classes(archive)
+    if texts:
+        return _pairs(archive, texts, lines)
+    # Their folders are numbered as they were fetched, which says nothing of the pictures.
+    if fetched.files_in(archive.path):
+        raise ValueError(
+            f"{archive.path} holds what img2dataset fetched, without texts beside the images; "
+            f"name its tables: --captions {archive.path} (configuration: captions: {archive.path})"
+        )
+    return _classes(archive)
 
 
 def splits_in(archive: Archive) -> list[str]:

@@ -38,6 +38,7 @@ from vlp.data.sources._table import (
     kinds_of,
     table_of,
 )
+from vlp.data.tables import fetched
 from vlp.types import Sample
 
 
@@ -194,6 +195,15 @@ class Shards(Source):
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
 
+    def _other_columns(self) -> str:
+        """How img2dataset's parquet files beside the shards come into the samples."""
+        if not any(fetched.beside(Path(path)) for path in self.paths):
+            return ""
+        return (
+            ". Parquet files lie beside the shards: vlp data filter SHARDS --to DIR writes their "
+            "columns into the samples"
+        )
+
     def _refuse_or_note(self, kinds: Kinds) -> None:
         """Refuse samples without a text, or note how many there are in each shard."""
         per_shard = kinds.n_without
@@ -212,6 +222,7 @@ class Shards(Source):
                 f"({'; '.join(lines[:3])}). There are texts under {listed(self.names)}: name those "
                 "to take in the source's captions; or set captions.class_templates to make "
                 "captions of class names, or captions.missing=drop to leave the samples out"
+                f"{self._other_columns()}"
             )
         self._problems += lines
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlp.data.members import IMAGE_TYPES
+from vlp.data.tables import fetched
 from vlp.data.tables.files import option
 from vlp.schema import did_you_mean
 
@@ -146,6 +147,9 @@ def _image_column(
     """The column of image names: as named, by a usual name, else by what it holds."""
     if options.image_column:
         return column(columns, options.image_column, table)
+    # Its address says less: pictures lie under their keys.
+    if fetched.is_of_fetched(columns):
+        return fetched.KEY
     image = usual(columns, IMAGE_COLUMNS) or _image_by_content(columns, sample)
 
     if not image:

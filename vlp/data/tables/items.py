@@ -8,7 +8,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from vlp.data.tables import columns, values
+from vlp.data.tables import columns, fetched, values
 from vlp.data.tables.columns import Chosen, TableOptions
 from vlp.data.tables.files import option
 from vlp.data.tables.names import only
@@ -85,6 +85,13 @@ def items(path: str | Path, options: TableOptions, split: str = "") -> Listing:
     chosen = columns.choose(table.columns, sample, options, table.path)
     if not options.named_captions:
         _refuse_dialogues(table, chosen)
+
+    if chosen.image == fetched.KEY and fetched.is_of_fetched(table.columns):
+        n_rows = len(table.rows)
+        table.rows, lost = fetched.succeeded(table.rows)
+        if lost:
+            n_lost = n_rows - len(table.rows)
+            table.notes.append(f"{table.path}: {n_lost:,} rows were not fetched ({lost})")
 
     conditions = {}
     for name, value in options.where.items():

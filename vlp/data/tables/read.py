@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlp.data.tables import delimited, files, forms, values
+from vlp.data.tables import delimited, fetched, files, forms, values
 from vlp.data.tables.columns import TableOptions
 from vlp.data.tables.parquet import parse_parquet
 
@@ -75,6 +75,8 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     """
     path = Path(path).expanduser()
     options = options or TableOptions()
+    if paths := fetched.files_in(path):
+        return _of_fetched(path, paths)
     kind = files.kind_of(path)
     if kind == ".parquet":
         # Says what is wrong with a path, which pyarrow would in its own words.
@@ -106,6 +108,20 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     if not rows:
         raise ValueError(f"{path} has no rows")
     return Table(path, _columns_of(rows), rows, by_line, textual=False, problems=problems, notes=[])
+
+
+def _of_fetched(folder: Path, paths: list[Path]) -> Table:
+    """The rows of all parquet files of img2dataset in a folder, numbered through."""
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for path in paths:
+        numbered, some_notes = parse_parquet(path)
+        rows += [row for _, row in numbered]
+        notes += some_notes
+
+    every_row = list(enumerate(rows, 1))
+    columns = _columns_of(every_row)
+    return Table(folder, columns, every_row, by_line=False, textual=False, problems=[], notes=notes)
 
 
 def read_json(path: str | Path) -> Any:

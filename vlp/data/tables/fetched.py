@@ -1,0 +1,84 @@
+"""The parquet files that img2dataset writes beside what it fetches: a row an address.
+
+00000.parquet    key, url, status ("success", or why not), caption, and every column of the list
+                 that was fetched (similarity, punsafe, …)
+00000.tar        the pictures of the rows that succeeded, by key; or the folder 00000/
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vlp.data.tables.parquet import parse_parquet
+
+KEY = "key"
+_COLUMNS = {KEY, "status", "url"}
+_SUCCESS = "success"
+_NAME = re.compile(r"\d{5,}\.parquet")
+
+Row = dict[str, Any]
+
+
+def is_of_fetched(columns: Iterable[str]) -> bool:
+    """Whether these are the columns of such a file."""
+    return set(columns) >= _COLUMNS
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of this kind in a folder, in order; empty where the first is another table."""
+    if not folder.is_dir():
+        return []
+    paths = sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return paths if paths and _is_one(paths[0]) else []
+
+
+def succeeded(rows: list[tuple[int, Row]]) -> tuple[list[tuple[int, Row]], str]:
+    """The rows whose picture was fetched, and what became of the others, for a note."""
+    kept = [(number, row) for number, row in rows if row.get("status") == _SUCCESS]
+    states = Counter(str(row.get("status")) for _, row in rows)
+    del states[_SUCCESS]
+    lost = ", ".join(f"{state} {n:,}" for state, n in states.most_common(5))
+    return kept, lost
+
+
+def rows_beside(shard: Path) -> dict[str, Row]:
+    """The rows of the pictures in a shard by key; empty where no such file lies beside it. Raises
+    ValueError, OSError for one that cannot be read.
+    """
+    path = beside(shard)
+    if path is None or not _is_one(path):
+        return {}
+    rows, _ = parse_parquet(path)
+    kept, _ = succeeded(rows)
+    return {str(row[KEY]): row for _, row in kept}
+
+
+def beside(shard: Path) -> Path | None:
+    """The file that may tell more of a shard's samples."""
+    path = shard.with_suffix(".parquet")
+    return path if _NAME.fullmatch(path.name) and path.is_file() else None
+
+
+def completed(meta: Row, row: Row) -> Row:
+    """A sample's JSON with the columns that it lacks; what it says itself goes before."""
+    return {
+        **{name: value for name, value in row.items() if value is not None},
+        **{name: value for name, value in meta.items() if value is not None or name not in row},
+    }
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a parquet file has the columns; raises ValueError for a damaged one."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        names = parquet.read_schema(path).names
+    except (ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no whole parquet file ({str(error)[:120]}); fetch or write it again"
+        ) from None
+    return is_of_fetched(names)
