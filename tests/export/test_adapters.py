@@ -82,71 +82,87 @@ def with_peft(folder: Path, model: DualEncoder) -> DualEncoder:
     return model
 
 
-def cases(folder: Path) -> dict[str, tuple[dict, dict]]:
+BOTH_TOWERS = {"image_tower": VIT | LORA, "text_tower": TEXT | {"lora": {"r": 2}}}
+LARGER = {
+    "image_tower": VIT | LORA | {"image_size": 48},
+    "text_tower": TEXT | LORA | {"context": {"length": 24, "keep": 4}},
+}
+ONE_PROJECTION = {"lora": {"r": 2, "targets": ["attn.in_proj", "mlp.c_fc"]}}
+OTHER_DIM = {"embed_dim": 24, "new_projection": True}
+
+
+def case(name: str, folder: Path) -> tuple[dict, dict]:
     """The model sections of a base and of what is tuned."""
     kinds = towers(folder)
-    both = {"image_tower": VIT | LORA, "text_tower": TEXT | {"lora": {"r": 2}}}
-    larger = {
-        "image_tower": VIT | LORA | {"image_size": 48},
-        "text_tower": TEXT | LORA | {"context": {"length": 24, "keep": 4}},
-    }
-    one_projection = {"lora": {"r": 2, "targets": ["attn.in_proj", "mlp.c_fc"]}}
+    timm, language = kinds["timm vit"][1], kinds["huggingface"][1]
+    others = {"image_tower": timm, "text_tower": language}
+    tuned_others = {"image_tower": timm | LORA, "text_tower": language | LORA}
     return {
-        "both towers": ({}, both),
-        "one projection": ({}, {"image_tower": VIT | one_projection}),
-        "other sizes": ({"bias": -10.0}, larger | {"bias": -10.0}),
-        "new projection": ({}, both | {"embed_dim": 24, "new_projection": True}),
-        "timm": (
-            {"image_tower": kinds["timm vit"][1]},
-            {"image_tower": kinds["timm vit"][1] | LORA},
+        "torch's attention": (
+            {"bias": -10.0},
+            LARGER | {"image_tower": VIT | ONE_PROJECTION | {"image_size": 48}, "bias": -10.0},
         ),
-        "hugging face": (
-            {"text_tower": kinds["huggingface"][1]},
-            {"text_tower": kinds["huggingface"][1] | LORA},
-        ),
-    }
+        "layers of other libraries": (others, tuned_others | OTHER_DIM),
+        "both towers": ({}, BOTH_TOWERS),
+        "one projection": ({}, {"image_tower": VIT | ONE_PROJECTION}),
+        "other sizes": ({"bias": -10.0}, LARGER | {"bias": -10.0}),
+        "new projection": ({}, BOTH_TOWERS | OTHER_DIM),
+        "timm": ({"image_tower": timm}, {"image_tower": timm | LORA}),
+        "hugging face": ({"text_tower": language}, {"text_tower": language | LORA}),
+    }[name]
 
 
-def test_peft_and_every_reference_give_the_merged_model(tmp_path: Path, capsys: Any) -> None:
-    n_tried = 0
-    for name, (base_keys, keys) in cases(tmp_path).items():
-        place = tmp_path / f"of {name}"
-        base = tiny(seed=1, **base_keys)
-        reference = save_run(place / "base", base, plain(settings(**base_keys)))
-        run, model = tuned(place / "run", reference, **keys)
-        batch = inputs(model)
-        expected = embedded(checkpoint.load_model(run), batch)
-        assert_same(expected, embedded(model, batch))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch's attention",
+        "layers of other libraries",
+        # Each of what those two join, by itself.
+        pytest.param("both towers", marks=pytest.mark.slow),
+        pytest.param("one projection", marks=pytest.mark.slow),
+        pytest.param("other sizes", marks=pytest.mark.slow),
+        pytest.param("new projection", marks=pytest.mark.slow),
+        pytest.param("timm", marks=pytest.mark.slow),
+        pytest.param("hugging face", marks=pytest.mark.slow),
+    ],
+)
+def test_peft_and_every_reference_give_the_merged_model(
+    name: str, tmp_path: Path, capsys: Any
+) -> None:
+    base_keys, keys = case(name, tmp_path)
+    base = tiny(seed=1, **base_keys)
+    reference = save_run(tmp_path / "base", base, plain(settings(**base_keys)))
+    run, model = tuned(tmp_path / "run", reference, **keys)
+    batch = inputs(model)
+    expected = embedded(checkpoint.load_model(run), batch)
+    assert_same(expected, embedded(model, batch))
 
-        folder = place / "adapters"
-        assert main(["export", str(run), "--form", "adapters", "--to", str(folder)]) == 0
-        assert f"for {reference}" in capsys.readouterr().out
-        assert_same(embedded(checkpoint.load_any(folder), batch), expected)
+    folder = tmp_path / "adapters"
+    assert main(["export", str(run), "--form", "adapters", "--to", str(folder)]) == 0
+    assert f"for {reference}" in capsys.readouterr().out
+    if name in ("torch's attention", "both towers"):
+        whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
+        assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
+    assert_same(embedded(checkpoint.load_any(folder), batch), expected)
 
-        # By peft, onto towers that know no adapters.
-        unadapted = {
-            side: {k: v for k, v in tower.items() if k != "lora"}
-            if isinstance(tower, dict)
-            else tower
-            for side, tower in keys.items()
-        }
-        bare = started(settings(**unadapted), reference)
-        assert_same(embedded(with_peft(folder, bare), batch), expected)
+    # By peft, onto towers that know no adapters.
+    unadapted = {key: _without_lora(value) for key, value in keys.items()}
+    bare = started(settings(**unadapted), reference)
+    assert_same(embedded(with_peft(folder, bare), batch), expected)
 
-        # By the keys of a configuration.
-        again = unadapted | {"new_projection": False}
-        assert_same(embedded(tiny(seed=8, **again, pretrained=str(folder)), batch), expected)
-        assert_same(embedded(started(settings(**again), folder), batch), expected)
+    # By the keys of a configuration.
+    again = unadapted | {"new_projection": False}
+    assert_same(embedded(tiny(seed=8, **again, pretrained=str(folder)), batch), expected)
+    assert_same(embedded(started(settings(**again), folder), batch), expected)
 
-        moved = embedded(tiny(seed=1, **base_keys), inputs(base))
-        assert any(
-            a.shape != b.shape or (a - b).abs().max() > 1e-3 for a, b in zip(moved, expected)
-        )
-        if name == "both towers":
-            whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
-            assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
-        n_tried += 1
-    assert n_tried == 6
+    moved = embedded(tiny(seed=1, **base_keys), inputs(base))
+    assert any(a.shape != b.shape or (a - b).abs().max() > 1e-3 for a, b in zip(moved, expected))
+
+
+def _without_lora(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if key != "lora"}
 
 
 @pytest.fixture(scope="module")
