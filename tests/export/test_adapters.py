@@ -232,6 +232,20 @@ def test_damaged_adapters_and_those_of_another_kind_are_refused(
         with pytest.raises(ValueError, match="expected plain LORA"):
             checkpoint.load_any(other)
 
+    half = changed(folder, tmp_path / "half")
+    file = half / "image/adapter_model.safetensors"
+    tensors = load_file(file)
+    layer = next(name for name in tensors if "c_fc.lora_B" in name)
+    save_file({n: v for n, v in tensors.items() if n != layer}, file)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors holds .*c_fc\.lora_A.* alone"):
+        checkpoint.load_any(half)
+    save_file(tensors | {layer.replace("lora_B.weight", "bias"): tensors[layer].clone()}, file)
+    with pytest.raises(ValueError, match=r"c_fc\.bias, which is no A or B of plain LORA"):
+        checkpoint.load_any(half)
+    save_file({}, file)
+    with pytest.raises(ValueError, match="holds no adapters"):
+        checkpoint.load_any(half)
+
     cut = changed(folder, tmp_path / "cut")
     (cut / "rest.safetensors").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"rest.safetensors cannot be read .*export the adapters"):
