@@ -148,6 +148,21 @@ def test_empty_places_of_a_queue_take_no_part():
     assert train_step(training, batch)["loss"].isfinite()
 
 
+def test_a_queue_saved_without_pictures_starts_empty(capsys):
+    """A judge that came later would see a black picture and no caption for every saved key."""
+    training = judging(queue=True)
+    train_step(training, batch_of())
+    saved = {name: value.clone() for name, value in training.teacher.queue.items()}
+    assert all(value.any() for value in saved.values()) and len(saved) == 4
+    options = config.Teacher(ema=0.7, queue=QUEUE, cross_encoder=JUDGE)
+    engine, needs = training.engine, training.objective.needs | training.judge.queued
+    for kept, is_whole in ((saved.keys(), True), ({"queue_image", "queue_text"}, False)):
+        of_checkpoint = {name: saved[name] for name in kept}
+        teacher = Teacher(options, engine, engine.evaluation_model(), needs, of_checkpoint)
+        assert all(bool(value.any()) == is_whole for value in teacher.queue.values())
+    assert "holds no queue_caption_bytes, queue_pixels" in capsys.readouterr().err
+
+
 OF_CAPTIONS = [{"form": "ranking", "delta": 0.2}, {"form": "margin"}]
 BOTH = [RANKING, *OF_CAPTIONS]
 
