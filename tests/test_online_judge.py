@@ -148,12 +148,28 @@ def test_empty_places_of_a_queue_take_no_part():
     assert train_step(training, batch)["loss"].isfinite()
 
 
-BOTH = [RANKING, {"form": "ranking", "delta": 0.2}, {"form": "margin"}]
+def test_a_queue_saved_without_pictures_starts_empty(capsys):
+    """A judge that came later would see a black picture and no caption for every saved key."""
+    training = judging(queue=True)
+    train_step(training, batch_of())
+    saved = {name: value.clone() for name, value in training.teacher.queue.items()}
+    assert all(value.any() for value in saved.values()) and len(saved) == 4
+    options = config.Teacher(ema=0.7, queue=QUEUE, cross_encoder=JUDGE)
+    engine, needs = training.engine, training.objective.needs | training.judge.queued
+    for kept, is_whole in ((saved.keys(), True), ({"queue_image", "queue_text"}, False)):
+        of_checkpoint = {name: saved[name] for name in kept}
+        teacher = Teacher(options, engine, engine.evaluation_model(), needs, of_checkpoint)
+        assert all(bool(value.any()) == is_whole for value in teacher.queue.values())
+    assert "holds no queue_caption_bytes, queue_pixels" in capsys.readouterr().err
+
+
+OF_CAPTIONS = [{"form": "ranking", "delta": 0.2}, {"form": "margin"}]
+BOTH = [RANKING, *OF_CAPTIONS]
 
 
 def weights_and_terms(micro_batches: int = 1, queue: bool = False):
     """Of STEPS steps of this rank."""
-    training = judging(micro_batches, None if queue else BOTH, queue)
+    training = judging(micro_batches, [RANKING | {"queue": queue}, *OF_CAPTIONS], queue)
     terms = []
     for step in range(STEPS):
         scalars = train_step(training, batch_of(own_rows(), step))
@@ -164,26 +180,22 @@ def weights_and_terms(micro_batches: int = 1, queue: bool = False):
     return terms, {name: value.flatten().tolist() for name, value in tensors.items()}
 
 
-def with_and_without_queue(micro_batches: int = 1):
-    return [weights_and_terms(micro_batches, queue) for queue in (False, True)]
+@pytest.mark.parametrize("queue", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ranks_and_micro_batches_change_nothing(queue):
+    terms, tensors = weights_and_terms(queue=queue)
+    assert {len(step) for step in terms} == {3} and all(all(step) for step in terms)
+    expected = torch.tensor(terms, dtype=torch.float64)
+    tolerance = 1e-6 if queue else 1e-9  # keys are of float32
 
-
-def test_ranks_and_micro_batches_change_nothing():
-    by_ranks = [[with_and_without_queue(3)], ranks.run(2, with_and_without_queue, 3)]
-    for queue, (terms, tensors) in enumerate(with_and_without_queue()):
-        assert {len(step) for step in terms} == {1 if queue else 3}
-        assert all(all(step) for step in terms)
-        tolerance = 1e-6 if queue else 1e-9  # keys are of float32
-        for results in by_ranks:
-            shares = [of_rank[queue][0] for of_rank in results]
-            mean = torch.tensor(shares, dtype=torch.float64).mean(0)
-            expected = torch.tensor(terms, dtype=torch.float64)
-            torch.testing.assert_close(mean, expected, rtol=tolerance, atol=0)
-            assert assert_close(results[0][queue][1], tensors, tolerance) > 20
+    for results in ([weights_and_terms(3, queue)], ranks.run(2, weights_and_terms, 3, queue)):
+        shares = [of_rank for of_rank, _ in results]
+        mean = torch.tensor(shares, dtype=torch.float64).mean(0)
+        torch.testing.assert_close(mean, expected, rtol=tolerance, atol=0)
+        assert assert_close(results[0][1], tensors, tolerance) > 20
 
 
 def test_hard_captions_are_judged_where_the_data_carry_no_scores():
-    training, batch = judging(distill=BOTH[1:]), batch_of()
+    training, batch = judging(distill=OF_CAPTIONS), batch_of()
     fields = judged(training, training.objective, batch, embed(training, batch, 0), 0)
     assert fields.keys() == {"score", "teacher_scores"}
     n = 0

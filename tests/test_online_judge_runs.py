@@ -67,6 +67,14 @@ NAMED = f"teacher.cross_encoder={__name__}:judge_that_must_not_run"
         ([ASKED, f"teacher.cross_encoder={__name__}:absent"], "has no attribute 'absent'"),
         ([ASKED, NAMED, "train.batch=8"], "hardest is 8, but a row has 7 other candidates and 0"),
         (
+            [ASKED, NAMED, "stages=[{duration: 1}, {duration: 1, batch: 4}]"],
+            r"stages\.1: distill\.hardest is 8, but a row has 3 other candidates",
+        ),
+        (
+            [ASKED, NAMED, "train.batch=8", "stages=[{duration: 1, batch: 16}]"],
+            r"after the stages: distill\.hardest is 8, but a row has 7 other candidates",
+        ),
+        (
             [ASKED.replace("batch}", "batch, queue: true}"), NAMED],
             "needs 'queue_image', which this run does not have",
         ),

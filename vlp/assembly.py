@@ -111,8 +111,17 @@ def check_selections(segments: Sequence[Segment], model: DualEncoder) -> None:
         try:
             selection.check(segment.config, model)
         except ValueError as error:
-            place = "" if segment.stage is None else f"stages.{segment.number - 1}: "
-            raise ValueError(f"{place}{error}") from error
+            raise ValueError(f"{segment.place}{error}") from error
+
+
+def check_candidates(segments: Sequence[Segment], objective: losses.Objective) -> None:
+    """Refuse a stage whose batches have fewer candidates than terms ask a judge for. ValueError."""
+    for segment in segments:
+        n_rows = segment.plan.batch // dist.world_size()
+        try:
+            online_judge.check_candidates(segment.config, objective, n_rows)
+        except ValueError as error:
+            raise ValueError(f"{segment.place}{error}") from error
 
 
 def warn_of_other_batches(config: Config, segments: Sequence[Segment]) -> None:
@@ -144,6 +153,7 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     objective = build_objective(config, loader, plan)
     check_objective(config, objective, loader, model)
     later = run.segments[segment.number :]
+    check_candidates(later, objective)
     validator = open_validation(segment, later, model, loader)
     held_out = [] if validator is None else validator.loader.sources
 

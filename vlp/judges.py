@@ -13,7 +13,6 @@ MODEL is a folder or a name on the Hub.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlp.joining import local_device
+from vlp.plugin import is_function_reference, own_function
 from vlp.pretrained.fingerprints import glance
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Judge:
         if kind in (CROSS_ENCODER, MLLM) and ref:
             return cls(kind, ref, device, batch, bf16)
 
-        if kind not in (CROSS_ENCODER, MLLM) and _is_function(kind, ref):
+        if kind not in (CROSS_ENCODER, MLLM) and is_function_reference(text):
             return cls(FUNCTION, text, device, batch, bf16)
         raise ValueError(f"{key} {text!r}: expected {GRAMMAR}")
 
@@ -80,7 +80,7 @@ class Judge:
     def check(self) -> None:
         """Raise ValueError for what is no judge, without reading weights."""
         if self.kind == FUNCTION:
-            _function(self.ref)
+            own_function(self.ref, "judge", GRAMMAR)
         else:
             _transformers_class(self)
 
@@ -177,7 +177,8 @@ class OwnFunction:
     """A function of one's own, whose answers are checked."""
 
     def __init__(self, judge: Judge) -> None:
-        self.ref, self.function = judge.ref, _function(judge.ref)
+        self.ref = judge.ref
+        self.function = own_function(judge.ref, "judge", GRAMMAR)
         self.fingerprint = hashlib.sha256(_source_of(self.function).encode()).hexdigest()
 
     def scores(self, pictures: Sequence[Picture], captions: Sequence[str]) -> Scores:
@@ -305,26 +306,6 @@ def _not_loaded(judge: Judge, reason: object) -> ValueError:
     return ValueError(
         f"judge {judge.ref!r} cannot be loaded as a {judge.kind}: {str(reason)[:300]}"
     )
-
-
-def _is_function(module: str, name: str) -> bool:
-    """Whether a reference is written as package.module:function."""
-    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
-def _function(ref: str) -> Callable[..., Any]:
-    """The function that package.module:function names; ValueError where there is none."""
-    module, _, name = ref.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"judge {ref!r}: {error}; expected {GRAMMAR}, in a module that python finds "
-            "(PYTHONPATH)"
-        ) from None
-    if not callable(function):
-        raise ValueError(f"judge {ref!r} is no function: {str(function)[:60]}")
-    return function
 
 
 def _source_of(function: Callable[..., Any]) -> str:

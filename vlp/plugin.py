@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,42 @@ def load(package: str, name: str) -> ModuleType:
     if name not in known:
         raise ValueError(f"no {name!r} in {package}{did_you_mean(str(name), known)}")
     return importlib.import_module(f"{package}.{name}")
+
+
+def is_function_reference(text: str) -> bool:
+    """Whether a text is written as package.module:function."""
+    module, _, name = text.partition(":")
+    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def own_function(
+    reference: str, place: str, expected: str = "package.module:function"
+) -> Callable[..., Any]:
+    """The user's function that package.module:function names.
+
+    place: the key or option that names it, and expected: what it may say, for messages. ValueError
+    where there is no such function, or where its module fails.
+    """
+    if not is_function_reference(reference):
+        raise ValueError(f"{place} {reference!r}: expected {expected}")
+
+    module, _, name = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{place} {reference!r}: {error}; expected {expected}, in a module that python finds "
+            "(PYTHONPATH)"
+        ) from None
+    # A module of the user's runs as it is imported, and may fail by anything, or leave.
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{place} {reference!r}: importing {module} failed: {type(error).__name__}: "
+            f"{str(error)[:300]}; mend it, until python -c 'import {module}' works"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"{place} {reference!r} is no function: {str(function)[:60]}")
+    return function
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,13 @@ class Segment:
     plan: Plan
     batches: list[tuple[int, int]]  # (first step, rows loaded of all ranks) up to this one
 
+    @property
+    def place(self) -> str:
+        """How a message about it begins: with the key; nothing for a run without stages."""
+        if self.stage is not None:
+            return f"stages.{self.number - 1}: "
+        return "after the stages: " if self.n_segments > 1 else ""
+
     def rate(self, whole_run: Callable[[int], float]) -> Callable[[int], float]:
         """The learning rate as a function of the step: the whole run's, or a schedule of its own
         for a stage with a warm-up of its own.

@@ -16,13 +16,13 @@ FSDP2 and whole on every rank otherwise; the queue is whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vlp import checkpoint, config, dist
+from vlp import checkpoint, config, dist, log
 from vlp.data.raw_texts import CAPTION_BYTES
 from vlp.data.text import same_tokens
 from vlp.engines import Engine
@@ -98,8 +98,9 @@ class Teacher:
         self.queue: dict[str, Tensor] = {}
         empty = _empty_queue(options, model.embed_dim, of_teachers, needs)
         empty |= _empty_pictures(options.queue, model.image_spec.size, needs)
+        held = _held_queue(saved, empty.keys())
         for name, rows in empty.items():
-            self.queue[name] = saved.get(name, rows).to(engine.device, copy=True)
+            self.queue[name] = held.get(name, rows).to(engine.device, copy=True)
         # Keys of another queue's length have no places in this one.
         if wrong := {len(keys) for keys in self.queue.values()} - {options.queue}:
             raise ValueError(
@@ -226,6 +227,22 @@ def _empty_queue(
     for name in needs & OF_TEACHERS.keys():
         empty[name] = torch.zeros(options.queue, *of_teachers)
     return empty
+
+
+def _held_queue(saved: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """A checkpoint's queue; nothing where it lacks a part, with which keys would stand beside the
+    zeros of an empty place.
+    """
+    held = {name: value for name, value in saved.items() if name in names}
+    missing = sorted(set(names) - held.keys())
+    if not held or not missing:
+        return held
+    if dist.is_main():
+        log.warn(
+            f"the checkpoint's queue holds no {', '.join(missing)}, which is read now; it starts "
+            "empty"
+        )
+    return {}
 
 
 def _empty_pictures(n_keys: int, size: tuple[int, int], needs: frozenset[str]) -> dict[str, Tensor]:

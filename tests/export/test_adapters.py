@@ -87,80 +87,87 @@ def with_peft(folder: Path, model: DualEncoder) -> DualEncoder:
     return model
 
 
-def cases(folder: Path) -> dict[str, tuple[dict, dict]]:
+BOTH_TOWERS = {"image_tower": VIT | LORA, "text_tower": TEXT | {"lora": {"r": 2}}}
+LARGER = {
+    "image_tower": VIT | LORA | {"image_size": 48},
+    "text_tower": TEXT | LORA | {"context": {"length": 24, "keep": 4}},
+}
+ONE_PROJECTION = {"lora": {"r": 2, "targets": ["attn.in_proj", "mlp.c_fc"]}}
+OTHER_DIM = {"embed_dim": 24, "new_projection": True}
+
+
+def case(name: str, folder: Path) -> tuple[dict, dict]:
     """The model sections of a base and of what is tuned."""
     kinds = towers(folder)
-    both = {"image_tower": VIT | LORA, "text_tower": TEXT | {"lora": {"r": 2}}}
-    larger = {
-        "image_tower": VIT | LORA | {"image_size": 48},
-        "text_tower": TEXT | LORA | {"context": {"length": 24, "keep": 4}},
-    }
-    one_projection = {"lora": {"r": 2, "targets": ["attn.in_proj", "mlp.c_fc"]}}
+    timm, language = kinds["timm vit"][1], kinds["huggingface"][1]
+    others = {"image_tower": timm, "text_tower": language}
+    tuned_others = {"image_tower": timm | LORA, "text_tower": language | LORA}
     return {
-        "both towers": ({}, both),
-        "one projection": ({}, {"image_tower": VIT | one_projection}),
-        "other sizes": ({"bias": -10.0}, larger | {"bias": -10.0}),
-        "new projection": ({}, both | {"embed_dim": 24, "new_projection": True}),
-        "timm": (
-            {"image_tower": kinds["timm vit"][1]},
-            {"image_tower": kinds["timm vit"][1] | LORA},
+        "torch's attention": (
+            {"bias": -10.0},
+            LARGER | {"image_tower": VIT | ONE_PROJECTION | {"image_size": 48}, "bias": -10.0},
         ),
-        "hugging face": (
-            {"text_tower": kinds["huggingface"][1]},
-            {"text_tower": kinds["huggingface"][1] | LORA},
-        ),
-    }
+        "layers of other libraries": (others, tuned_others | OTHER_DIM),
+        "both towers": ({}, BOTH_TOWERS),
+        "one projection": ({}, {"image_tower": VIT | ONE_PROJECTION}),
+        "other sizes": ({"bias": -10.0}, LARGER | {"bias": -10.0}),
+        "new projection": ({}, BOTH_TOWERS | OTHER_DIM),
+        "timm": ({"image_tower": timm}, {"image_tower": timm | LORA}),
+        "hugging face": ({"text_tower": language}, {"text_tower": language | LORA}),
+    }[name]
 
 
-FAST = ("both towers", "other sizes", "hugging face")
-SLOW = ("one projection", "new projection", "timm")
-
-
-@pytest.mark.parametrize("names", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch's attention",
+        "layers of other libraries",
+        # Each of what those two join, by itself.
+        pytest.param("both towers", marks=pytest.mark.slow),
+        pytest.param("one projection", marks=pytest.mark.slow),
+        pytest.param("other sizes", marks=pytest.mark.slow),
+        pytest.param("new projection", marks=pytest.mark.slow),
+        pytest.param("timm", marks=pytest.mark.slow),
+        pytest.param("hugging face", marks=pytest.mark.slow),
+    ],
+)
 def test_peft_and_every_reference_give_the_merged_model(
-    names: tuple[str, ...], tmp_path: Path, capsys: Any
+    name: str, tmp_path: Path, capsys: Any
 ) -> None:
-    n_tried, known = 0, cases(tmp_path)
-    assert known.keys() == {*FAST, *SLOW}
-    for name in names:
-        base_keys, keys = known[name]
-        place = tmp_path / f"of {name}"
-        base = tiny(seed=1, **base_keys)
-        reference = save_run(place / "base", base, plain(settings(**base_keys)))
-        run, model = tuned(place / "run", reference, **keys)
-        batch = inputs(model)
-        expected = embedded(checkpoint.load_model(run), batch)
-        assert_same(expected, embedded(model, batch))
+    base_keys, keys = case(name, tmp_path)
+    base = tiny(seed=1, **base_keys)
+    reference = save_run(tmp_path / "base", base, plain(settings(**base_keys)))
+    run, model = tuned(tmp_path / "run", reference, **keys)
+    batch = inputs(model)
+    expected = embedded(checkpoint.load_model(run), batch)
+    assert_same(expected, embedded(model, batch))
 
-        folder = place / "adapters"
-        assert main(["export", str(run), "--form", "adapters", "--to", str(folder)]) == 0
-        assert f"for {reference}" in capsys.readouterr().out
-        assert_same(embedded(checkpoint.load_any(folder), batch), expected)
+    folder = tmp_path / "adapters"
+    assert main(["export", str(run), "--form", "adapters", "--to", str(folder)]) == 0
+    assert f"for {reference}" in capsys.readouterr().out
+    if name in ("torch's attention", "both towers"):
+        whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
+        assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
+    assert_same(embedded(checkpoint.load_any(folder), batch), expected)
 
-        # By peft, onto towers that know no adapters.
-        unadapted = {
-            side: {k: v for k, v in tower.items() if k != "lora"}
-            if isinstance(tower, dict)
-            else tower
-            for side, tower in keys.items()
-        }
-        bare = started(settings(**unadapted), reference)
-        assert_same(embedded(with_peft(folder, bare), batch), expected)
+    # By peft, onto towers that know no adapters.
+    unadapted = {key: _without_lora(value) for key, value in keys.items()}
+    bare = started(settings(**unadapted), reference)
+    assert_same(embedded(with_peft(folder, bare), batch), expected)
 
-        # By the keys of a configuration.
-        again = unadapted | {"new_projection": False}
-        assert_same(embedded(tiny(seed=8, **again, pretrained=str(folder)), batch), expected)
-        assert_same(embedded(started(settings(**again), folder), batch), expected)
+    # By the keys of a configuration.
+    again = unadapted | {"new_projection": False}
+    assert_same(embedded(tiny(seed=8, **again, pretrained=str(folder)), batch), expected)
+    assert_same(embedded(started(settings(**again), folder), batch), expected)
 
-        moved = embedded(tiny(seed=1, **base_keys), inputs(base))
-        assert any(
-            a.shape != b.shape or (a - b).abs().max() > 1e-3 for a, b in zip(moved, expected)
-        )
-        if name == "both towers":
-            whole = (run / "checkpoints/step_00000003/model.safetensors").stat().st_size
-            assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) < whole / 20
-        n_tried += 1
-    assert n_tried == 3
+    moved = embedded(tiny(seed=1, **base_keys), inputs(base))
+    assert any(a.shape != b.shape or (a - b).abs().max() > 1e-3 for a, b in zip(moved, expected))
+
+
+def _without_lora(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: item for key, item in value.items() if key != "lora"}
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +274,20 @@ def test_damaged_adapters_and_those_of_another_kind_are_refused(
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(ValueError, match="expected plain LORA"):
             checkpoint.load_any(other)
+
+    half = changed(folder, tmp_path / "half")
+    file = half / "image/adapter_model.safetensors"
+    tensors = load_file(file)
+    layer = next(name for name in tensors if "c_fc.lora_B" in name)
+    save_file({n: v for n, v in tensors.items() if n != layer}, file)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors holds .*c_fc\.lora_A.* alone"):
+        checkpoint.load_any(half)
+    save_file(tensors | {layer.replace("lora_B.weight", "bias"): tensors[layer].clone()}, file)
+    with pytest.raises(ValueError, match=r"c_fc\.bias, which is no A or B of plain LORA"):
+        checkpoint.load_any(half)
+    save_file({}, file)
+    with pytest.raises(ValueError, match="holds no adapters"):
+        checkpoint.load_any(half)
 
     cut = changed(folder, tmp_path / "cut")
     (cut / "rest.safetensors").write_bytes(b"x")

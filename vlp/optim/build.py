@@ -11,7 +11,7 @@ from torch import nn
 from vlp.config import Optimizer
 from vlp.config.optimizer import ADAMW
 from vlp.optim.groups import groups
-from vlp.optim.schedules import own_function
+from vlp.optim.schedules import own_schedule
 from vlp.schema import did_you_mean
 
 LOOKAHEAD = "lookahead_"
@@ -50,7 +50,7 @@ def check(options: Optimizer) -> None:
     """ValueError for a name that does not exist or cannot run, options that the optimiser does not
     take, and a schedule that does not exist.
     """
-    own_function(options.schedule)
+    own_schedule(options.schedule)
     if options.name != ADAMW:
         _check_name(options.name)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 
 from vlp.config import Duration, Optimizer, Plan, WholePlan
+from vlp.plugin import own_function
 
 Factor = Callable[[int, int, int], float]  # (step, warmup, total) -> factor on lr
 
@@ -44,7 +44,7 @@ class Schedule:
         if options.timescale is not None:
             self.timescale = max(1, plan.steps(options.timescale))
 
-        self.own = own_function(options.schedule)
+        self.own = own_schedule(options.schedule)
         if self.own is not None:
             # Its last steps may be days away.
             for step in (0, self.warmup, self.total // 2, self.total - 1):
@@ -96,23 +96,13 @@ class Schedule:
         return float(factor)
 
 
-def own_function(schedule: str) -> Factor | None:
+def own_schedule(schedule: str) -> Factor | None:
     """The function that package.module:function names, None for a schedule by name; ValueError
     where there is none.
     """
-    module, colon, name = schedule.partition(":")
-    if not colon:
+    if ":" not in schedule:
         return None
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"train.optimizer.schedule {schedule!r}: {error}; expected a function in a module "
-            "that python finds (PYTHONPATH)"
-        ) from None
-    if not callable(function):
-        raise ValueError(f"train.optimizer.schedule {schedule!r} is no function: {function!r}")
-    return function
+    return own_function(schedule, "train.optimizer.schedule")
 
 
 def warmup_steps(options: Optimizer, plan: Plan | WholePlan) -> int:

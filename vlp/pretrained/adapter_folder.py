@@ -13,7 +13,7 @@ Read as a model, W + (alpha/r)·B·A stand in plain towers, without peft.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class AdapterFolder:
         folder = self.folder / SIDES[side]
         scaling, tensors = _scaling(folder), _tensors(folder / WEIGHTS)
         added = {}
-        for layer, a, b in layers_of(tensors):
+        for layer, a, b in layers_of(tensors, folder / WEIGHTS):
             name = weight_of(f"{side}.{layer}", weights)
             if name is None or weights[name].shape != (b.shape[0], a.shape[1]):
                 raise ValueError(
@@ -136,12 +136,26 @@ class AdapterFolder:
             )
 
 
-def layers_of(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(layer of the tower, A, B) of peft's tensors."""
-    for name, a in tensors.items():
-        if name.endswith(A):
-            layer = name.removesuffix(A)
-            yield layer.removeprefix(PREFIX), a, tensors[layer + B]
+def layers_of(tensors: Mapping[str, Tensor], path: Path) -> list[tuple[str, Tensor, Tensor]]:
+    """(layer of the tower, A, B) of peft's tensors, which `path` holds; ValueError for others."""
+    layers = dict.fromkeys(name.removesuffix(A).removesuffix(B) for name in tensors)
+    if not layers:
+        raise ValueError(f"{path} holds no adapters; {_REMEDY}")
+
+    # What is left out in silence would make another model: a bias, a layer that learned whole.
+    other = [layer for layer in layers if layer in tensors]
+    if other:
+        raise ValueError(
+            f"{path} holds {other[0]}, which is no A or B of plain LORA. Merge it with peft "
+            "(merge_and_unload), and use the model"
+        )
+    for layer in layers:
+        present = [layer + end for end in (A, B) if layer + end in tensors]
+        if len(present) == 1:
+            raise ValueError(f"{path} holds {present[0]} alone, of A and B; {_REMEDY}")
+    return [
+        (layer.removeprefix(PREFIX), tensors[layer + A], tensors[layer + B]) for layer in layers
+    ]
 
 
 def weight_of(layer: str, weights: Mapping[str, Tensor]) -> str | None:

@@ -32,7 +32,6 @@ Members stay bytes: webdataset's own decoder, which runs pickles, is never used.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import random
 import time
@@ -47,6 +46,7 @@ from vlp.config import Captions
 from vlp.data.captions import Choice, Texts
 from vlp.data.members import TEXT_TYPES, Content, fill, join_texts, parse_name, separate
 from vlp.data.sources import Source, _written, captions_of
+from vlp.plugin import own_function
 from vlp.types import Sample
 
 RESERVE = 64
@@ -92,7 +92,7 @@ def open(options: Options, captions: Captions) -> Stream:
         )
 
     if options.pipeline:
-        _function(options.pipeline)
+        own_function(options.pipeline, "pipeline")
     return stream
 
 
@@ -153,7 +153,8 @@ class Stream(Source):
         import webdataset as wds
 
         if self.options.pipeline:
-            stream = _function(self.options.pipeline)(part, self.options.parts)
+            pipeline = own_function(self.options.pipeline, "pipeline")
+            stream = pipeline(part, self.options.parts)
         else:
             shards = wds.SimpleShardList(self.urls[part :: self.options.parts])
             stream = _written.counted(wds.DataPipeline(shards, wds.tarfile_to_samples()))
@@ -320,11 +321,3 @@ def _bytes(ending: str, value: Any, kind: str) -> bytes:
             "expected bytes: take out decode"
         )
     return value
-
-
-def _function(name: str) -> Callable[[int, int], Iterable[dict[str, Any]]]:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"pipeline {name!r}: {error}") from None
