@@ -41,13 +41,11 @@ from vlp.files import naming
 from vlp.joining import PATIENCE
 from vlp.lifetime import launcher_grace_s
 from vlp.pretrained.runs import KINDS
+from vlp.rendezvous import DECIDING
 from vlp.step import Training
 
 if TYPE_CHECKING:
     from vlp.losses._table import Table
-
-# Packages whose versions decide numbers; a checkpoint records them.
-DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
 
 ROWS_BYTES = 2**16  # of a tensor that every rank holds: from here on its rows are dealt
 
