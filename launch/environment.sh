@@ -13,7 +13,7 @@ vlp_environment() {
 
   # What NCCL says, and what its last exchanges were when one of them had no answer in time, one file
   # a rank: TORCH_FR_DUMP_TEMP_FILE names the folder and the beginning of the name. What then ends
-  # the rank, TORCH_NCCL_ASYNC_ERROR_HANDLING=3, is torch's default and left to it.
+  # the rank, TORCH_NCCL_ASYNC_ERROR_HANDLING, is left to torch, whose defaults all end it.
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
   export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
   export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests import ranks
-from vlp import joining
+from vlp import dist, joining
 from vlp.rendezvous import DECIDING, LaunchError, difference, meet
 
 SHORT = timedelta(seconds=1)
@@ -88,3 +89,24 @@ def test_ranks_that_never_come_are_named_with_the_address(place, rank, message):
     place(rank, ranks._free_port())
     with pytest.raises(LaunchError, match=message):
         meet(SHORT)
+
+
+def _meet_twice(port):
+    """The ranks of a second meeting, in the store that the first one left as it was."""
+    torch.distributed.destroy_process_group()
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    limit = timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", timeout=limit, **meet(limit))
+    torch.distributed.destroy_process_group()
+
+    # The other rank has then seen what there was.
+    if not int(os.environ["RANK"]):
+        time.sleep(0.3)
+    torch.distributed.init_process_group("gloo", timeout=limit, **meet(limit))
+    return dist.gather_objects(int(os.environ["RANK"]))
+
+
+def test_ranks_that_are_started_anew_meet_in_the_store_of_those_that_went():
+    """torchrun serves one store for all its restarts."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert ranks.run(2, _meet_twice, store.port) == [[0, 1], [0, 1]]

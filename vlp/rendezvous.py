@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from torch.distributed.rendezvous import rendezvous
 # Packages whose versions decide numbers; a checkpoint records them, and all ranks have the same.
 DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
 
-_REPORT = "vlp/packages/{rank}"  # in the store: what a rank found on its node
-_VERDICT = "vlp/packages/verdict"  # the first rank's answer to all reports
+_MEETING = "vlp/meeting"  # in the store: the token of the first rank
 _FAREWELL_S = 2.0  # the first rank may hold the store, from which others still read the verdict
+_LOOK_EVERY_S = (0.01, 0.5)  # at first and at most
 
 
 class LaunchError(RuntimeError):
@@ -41,13 +42,19 @@ def meet(timeout: timedelta) -> dict[str, Any]:
     """
     try:
         store, rank, n_ranks = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        meeting, verdict = _compare_packages(store, rank, n_ranks, timeout.total_seconds())
     except torch_dist.DistError as error:
         raise LaunchError(_unreachable(str(error))) from None
-    store.set_timeout(timeout)
-    _compare_packages(store, rank, n_ranks)
 
-    # Keys of the group apart from ours, as torch keeps them where it makes the store itself.
-    own_keys = torch_dist.PrefixStore("default_pg", store)
+    if verdict is not None:
+        if rank == 0:
+            time.sleep(_FAREWELL_S)
+        raise LaunchError(verdict)
+
+    # torchrun keeps one store for all its restarts: keys of the ranks that went are still there,
+    # and a rank would wait for ever for the addresses that they name.
+    own_keys = torch_dist.PrefixStore(meeting, store)
     return {"store": own_keys, "rank": rank, "world_size": n_ranks}
 
 
@@ -61,7 +68,7 @@ def _unreachable(reason: str) -> str:
             "--standalone, which looks for a free one"
         )
     # The first rank's own wait for the others.
-    if "waiting for clients" in reason:
+    if os.environ["RANK"] == "0":
         return (
             f"WORLD_SIZE announces {os.environ['WORLD_SIZE']} processes, and not all came: "
             f"{reason.splitlines()[0][:200]}; look whether every node has started, each with the "
@@ -75,29 +82,58 @@ def _unreachable(reason: str) -> str:
     )
 
 
-def _compare_packages(store: Any, rank: int, n_ranks: int) -> None:
-    """Refuse on every rank what differs between ranks. Collective."""
-    report = {"host": socket.gethostname(), **{name: version(name) for name in DECIDING}}
+def _compare_packages(
+    store: Any, rank: int, n_ranks: int, timeout_s: float
+) -> tuple[str, str | None]:
+    """The token of this meeting, and what differs between its ranks. Collective.
+
+    What an earlier meeting left in the store is told from this one by tokens: the first rank reads
+    reports that were written for its own token, and the others believe a verdict that names theirs.
+    """
+    token = secrets.token_hex(8)
+    report = {name: version(name) for name in DECIDING}
     # With its build: a wheel for another CUDA brings another NCCL, under the same version.
     report["torch"] = str(torch.__version__)
-    store.set(_REPORT.format(rank=rank), json.dumps(report))
+    report |= {"host": socket.gethostname(), "token": token}
+    if rank:
+        return _reported(store, rank, report, timeout_s)
 
     # One rank compares: n reads in all, instead of n on each of n ranks.
-    if rank == 0:
-        reports = [json.loads(store.get(_REPORT.format(rank=other))) for other in range(n_ranks)]
-        store.set(_VERDICT, json.dumps(difference(reports)))
+    store.set(_MEETING, token)
+    of_others = [json.loads(store.get(f"{token}/{other}")) for other in range(1, n_ranks)]
+    reports = [report, *of_others]
+    verdict = difference(reports)
+    tokens = [each["token"] for each in reports]
+    store.set(f"{token}/verdict", json.dumps({"tokens": tokens, "difference": verdict}))
+    return token, verdict
 
-    verdict = json.loads(store.get(_VERDICT))
-    if verdict is not None:
-        if rank == 0:
-            time.sleep(_FAREWELL_S)
-        raise LaunchError(verdict)
+
+def _reported(
+    store: Any, rank: int, report: dict[str, str], timeout_s: float
+) -> tuple[str, str | None]:
+    """Report to the first rank, and wait for its verdict; the token of the meeting, and that."""
+    meeting, pause_s = "", _LOOK_EVERY_S[0]
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        # It may still be that of an earlier meeting.
+        newest = store.get(_MEETING).decode()
+        if newest != meeting:
+            meeting = newest
+            store.set(f"{meeting}/{rank}", json.dumps(report))
+
+        if store.check([f"{meeting}/verdict"]):
+            verdict = json.loads(store.get(f"{meeting}/verdict"))
+            if report["token"] in verdict["tokens"]:
+                return meeting, verdict["difference"]
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LOOK_EVERY_S[1])
+    raise torch_dist.DistStoreError(f"no answer within {timeout_s:.0f} s")
 
 
 def difference(reports: Sequence[dict[str, str]]) -> str | None:
     """What to say of ranks that report other versions; None where all are the same.
 
-    reports: of each rank its `host`, and the version of each package by name.
+    reports: of each rank, in order, its `host`, and the version of each package by name.
     """
     differing = []
     for name in DECIDING:
