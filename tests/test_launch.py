@@ -54,6 +54,8 @@ def test_what_holds_together_is_accepted(environment, variables, count):
         ({"WORLD_SIZE": "2", "RANK": "0"}, ("LOCAL_RANK", "torchrun")),
         ({"WORLD_SIZE": "two"}, ("'two'", "a number")),
         ({"WORLD_SIZE": "0"}, ("'0'", "a number")),
+        ({"WORLD_SIZE": "2", **WHOLE, "RANK": "2"}, ("RANK is '2'", "below WORLD_SIZE")),
+        ({"WORLD_SIZE": "1", "RANK": "-1"}, ("RANK is '-1'", "torchrun")),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             ("started one", "cpu2.yaml", "torchrun"),
