@@ -1,7 +1,7 @@
 #!/bin/bash
 # torchrun, which starts all ranks anew where one has died: bash launch/torchrun.sh configs/clip.yaml train.batch=4096
 #
-# The run then continues from its newest checkpoint, and repeats bit for bit what an undisturbed one does. Stopped by a
+# The run then continues from its newest checkpoint with the same samples in the same order. Stopped by a
 # signal, the ranks save and exit, and are not started again. To choose:
 #   LOCAL_RANKS=4       the ranks of this machine; else one for each GPU, two without
 #   MAX_RESTARTS=10     deaths that are survived (3)

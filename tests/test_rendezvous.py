@@ -54,8 +54,8 @@ def test_of_many_ranks_each_version_is_named_once():
     for report in reports[8:16]:
         report["numpy"] = "2.0"
     message = difference(reports)
-    assert "numpy is 1.0 (16 ranks, the first rank 0 on node0)" in message
-    assert "and 2.0 (8 ranks, the first rank 8 on node1)" in message and len(message) < 300
+    assert "numpy is 1.0 (16 ranks, the first is rank 0 on node0)" in message
+    assert "and 2.0 (8 ranks, the first is rank 8 on node1)" in message and len(message) < 300
 
 
 @pytest.fixture

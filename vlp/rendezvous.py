@@ -154,10 +154,10 @@ def _by_version(name: str, reports: Sequence[dict[str, str]]) -> str:
         holders.setdefault(report[name], []).append(rank)
 
     parts = []
-    for found, holding in holders.items():
+    for release, holding in holders.items():
         first = holding[0]
-        which = f"rank {first} on {reports[first]['host']}"
+        where = f"rank {first} on {reports[first]['host']}"
         if len(holding) > 1:
-            which = f"{len(holding)} ranks, the first {which}"
-        parts.append(f"{found} ({which})")
+            where = f"{len(holding)} ranks, the first is {where}"
+        parts.append(f"{release} ({where})")
     return " and ".join(parts)
