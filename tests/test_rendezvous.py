@@ -29,7 +29,7 @@ def _join_with(port, folder, other):
             metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         sys.path.insert(0, folder)
     try:
-        joining.join("cpu", timedelta(seconds=20))
+        joining.join("cpu", timedelta(seconds=90))
     except LaunchError as error:
         torch.distributed.init_process_group("gloo")  # for the end of `ranks.run`
         return str(error)
@@ -95,7 +95,7 @@ def _meet_twice(port):
     """The ranks of a second meeting, in the store that the first one left as it was."""
     torch.distributed.destroy_process_group()
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    limit = timedelta(seconds=20)
+    limit = timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=limit, **meet(limit))
     torch.distributed.destroy_process_group()
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 # Packages whose versions decide numbers; a checkpoint records them, and all ranks have the same.
@@ -54,7 +55,7 @@ def meet(timeout: timedelta) -> dict[str, Any]:
 
     # torchrun keeps one store for all its restarts: keys of the ranks that went are still there,
     # and a rank would wait for ever for the addresses that they name.
-    own_keys = torch_dist.PrefixStore(meeting, store)
+    own_keys = PrefixStore(meeting, store)
     return {"store": own_keys, "rank": rank, "world_size": n_ranks}
 
 
