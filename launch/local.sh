@@ -11,10 +11,7 @@ set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/environment.sh"
 
-n_gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-  n_gpus=$(tr , "\n" <<<"$CUDA_VISIBLE_DEVICES" | wc -l)
-fi
+n_gpus=$(vlp_gpus)
 default=ddp
 if [ "$n_gpus" = 0 ]; then
   default=cpu2

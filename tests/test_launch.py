@@ -9,6 +9,7 @@ import pytest
 from tests.test_train import ROOT
 from vlp.config import Duration, Train
 from vlp.engines import LaunchError, launched_processes, start
+from vlp.launch.train import arguments
 from vlp.saving import check_grace
 
 VARIABLES = (
@@ -53,6 +54,8 @@ def test_what_holds_together_is_accepted(environment, variables, count):
         ({"WORLD_SIZE": "2", "RANK": "0"}, ("LOCAL_RANK", "torchrun")),
         ({"WORLD_SIZE": "two"}, ("'two'", "a number")),
         ({"WORLD_SIZE": "0"}, ("'0'", "a number")),
+        ({"WORLD_SIZE": "2", **WHOLE, "RANK": "2"}, ("RANK is '2'", "below WORLD_SIZE")),
+        ({"WORLD_SIZE": "1", "RANK": "-1"}, ("RANK is '-1'", "torchrun")),
         (
             {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"},
             ("started one", "cpu2.yaml", "torchrun"),
@@ -259,3 +262,63 @@ def test_one_machine_starts_a_rank_for_each_gpu_with_the_grace_set(
     assert arguments[3:5] == ["--num_processes", n_ranks] and arguments[-2:] == ["clip", "seed=1"]
     assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "110"
     assert environment["OMP_NUM_THREADS"] == str(12 // int(n_ranks))
+
+
+@pytest.mark.parametrize(
+    ("restarts", "typed", "expected"),
+    [
+        ({}, ["clip"], ["train", "clip"]),
+        ({"TORCHELASTIC_RESTART_COUNT": "0"}, ["clip", "resume=X"], ["train", "clip", "resume=X"]),
+        (
+            {"TORCHELASTIC_RESTART_COUNT": "2"},
+            ["clip", "resume=X"],
+            ["train", "clip", "resume=X", "resume=auto"],
+        ),
+    ],
+)
+def test_ranks_that_are_started_anew_go_on_from_the_newest_checkpoint(restarts, typed, expected):
+    assert arguments(typed, restarts) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({}, {"--nnodes": "1", "--nproc-per-node": "2", "--max-restarts": "3"}),
+        ({"LOCAL_RANKS": "4", "MAX_RESTARTS": "0"}, {"--nproc-per-node": "4"}),
+        (
+            {"N_NODES": "2:4", "HEAD": "node1:29400", "RUN_ID": "a b"},
+            {"--nnodes": "2:4", "--rdzv-endpoint": "node1:29400", "--rdzv-id": "a b"},
+        ),
+        (
+            {"N_NODES": "4", "HEAD": "n:1", "RUN_ID": "a", "NODE_RANK": "0"},
+            {"--rdzv-backend": "c10d", "--rdzv-conf": "read_timeout=600,is_host=true"},
+        ),
+        (
+            {"N_NODES": "4", "HEAD": "n:1", "RUN_ID": "a", "NODE_RANK": "3"},
+            {"--rdzv-conf": "read_timeout=600,is_host=false"},
+        ),
+    ],
+)
+def test_torchrun_is_given_options_that_it_knows(tmp_path, variables, options):
+    from torch.distributed.run import get_args_parser
+
+    commands(tmp_path, **{"nvidia-smi": "exit 9"}, nproc="echo 12", torchrun=LAUNCHER)
+    done = run_script(tmp_path, "torchrun.sh", "my clip.yaml", "seed=1", **variables)
+    assert done.returncode == 0, done.stderr
+
+    passed, environment = started(tmp_path)
+    parsed = get_args_parser().parse_args(passed)
+    for name, value in options.items():
+        assert str(getattr(parsed, name.lstrip("-").replace("-", "_"))) == value, name
+    assert parsed.standalone == ("N_NODES" not in variables)
+    assert os.path.basename(parsed.training_script) == "train.py"
+    assert parsed.training_script_args == ["my clip.yaml", "seed=1", "resume=auto"]
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "110"
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" in environment
+
+
+def test_torchrun_on_several_nodes_is_refused_without_a_place_to_meet(tmp_path):
+    commands(tmp_path, torchrun=LAUNCHER)
+    done = run_script(tmp_path, "torchrun.sh", "clip", N_NODES="2", HEAD="node1:29400")
+    assert done.returncode == 2 and "set HEAD=HOST:PORT and RUN_ID=NAME" in done.stderr
+    assert not (tmp_path / "arguments").exists()

@@ -18,7 +18,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from vlp import dist
+from vlp import dist, rendezvous
+from vlp.rendezvous import LaunchError
+
+__all__ = ["PATIENCE", "TIMEOUT", "LaunchError", "fail", "join", "leave", "local_device"]
 
 TIMEOUT = timedelta(minutes=30)  # of an exchange of tensors, where no option says otherwise
 PATIENCE = timedelta(hours=24)  # of objects and barriers: a save or an index may take hours
@@ -30,10 +33,6 @@ _ABORT_S = 5.0  # for NCCL to give up its communicators
 
 _left = threading.Event()  # whether this process has nobody to leave
 _left.set()
-
-
-class LaunchError(RuntimeError):
-    """The processes, device or engine obtained are not the ones asked for."""
 
 
 def local_device(name: str, shared: bool = False) -> str:
@@ -84,7 +83,8 @@ def join(device: torch.device | str, timeout: timedelta = TIMEOUT) -> None:
     """Join the processes that the launcher announced, if there are any. Collective.
 
     timeout: how long a rank waits for another in an exchange of tensors. Raises LaunchError where
-    GPUs cannot talk. A process group that is there already is taken as it is.
+    GPUs cannot talk, the first rank is not reached, or packages differ between ranks. A process
+    group that is there already is taken as it is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
@@ -97,7 +97,7 @@ def join(device: torch.device | str, timeout: timedelta = TIMEOUT) -> None:
     if on_gpu:
         _join_gpus(torch.device(device), timeout)
     else:
-        torch_dist.init_process_group("gloo", timeout=timeout)
+        torch_dist.init_process_group("gloo", timeout=timeout, **rendezvous.meet(timeout))
 
     # Made now, by all ranks at once; a group made later would wait for whoever comes last.
     dist.set_control(torch_dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -113,7 +113,8 @@ def _join_gpus(device: torch.device, timeout: timedelta) -> None:
             "(torch.distributed.is_nccl_available() is false); install a CUDA build of torch for "
             "Linux, or use the device cpu"
         )
-    torch_dist.init_process_group("nccl", device_id=device, timeout=timeout)
+    others = rendezvous.meet(timeout)
+    torch_dist.init_process_group("nccl", device_id=device, timeout=timeout, **others)
 
 
 def leave() -> None:

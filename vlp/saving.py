@@ -7,9 +7,9 @@
 
 One process writes a checkpoint in one piece. Of several each writes its part through
 torch.distributed.checkpoint: 1/W of the bytes, of which it holds a copy, and while it writes a
-second one of a kind. Sharded tensors are written as they lie; of those that every rank holds the first writes the small ones, and large ones
-are dealt row by row. The folder appears under its name when all parts are on the disk
-(vlp.checkpoint).
+second one of a kind. Sharded tensors are written as they lie; of those that every rank holds the
+first writes the small ones, and large ones are dealt row by row. The folder appears under its name
+when all parts are on the disk (vlp.checkpoint).
 """
 
 from __future__ import annotations
@@ -44,13 +44,11 @@ from vlp.files import naming
 from vlp.joining import PATIENCE
 from vlp.lifetime import launcher_grace_s
 from vlp.pretrained.runs import KINDS
+from vlp.rendezvous import DECIDING
 from vlp.step import Training
 
 if TYPE_CHECKING:
     from vlp.losses import Table
-
-# Packages whose versions decide numbers; a checkpoint records them.
-DECIDING = ("vlp", "torch", "open_clip_torch", "transformers", "accelerate", "numpy")
 
 DEALT_BYTES = 2**16  # of a tensor that every rank holds: from here on it is dealt
 

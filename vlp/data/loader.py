@@ -324,6 +324,11 @@ class Loader:
             for name in identity | saved
             if saved.get(name) != identity.get(name)
         ]
+        if saved.get("batch") != identity["batch"]:
+            differences.append(
+                f"to go on with another batch from step {state['step']} on, keep the one it had up "
+                "to there as a stage, stages=[{duration: …}, {duration: …, batch: …}]"
+            )
         # A checkpoint from before there were digests says nothing of the content.
         for contents, digests in zip(self._content, state.get("content", [])):
             differences += contents.differing(digests)

@@ -38,6 +38,13 @@ def launched_processes() -> int:
             f"start with torchrun --nproc-per-node {n_processes} launch/train.py … "
             "or accelerate launch, or unset WORLD_SIZE for one process"
         )
+    # Such a rank would wait for a number of others that never come.
+    rank = os.environ.get("RANK", "0")
+    if not rank.isdecimal() or int(rank) >= n_processes:
+        raise LaunchError(
+            f"RANK is {rank!r}, expected a number below WORLD_SIZE, which is {n_processes}; give "
+            "every node the same number of nodes and of processes, or start with torchrun"
+        )
     return n_processes
 
 
