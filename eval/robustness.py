@@ -91,7 +91,13 @@ def _files(places: Iterable[str]) -> Iterable[Path]:
                 f"no reference at {path}; expected a table with the columns "
                 f"{' and '.join(COLUMNS)}, or results of vlp eval"
             )
-        yield from sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not files:
+            raise DataError(
+                f"the reference {path} is a folder without a .json; fill it with `vlp eval MODEL "
+                f"--task robustness … --out {path}/MODEL.json`"
+            )
+        yield from files
 
 
 def _points(file: Path, names: tuple[str, str]) -> list[tuple[float, float]]:
@@ -99,21 +105,26 @@ def _points(file: Path, names: tuple[str, str]) -> list[tuple[float, float]]:
     content = choices.read_json(file) if file.suffix == ".json" else None
     if isinstance(content, dict):
         content = content.get("results", [content])
-    if isinstance(content, list) and any("metrics" in row for row in content):
-        return [_of_results(content, names, file)]
+    results = [row for row in content if _is_result(row)] if isinstance(content, list) else []
+    if results:
+        return [_of_results(results, names, file)]
 
     rows = read_rows(file)
     choices.need_keys(rows, COLUMNS, file)
     return [(_share(row["standard"], file), _share(row["shifted"], file)) for row in rows]
 
 
-def _of_results(records: Any, names: tuple[str, str], file: Path) -> tuple[float, float]:
+def _is_result(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("metrics"), dict)
+
+
+def _of_results(
+    records: list[dict[str, Any]], names: tuple[str, str], file: Path
+) -> tuple[float, float]:
     """One model's pair: of the task `robustness`, else of `zeroshot` on sets of these names."""
-    shown = records if isinstance(records, list) else []
     scores: dict[str, Any] = {}
-    for record in shown:
-        metrics = record.get("metrics", {}) if isinstance(record, dict) else {}
-        name = record.get("dataset") if isinstance(record, dict) else None
+    for record in records:
+        metrics, name = record["metrics"], record.get("dataset")
         if set(SCORES) <= metrics.keys() and name == " → ".join(names):
             return _share(metrics[SCORES[0]], file), _share(metrics[SCORES[1]], file)
         if name in names and "acc1" in metrics:
@@ -121,7 +132,7 @@ def _of_results(records: Any, names: tuple[str, str], file: Path) -> tuple[float
 
     missing = [name for name in names if name not in scores]
     if missing:
-        sets = [str(record.get("dataset")) for record in shown if isinstance(record, dict)]
+        sets = [str(record.get("dataset")) for record in records]
         raise DataError(
             f"{file} has no acc1 on {' and '.join(missing)}, only results on "
             f"{', '.join(sets) or 'nothing'}; make it with the tasks robustness or zeroshot on the "

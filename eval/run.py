@@ -114,8 +114,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     tasks: list[Plugin] = (
         plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
     )
-    labels = [task.label for task in tasks]
-    blends = sweep.asked_for(options, labels, has_average=suite is not None)
+    blends = sweep.asked_for(options, tasks, has_average=suite is not None)
     reference = of_average(options.model) if options.ema else options.model
     context = _context(options)
     data = read_all(tasks)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlp.eval.suites.command import Asked
     from vlp.eval.suites.summary import Summary
     from vlp.models.dual_encoder import DualEncoder
+    from vlp.plugin import Plugin
 
 ALPHAS = "0,0.25,0.5,0.75,1"
 AVERAGE = "average"  # the score that is the mean of a suite's main scores
@@ -60,10 +61,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_for(
-    options: argparse.Namespace, labels: Sequence[str], has_average: bool = False
+    options: argparse.Namespace, tasks: Sequence[Plugin], has_average: bool = False
 ) -> Sweep | None:
-    """The sweep that the options of `vlp eval` ask for over tasks with these labels, or over a
-    suite, which has an average; or None. ValueError for options that do not go together.
+    """The sweep that the options of `vlp eval` ask for over tasks, or over those of a suite, which
+    has an average; or None. ValueError for options that do not go together.
     """
     belonging = {"--alphas": options.alphas, "--gain": options.gain, "--guard": options.guard}
     if not options.blend:
@@ -85,22 +86,33 @@ def asked_for(
 
     gain = AVERAGE if options.gain is None and has_average else options.gain
     for score in (gain, options.guard):
-        if score != AVERAGE or not has_average:
-            _check_task(score, labels)
+        if score is not None and (score != AVERAGE or not has_average):
+            _check_score(score, tasks)
     for reference in options.blend:
         resolve(reference)
     alphas = fractions("--alphas", ALPHAS if options.alphas is None else options.alphas)
     return Sweep(options.blend, sorted(set(alphas)), gain, options.guard)
 
 
-def _check_task(score: str | None, labels: Sequence[str]) -> None:
-    """Raise ValueError for a score of a task that is not evaluated."""
-    if score is None or any(score.startswith(f"{label}.") for label in labels):
-        return
-    raise ValueError(
-        f"{score!r} is no score of a task evaluated here; expected TASK.SCORE with TASK one of "
-        f"{', '.join(labels)}"
-    )
+def _check_score(score: str, tasks: Sequence[Plugin]) -> None:
+    """Raise ValueError for a score that no task evaluated here gives."""
+    from vlp import watch
+
+    # A label may hold dots, such as that of a set in a suite of one's own.
+    of_task = {task.label: task for task in tasks if score.startswith(f"{task.label}.")}
+    if not of_task:
+        raise ValueError(
+            f"{score!r} is no score of a task evaluated here; expected TASK.SCORE with TASK one of "
+            f"{', '.join(task.label for task in tasks)}"
+        )
+
+    offered = []
+    for label, task in of_task.items():
+        others = watch.unlisted(task, score.removeprefix(f"{label}."))
+        if not others:
+            return
+        offered += [f"{label}.{name}" for name in others]
+    raise ValueError(f"no score {score!r}; the tasks give {', '.join(offered)}")
 
 
 def carry_out(

@@ -207,8 +207,7 @@ def _check_name(key: str, metric: str, config: Config) -> None:
     # The loss over held-out samples is of the plain weights.
     elif label == VALIDATION and config.validation is not None and metric == plain:
         known = ["loss", *(term.label for term in config.objective)]
-    # A group of the data may have any name, also one that reads as a pattern.
-    if name in known or (name and _is_one_of(name, list(known))):
+    if is_listed(name, known):
         return
 
     labels = list(tasks)
@@ -229,6 +228,22 @@ def scores(task: Plugin) -> list[str]:
     if hasattr(module, "scores"):
         return list(module.scores(task.options))
     return list(module.SCORES if hasattr(module, "SCORES") else [module.MAIN])
+
+
+def is_listed(score: str, listed: Sequence[str]) -> bool:
+    """Whether a score is among those that a task lists, of which some may hold `*`."""
+    # A group of the data may have any name, also one that reads as a pattern.
+    return bool(score) and (score in listed or _is_one_of(score, listed))
+
+
+def unlisted(task: Plugin, score: str) -> list[str]:
+    """The scores that a task can give, where `score` is none of them; empty where it is one, or
+    where the task's file does not list them.
+    """
+    if not hasattr(task.module, "scores") and not hasattr(task.module, "SCORES"):
+        return []
+    known = scores(task)
+    return [] if is_listed(score, known) else known
 
 
 def _check_frequency(stop: Stop, config: Config) -> None:

@@ -96,6 +96,11 @@ def _texts(path: Path) -> Pairs:
                 f"{path}: text {row['text_id']} belongs to the images {numbers}; expected one. "
                 "Texts of several images, or of unknown ones (MUGE), are not scored here"
             )
+        if not isinstance(row["text"], str):
+            raise DataError(
+                f"{path}: text {row['text_id']} is {row['text']!r}, expected a caption; mend it, "
+                "or take the line out"
+            )
         pairs.append((str(numbers[0]), row["text"]))
     return pairs
 

@@ -82,11 +82,13 @@ def _write(options: argparse.Namespace, target: Path) -> int:
 def _lines(path: Path) -> list[str]:
     """The lines of a file of texts; raises ValueError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--texts {path} cannot be read: {error}") from None
-    if not lines:
+    if not text:
         raise ValueError(f"--texts {path} is empty; expected a text a line")
+    # At line feeds alone: a form feed or U+2028 within a caption begins no line for other tools.
+    lines = text.removesuffix("\n").split("\n")
 
     # A row a line: which line has none could not be told afterwards.
     if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:

@@ -86,6 +86,7 @@ def asked_for(options: argparse.Namespace) -> Asked | None:
             f"{list_absent(located.absent)}\nfetch them, or pass --missing skip to go on with the "
             f"{len(located.entries)} others (the average is then not comparable)"
         )
+    _check_scores(located)
     # Where the page cannot be written, hours of work would have nowhere to go.
     if options.html:
         Path(options.html).parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,21 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.html and options.blend:
         raise ValueError("--html shows one model's results; leave it out, or give MODEL")
+
+
+def _check_scores(located: Located) -> None:
+    """Raise ValueError for a main score that the task of its set does not give."""
+    from vlp import watch
+
+    # Hours later such a set would be missing from the average.
+    for entry, task in zip(located.entries, located.tasks, strict=True):
+        for score in entry.scores or [task.module.MAIN]:
+            others = watch.unlisted(task, score)
+            if others:
+                raise ValueError(
+                    f"set {entry.name!r}: its main score is {score!r}, and {task.name} gives "
+                    f"{', '.join(others)}; name one of these as main: in the suite's file"
+                )
 
 
 def summary_of(asked: Asked, records: list[dict[str, Any]], items: dict[str, Tensor]) -> Summary:

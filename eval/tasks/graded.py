@@ -100,14 +100,14 @@ def read(options: Options) -> Data:
     for number, row in enumerate(rows, 1):
         place = f"{path}, row {number}"
         grade = _grade(row.get(grade_column), place)
-        picture = collection.find(str(row[image_column]))
+        key, image = _cell(row, text_column, place), _cell(row, image_column, place)
+        picture = collection.find(image)
         if picture is None:
-            data.skipped.append(str(row[image_column]))
+            data.skipped.append(image)
             continue
         if picture not in picture_places:
             picture_places[picture] = len(data.pictures)
             data.pictures.append(picture)
-        key = str(row[text_column])
         if key not in text_places:
             text_places[key] = len(data.texts)
             data.texts.append(key if sentences is None else _sentence(sentences, key, place))
@@ -131,6 +131,14 @@ def _column(
         f"{path} has the columns {', '.join(row)}; expected {' or '.join(columns)}; name another "
         f"with {option}=NAME"
     )
+
+
+def _cell(row: Mapping[str, Any], column: str, place: str) -> str:
+    """What a row has in a column; a DataError where that is nothing."""
+    value = row.get(column)
+    if value is None or value == "":
+        raise DataError(f"{place}: found nothing in {column}; expected a text and an image a row")
+    return str(value)
 
 
 def _grade(value: Any, place: str) -> float:

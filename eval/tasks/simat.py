@@ -80,6 +80,7 @@ def read(options: Options) -> Data:
         folder / "transfos.csv",
         ("region_id", "value", "target", "target_ids", "norm2", "is_test"),
     )
+    _check_triplets(triplets, folder)
     wanted = options.split == "test"
     of_split = [row for row in changes if row["is_test"] is wanted]
     if not of_split:
@@ -128,6 +129,17 @@ def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_triplets(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Raise DataError for a picture without its row of the oracle."""
+    for row in rows:
+        # A number below 0 would count from the oracle's end.
+        if type(row["dataset_id"]) is not int or row["dataset_id"] < 0:
+            raise DataError(
+                f"{folder / 'triplets.csv'}: found {row}; expected a dataset_id from 0, the "
+                f"picture's row in {ORACLE}"
+            )
+
+
 def _check_changes(rows: list[dict[str, Any]], known: set[Any], folder: Path) -> None:
     """Raise DataError for a change without picture, word, caption or weight."""
     for row in rows:
@@ -147,9 +159,12 @@ def _oracle(path: Path, rows: list[int], n_captions: int) -> Tensor:
         scores = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"no oracle at {path}; fetch it with `git lfs pull` or by hand") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, OSError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise DataError(f"{path} is not a file of torch.save with a tensor: {first_line}") from None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, OSError):
+        # A clone without Git LFS has a few lines of text in its place.
+        raise DataError(
+            f"{path} is not a file of torch.save with a tensor, or not whole ("
+            f"{path.stat().st_size:,} bytes); fetch it with `git lfs pull` or by hand"
+        ) from None
 
     expected = f"expected a matrix of at least {max(rows) + 1} pictures × {n_captions} captions"
     if not isinstance(scores, Tensor) or scores.ndim != 2:

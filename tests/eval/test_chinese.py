@@ -160,6 +160,13 @@ def test_recalls_and_their_mean_are_those_of_chinese_clip(tmp_path):
         (chinese_clip, "test_texts.jsonl", '"image_ids": [3]', '"image_ids": [3, 4]', r"\[3, 4\]"),
         (chinese_clip, "test_texts.jsonl", '"text": "第0', '"txt": "第0', "lacks text"),
         (chinese_clip, "test_texts.jsonl", '"image_ids": [3]', '"image_ids": [77]', "e.g. 77"),
+        (
+            chinese_clip,
+            "test_texts.jsonl",
+            '"第0张照片，一只猫"',
+            "null",
+            "text 0 is None, expected",
+        ),
         (chinese_clip, "test_imgs.tsv", "3\t", "3\t!", "line 4: found '3"),
         (chinese_clip, "test_imgs.tsv", "3\t", "3 ", "expected a number, a tab"),
         (coco_cn, "coco-cn*/*caption.txt", "0003#0\t", "0003 0\t", "line 8: found 'COCO_val2014"),

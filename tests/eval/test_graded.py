@@ -128,6 +128,8 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path):
         "say 0,0.png,4": "grade 5.0 in an earlier row and 4.0 here",
         "say 0,0.png,-1": "the grade is -1, expected 0 to 1000",
         "say 0,0.png,good": "the grade is '(5.0|5|good)', expected a number",
+        ",0.png,4": "row 8: found nothing in text",
+        "say 0,,4": "row 8: found nothing in image",
     }
     for line, message in cases.items():
         path.write_text(f"{good}{line}\n")
@@ -145,4 +147,4 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path):
         evaluate(path)
     with pytest.raises(ValueError, match="k is 0 and persistence"):
         evaluate(path, k=0)
-    assert len(cases) == 4
+    assert len(cases) == 6

@@ -73,22 +73,26 @@ def test_graded_measures_equal_their_definitions():
     assert ranked.rank_biased_precision(gains / 3, 0.8) == pytest.approx(rbp)
 
 
-def test_eccv_captions_files_are_scored_with_all_right_answers(tmp_path):
+def eccv(folder):
     """Two photos of one thing: the second is right too, but only ECCV and CxC know it."""
     images, annotations = [], []
     for i in range(4):
-        (tmp_path / f"COCO_val2014_{i}.png").write_bytes(material.png(material.picture(i)))
+        (folder / f"COCO_val2014_{i}.png").write_bytes(material.png(material.picture(i)))
         images.append({"id": 10 + i, "file_name": f"COCO_val2014_{i}.png"})
         annotations.append({"id": 100 + i, "caption": f"see {i}"})
     coco = {"images": images, "annotations": annotations}
-    (tmp_path / "captions_val2014.json").write_text(json.dumps(coco))
+    (folder / "captions_val2014.json").write_text(json.dumps(coco))
     for name, more in (("original", []), ("cxc", [0]), ("eccv", [0])):
         to_caption = {10 + i: [100 + i] + [101] * (i in more) for i in range(4)}
         if name == "eccv":
             to_caption[10].append(103)
         to_image = {100 + i: [10 + i] + [11] * (i in more) for i in range(4)}
-        (tmp_path / f"{name}_image_to_caption.json").write_text(json.dumps(to_caption))
-        (tmp_path / f"{name}_caption_to_image.json").write_text(json.dumps(to_image))
+        (folder / f"{name}_image_to_caption.json").write_text(json.dumps(to_caption))
+        (folder / f"{name}_caption_to_image.json").write_text(json.dumps(to_image))
+
+
+def test_eccv_captions_files_are_scored_with_all_right_answers(tmp_path):
+    eccv(tmp_path)
 
     # Picture 0 is nearest to caption 1, then to caption 0.
     near = {0: material.direction(0) + 1.5 * material.direction(1)}

@@ -111,6 +111,14 @@ def test_what_is_wrong_is_said_before_a_model_is_asked(sets):
         table.write_text(text)
         with pytest.raises(DataError, match=message):
             evaluate(sets, reference=str(table))
+    other = sets / "other.json"
+    for text in ("[1, 2]", '[{"metrics": null}]', '{"results": []}'):
+        other.write_text(text)
+        with pytest.raises(DataError, match=r"other\.json"):
+            evaluate(sets, reference=str(other))
+    (sets / "nothing").mkdir()
+    with pytest.raises(DataError, match=r"is a folder without a \.json"):
+        evaluate(sets, reference=str(sets / "nothing"))
     with pytest.raises(DataError, match="no reference at"):
         evaluate(sets, reference=str(sets / "nowhere.csv"))
     with pytest.raises(DataError, match="give the other as shifted=PATH"):

@@ -269,7 +269,7 @@ def test_the_commands(small_world, tmp_path, capsys, monkeypatch):
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
     texts = tmp_path / "texts.txt"
-    texts.write_text("a thing\nanother thing\n")
+    texts.write_text("a thing\nanother\u2028thing\x0c\n", encoding="utf-8")
     assert main(["embed", run, "--texts", str(texts), "--to", str(tmp_path / "texts.npy")]) == 0
     assert np.load(tmp_path / "texts.npy").shape == (2, rows.shape[1])
 

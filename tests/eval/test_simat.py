@@ -123,7 +123,7 @@ def test_what_is_wrong_with_the_folder_is_said(tmp_path):
     with pytest.raises(DataError, match=r"holds \(24, 3\); expected a matrix of at least 24"):
         evaluate(tmp_path, material.constant(), missing="skip")
     (tmp_path / simat.ORACLE).write_bytes(b"version https://git-lfs")
-    with pytest.raises(DataError, match=r"is not a file of torch\.save with a tensor"):
+    with pytest.raises(DataError, match=r"not whole \(23 bytes\); fetch it with `git lfs pull`"):
         evaluate(tmp_path, material.constant(), missing="skip")
     (tmp_path / simat.ORACLE).unlink()
     with pytest.raises(DataError, match="no oracle at"):
@@ -134,6 +134,12 @@ def test_what_is_wrong_with_the_folder_is_said(tmp_path):
     (tmp_path / "transfos.csv").write_text(text.replace("1000,obj", "1001,obj"))
     with pytest.raises(DataError, match=r"expected a region_id of triplets\.csv"):
         evaluate(tmp_path, material.constant(), missing="skip")
+    text = (tmp_path / "triplets.csv").read_text()
+    row = text.splitlines()[1].rpartition(",")
+    for wrong in ("-1", "first"):
+        (tmp_path / "triplets.csv").write_text(text.replace("".join(row), f"{row[0]},{wrong}"))
+        with pytest.raises(DataError, match=r"expected a dataset_id from 0, the picture's row"):
+            evaluate(tmp_path, material.constant(), missing="skip")
     (tmp_path / "triplets.csv").unlink()
     with pytest.raises(DataError, match="no table at"):
         evaluate(tmp_path, material.constant())

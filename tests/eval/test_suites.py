@@ -76,6 +76,11 @@ def test_datacomp_has_its_published_main_metrics():
         ("sets: {a: {at: [a]}}", "title"),
         ("sets: {a: {at: [a], task: zeroshoot}}\ntitle: A", "did you mean 'zeroshot'"),
         ("sets: {a: {at: [a], options: {spilt: x}}}\ntitle: A", "did you mean 'split'"),
+        ("sets: {a: {at: [a], main: acc7}}\ntitle: A", "is 'acc7', and zeroshot gives acc1,"),
+        (
+            "sets: {a: {at: [a], task: few_shot, options: {shots: [1]}}}\ntitle: A",
+            "is 'acc1_16_shots', and few_shot gives acc1_0_shots, acc1_1_shots",
+        ),
     ],
 )
 def test_a_mistake_in_a_suite_is_named_before_a_model_is_read(tmp_path, capsys, text, message):
