@@ -289,7 +289,7 @@ def write_parts(run: Path, step: int, contents: Contents, keep: int, group: dist
 
 def local_parts(contents: Contents) -> Contents:
     """The contents with this rank's rows in the place of sharded tensors, sharing memory."""
-    of_kinds = {}
+    of_kinds: dict[str, Any] = {}
     for kind in KINDS:
         tensors = getattr(contents, kind)
         of_kinds[kind] = {name: local_part(value) for name, value in tensors.items()}

@@ -98,7 +98,7 @@ def write_shards(
         for family in progress(rest, "packed", len, n_before):
             writer.make_room(len(family))
             for item, name in family:
-                cls = class_number.get(item.class_name, item.meta.get("cls"))
+                cls = class_number.get(item.class_name or "", item.meta.get("cls"))
                 if type(cls) is not int or cls < 0:
                     cls = None  # it stays in the JSON
                 txt = _caption_lines(item.captions) if is_retrieval else None

@@ -329,7 +329,7 @@ def _has_transparency(image: Image.Image) -> bool:
     return has_alpha or image.info.get("transparency") is not None
 
 
-def _is_lossless(image: ImageFile.ImageFile, data: bytes) -> bool:
+def _is_lossless(image: Image.Image, data: bytes) -> bool:
     """Whether a picture is stored without loss; what the header leaves open counts as lossy."""
     if image.format == "TIFF":
         return image.info.get("compression") not in ("jpeg", "tiff_jpeg", "webp")
