@@ -224,7 +224,9 @@ def test_the_code_of_a_card_of_adapters_runs(
     written: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, folder = written
-    card = _card('a "b", é', "hf-hub:someone/base", ["image"], "mit")
+    training = {"objective": {"isogclr": {"samples": 9}}}
+    card = _card('a "b", é', "hf-hub:someone/base", ["image"], "mit", training)
+    assert "the term `isogclr`" in card
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "someone/base"
     shutil.copytree(folder, tmp_path / 'a "b", é')
     (tmp_path / 'a "b", é' / "README.md").write_text(card, encoding="utf-8")

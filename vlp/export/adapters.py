@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vlp import averaging, checkpoint, config
 from vlp.export import licenses, usage
+from vlp.export.card import of_scale
 from vlp.export.place import ExportError, appearing, check_free, save_weights, write_json
 from vlp.files import naming
 from vlp.locks import held
@@ -68,7 +69,7 @@ def write_adapters(
             "new_projection": fit.new_projection,
         }
         write_json(folder / references.ADAPTERS, about)
-        card = _card(to.name, base_name, [SIDES[side] for side in scalings], license)
+        card = _card(to.name, base_name, [SIDES[side] for side in scalings], license, settings)
         (folder / "README.md").write_text(card, encoding="utf-8")
         _check_read_back(folder, adapters.merged(_of_towers(weights), scalings))
 
@@ -277,16 +278,24 @@ def _check_read_back(folder: Path, expected: Mapping[str, Tensor]) -> None:
             )
 
 
-def _card(name: str, base: str, towers: list[str], license: str | None) -> str:
+def _card(
+    name: str,
+    base: str,
+    towers: list[str],
+    license: str | None,
+    training: Mapping[str, Any],
+) -> str:
     """The folder's README.md; of a base on this machine it shows the last name alone."""
     front: dict[str, Any] = {"library_name": "peft", **licenses.metadata(license)}
     if references.on_hub(base):
         front["base_model"] = base.partition(":")[2]
     lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
     folders = " and ".join(f"`{tower}`" for tower in towers)
+    scale = f"\n{of_scale(training)}\n" if of_scale(training) else ""
     return (
         f"---\n{lines}\n---\n\n# {name}\n\nLow-rank adapters for `{averaging.card_name(base)}`, "
         "which is not in this folder, and in `rest.safetensors` what else was trained beside them. "
         f"vlp adds both to the base:\n\n{usage.vlp_block(name)}\n\n"
         f"peft's `PeftModel.from_pretrained` reads {folders} onto the plain tower of that name.\n"
+        f"{scale}"
     )
