@@ -316,7 +316,7 @@ def test_a_last_stages_pictures_are_what_is_evaluated_and_exported(settings, sce
     assert load(tmp_path / "exported").image_spec.size == (24, 32)
 
 
-@pytest.mark.parametrize("place", ["vlp.train.save", "vlp.stages.joint"])
+@pytest.mark.parametrize("place", ["vlp.saving.collect", "vlp.stages.joint"])
 def test_a_signal_between_two_stages_is_answered(settings, monkeypatch, place):
     """While the first one is left, and while the second one is built."""
     original, sent = resolve_name(place), []

@@ -79,7 +79,7 @@ def test_stored_texts_train_as_the_model_that_runs(settings, made, tmp_path, mon
 
     # What is exported names the language model and runs it.
     notes = export_run(run, tmp_path / "out")
-    assert any(f"runs the language model {llm} (weights " in note for note in notes)
+    assert any(f"runs the language model {llm.name} (weights " in note for note in notes)
     monkeypatch.chdir(tmp_path)
     torch.testing.assert_close(models.load("out").encode_texts(texts), expected)
 

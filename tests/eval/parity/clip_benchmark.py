@@ -39,7 +39,7 @@ SETS = {
     "multilabel": ("zeroshot_classification", "zeroshot"),
     "retrieval": ("zeroshot_retrieval", "retrieval"),
 }
-ONLY_OURS = ("mean_rank", "median_rank")  # clip_benchmark counts no ranks
+ONLY_OURS = ("mean_rank", "median_rank", "mean_recall")  # clip_benchmark gives recalls alone
 PROBES: dict[str, dict[str, Any]] = {
     "probe": {},
     "probe with a sweep": {"val_split": "val"},
