@@ -350,6 +350,14 @@ REFUSED = {
         r"stages\.0\.warmup is 3 steps, but the stage has 2",
     ),
     "no length": ("stages=[{duration: 0}]", "duration is 0"),
+    "too few candidates": (
+        "stages=[{duration: 2}, {duration: 2, batch: 4}]",
+        r"stages\.1: the term 'infonce': hardest: found 8 of 3 other candidates",
+    ),
+    "one candidate": (
+        "stages=[{duration: 2}, {duration: 2, batch: 1}]",
+        r"stages\.1: the term 'hn_nce' needs at least 2 candidates a row, found 1",
+    ),
     "more held-out samples than there are": (
         "stages=[{duration: 2, batch: 4}, {duration: 2, batch: 16}]",
         r"validation: a batch of 16 is larger than the data \(8 samples\); set validation.batch",
@@ -365,6 +373,8 @@ REFUSED = {
 def test_a_stage_that_would_fail_later_is_refused_at_the_start(settings, scenes, tmp_path, case):
     override, message = REFUSED[case]
     besides = {
+        "too few candidates": ["objective={infonce: {hardest: 8}}", "train.micro_batches=1"],
+        "one candidate": ["objective={hn_nce: {}}", "train.micro_batches=1"],
         "more held-out samples than there are": [held_out(scenes), "train.batch=4"],
         "fewer held-out samples than a batch": [held_out(scenes, ", samples: 7"), "train.batch=4"],
     }

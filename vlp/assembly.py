@@ -115,10 +115,11 @@ def check_selections(segments: Sequence[Segment], model: DualEncoder) -> None:
 
 
 def check_candidates(segments: Sequence[Segment], objective: losses.Objective) -> None:
-    """Refuse a stage whose batches have fewer candidates than terms ask a judge for. ValueError."""
+    """Refuse a stage whose batches have fewer candidates than terms need. ValueError."""
     for segment in segments:
         n_rows = segment.plan.batch // dist.world_size()
         try:
+            objective.check_candidates(n_rows)
             online_judge.check_candidates(segment.config, objective, n_rows)
         except ValueError as error:
             raise ValueError(f"{segment.place}{error}") from error

@@ -83,6 +83,15 @@ class Candidates:
                 "modality; drop one of the two"
             )
 
+    def check_candidates(self, n_candidates: int) -> None:
+        """ValueError where a row has fewer other candidates than are to be the hardest."""
+        n_others = n_candidates - 1
+        if self.hardest is not None and self.hardest > n_others:
+            raise ValueError(
+                f"hardest: found {self.hardest} of {n_others} other candidates; use at most "
+                f"{n_others}, or a larger batch"
+            )
+
     @property
     def plain(self) -> bool:
         """Whether every other candidate is a negative, as in the loss without these keys."""

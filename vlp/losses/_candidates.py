@@ -256,12 +256,6 @@ def of_batch(inputs: Inputs, pairs: Pairs, options: Candidates) -> Chosen:
     chosen = Chosen(positives, tuple(rules))
     if options.hardest is None:
         return chosen
-    n_others = pairs.candidates(len(inputs.image)) - 1
-    if options.hardest > n_others:
-        raise ValueError(
-            f"hardest: found {options.hardest} of {n_others} other candidates; use at most "
-            f"{n_others}, or a larger batch"
-        )
     by_row = chosen.threshold(pairs, inputs.image, inputs.text, options.hardest)
     by_column = chosen.transposed.threshold(pairs, inputs.text, inputs.image, options.hardest)
     return replace(chosen, easy=below(by_row, by_column))

@@ -30,6 +30,7 @@ from torch import Tensor
 from vlp import dist
 from vlp.fields import supplier
 from vlp.losses._boundary import evaluated
+from vlp.losses._candidate_options import Candidates
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
 from vlp.pairwise import Backend, Pairs, reduction
@@ -251,7 +252,8 @@ class Objective:
         if problems:
             raise ValueError("\n".join(problems))
 
-        self._check_candidates(len(inputs.image))
+        # After the shapes, on which ranks have agreed: all of them raise alike.
+        self.check_candidates(len(inputs.image))
         self._shapes = self._shapes or shapes
 
     def _changed(self, shapes: dict[str, tuple[int, ...]]) -> str:
@@ -290,8 +292,10 @@ class Objective:
                 )
         return different
 
-    def _check_candidates(self, n_rows: int) -> None:
-        # After the shapes, on which ranks have agreed: all of them raise alike.
+    def check_candidates(self, n_rows: int) -> None:
+        """Refuse batches of so many rows on each rank in which a term has too few candidates:
+        ValueError, which names the term.
+        """
         n = self.candidates(n_rows)
         for plugin in self.plugins:
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
@@ -300,6 +304,11 @@ class Objective:
                     f"the term {plugin.label!r} needs at least {least} candidates a row, found "
                     f"{n}: raise the batch size or the group size"
                 )
+            if isinstance(plugin.options, Candidates):
+                try:
+                    plugin.options.check_candidates(n)
+                except ValueError as error:
+                    raise ValueError(f"the term {plugin.label!r}: {error}") from error
 
 
 def _replaced(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
