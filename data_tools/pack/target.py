@@ -64,7 +64,6 @@ class Draft:
 
         check_target(self.target, overwrite)  # again: another call may have finished meanwhile
         self.checked().unlink(missing_ok=True)
-        (self.folder / _PLAN).unlink()
         sync(self.folder)
 
         # The earlier pack moves aside first, so that a kill between the renames loses neither.
@@ -73,6 +72,8 @@ class Draft:
                 shutil.rmtree(self._previous, ignore_errors=True)
                 self.target.rename(self._previous)
             self.folder.rename(self.target)
+            # Not before: a call that is killed here finds its work by it.
+            (self.target / _PLAN).unlink()
             shutil.rmtree(self._previous, ignore_errors=True)
         finally:
             self._recover()

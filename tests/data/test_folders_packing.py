@@ -67,7 +67,14 @@ def test_an_interrupted_pack_leaves_the_earlier_output(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", killed)
     assert pack(root, "--to", tmp_path / "out", "--overwrite") == 128 + signal.SIGINT
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"] and len(calls) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.partial", "out", "t"]
+    assert len(calls) == 3 and (tmp_path / "out" / "00000.tar").read_bytes() == before
+
+    # What was finished waits for the same command.
+    monkeypatch.undo()
+    assert pack(root, "--to", tmp_path / "out", "--overwrite") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "t"]
+    assert not list((tmp_path / "out").glob("_plan*"))
 
 
 def test_families_stay_in_one_shard_and_in_one_part(tmp_path):

@@ -10,7 +10,8 @@ from tests.docs.blocks import PAGES, PLAIN, ROOT, blocks, merged
 from vlp import cli, config, plugin
 from vlp.schema import ConfigError
 
-SHELL = ("cd", "rm", "for", "source", "export", "make", "python", "pytest", "git", "ruff")
+SHELL = ("cd", "rm", "for", "source", "export", "make", "python", "pytest", "git", "ruff",
+         "kubectl")  # fmt: skip
 
 
 def commands():
