@@ -14,6 +14,7 @@ from vlp import dist
 from vlp.fields import EMBEDDED, FIELDS, LABELS
 from vlp.losses import Objective
 from vlp.models import embedding
+from vlp.non_finite import Statistics
 from vlp.pairwise import Pairs, reduction
 from vlp.seeds import derive
 from vlp.training import Training
@@ -32,6 +33,22 @@ def first_pass(training: Training, micro_batches: list[Batch]) -> list[dict[str,
         with torch.set_grad_enabled(i == kept), training.engine.micro_batch(last=kept == 0):
             outputs.append(embed(training, part, i))
     return outputs
+
+
+def rehearse(training: Training, part: Batch) -> None:
+    """One backward whose gradients are zeros and count nowhere. Collective.
+
+    DDP lays gradients out anew after its first backward, in the order in which they came. A sum of
+    more than two numbers depends on where it lies: without this the first step after a resume would
+    differ in its last bits from the same step of a run that was not stopped.
+    """
+    statistics = Statistics(training.engine.model)
+    with training.engine.micro_batch(last=True), attention(training):
+        output = embed(training, part, 0)
+        zeros = [(value * 0).sum() for value in output.values()]
+        training.engine.backward(torch.stack(zeros).sum())
+    training.engine.forget()
+    statistics.put_back_unless(torch.zeros((), dtype=torch.bool, device=training.engine.device))
 
 
 def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:

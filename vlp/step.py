@@ -34,6 +34,7 @@ from vlp.passes import (
     labels,
     leaf,
     passed,
+    rehearse,
     surrogate,
     teacher_forward,
     views_first,
@@ -76,6 +77,8 @@ def train_step(
     statistics = Statistics(engine.model)
     on_device = copied(batch, engine.device)
     micro_batches = on_device.split(training.micro_batches)
+    if engine.rehearses:
+        rehearse(training, micro_batches[0])
     outputs = first_pass(training, micro_batches)
 
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.

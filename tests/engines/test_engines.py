@@ -96,3 +96,26 @@ def test_engine_equals_one_process_and_states_travel(engine, tmp_path):
     assert checkpoint.in_parts(checkpoint.newest(two))
     result = continue_from("ddp", 1, 1, read=two)
     check((*result[:2], [expected[2][0], *result[2]], result[3]), expected)
+
+
+def states(engine, steps, read=None, write=None):
+    """All weights and moments after `steps` updates, exactly."""
+    saved = read and checkpoint.load(checkpoint.newest(read))
+    training = make_training(1, engine=engine, double=False, weights=read and saved.model)
+    if read:
+        training.engine.load_moments(saved.optimizer)
+        training.step = saved.state["step"]
+    for _ in range(steps):
+        train_step(training, make_batch(own_rows()))
+    if write:
+        save(training, write)
+    model, moments = training.engine.state(everywhere=True)
+    return as_lists(model), as_lists(moments)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_four_ranks_go_on_bit_for_bit(engine, tmp_path):
+    """Sums of more than two numbers depend on where they lie in what the ranks exchange."""
+    whole = ranks.run(4, states, engine, 3)
+    ranks.run(4, states, engine, 1, None, tmp_path)
+    assert ranks.run(4, states, engine, 2, tmp_path) == whole

@@ -26,6 +26,8 @@ from vlp.models.dual_encoder import DualEncoder
 class Replicated:
     """DDP through Accelerate, or one process: every rank holds the whole model."""
 
+    rehearses = False
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -56,6 +58,8 @@ class Replicated:
 
         self.model: Any = self.module
         if dist.world_size() > 1:
+            # A sum of two numbers does not depend on their order.
+            self.rehearses = dist.world_size() > 2
             joined = accelerator(self.device)
             joined.ddp_handler = ddp_settings(self.module)
             with warnings.catch_warnings():
@@ -101,6 +105,11 @@ class Replicated:
 
         self.optimizer.zero_grad()
         return norm
+
+    def forget(self) -> None:
+        """Drop the gradients of a rehearsal."""
+        self.optimizer.zero_grad()
+        self.rehearses = False
 
     def gradient_norm(self) -> Tensor:
         """2-norm of the gradient over all parameters, equal on all ranks."""

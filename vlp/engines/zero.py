@@ -33,6 +33,8 @@ class ZeRO:
     whatever the ranks exchange in float32.
     """
 
+    rehearses = False
+
     def __init__(self, device: torch.device, stage: int) -> None:
         self.device, self.stage = device, stage
 
@@ -141,6 +143,10 @@ class ZeRO:
             for key in self.moments:
                 whole = safe_get_full_optimizer_state(parameter, key)
                 yield f"optimizer/{key}.{name}", whole
+
+    def forget(self) -> None:
+        """Drop the gradients of a rehearsal, which this engine needs none of."""
+        self.zero.zero_grad()
 
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
