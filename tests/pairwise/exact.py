@@ -160,6 +160,7 @@ class PlainEngine:
     """
 
     device = torch.device("cpu")
+    rehearses = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -85,8 +85,11 @@ class Candidates:
 
     def check_candidates(self, n_candidates: int) -> None:
         """ValueError where a row has fewer other candidates than are to be the hardest."""
+        # A queue brings candidates of its own, and its term counts them.
+        if self.hardest is None or self.has_queue:
+            return
         n_others = n_candidates - 1
-        if self.hardest is not None and self.hardest > n_others:
+        if self.hardest > n_others:
             raise ValueError(
                 f"hardest: found {self.hardest} of {n_others} other candidates; use at most "
                 f"{n_others}, or a larger batch"
