@@ -6,11 +6,11 @@ import torch
 from datasets import Dataset
 from mteb.abstasks.retrieval import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
-from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.mocks import mock_tasks
 from PIL import Image
 
 from tests.eval.material import direction, known_encoder, picture
+from tests.eval.parity import mteb_tasks
 from vlp.eval import metrics
 from vlp.eval.mteb import wrap
 
@@ -39,26 +39,7 @@ def encoder():
 class Local(AbsTaskRetrieval):
     """Captions look for their pictures; two captions a picture."""
 
-    metadata = TaskMetadata(
-        name="LocalT2I",
-        description="Numbered pictures and captions.",
-        reference="https://example.org",
-        dataset={"path": "NA", "revision": "NA"},
-        type="Any2AnyRetrieval",
-        category="t2i",
-        modalities=["text", "image"],
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        main_score="recall_at_1",
-        date=("2022-12-22", "2022-12-22"),
-        dialect=[],
-        domains=[],
-        task_subtypes=[],
-        license="cc-by-4.0",
-        annotations_creators="derived",
-        sample_creation="found",
-        bibtex_citation="",
-    )
+    metadata = mteb_tasks.metadata("LocalT2I", "Any2AnyRetrieval", "t2i", ["text", "image"])
 
     def load_data(self, num_proc=None, **kwargs):
         captions = [f"{article} picture {i}" for i in range(N) for article in ("a", "the")]
