@@ -35,14 +35,16 @@ def save_and_compare(engine, run):
     train_step(training, make_batch(own_rows()))
     save(training, run)
     model, moments = training.engine.state(everywhere=True)
-    objective = checkpoint.flat(training.objective.state_dict())
+    objective = training.objective.state_dict()
 
     path = checkpoint.newest(run)
     contents = checkpoint.load(path)
     different = [k for k, v in model.items() if not torch.equal(v, contents.model[k])]
     different += [k for k, v in moments.items() if not torch.equal(v, contents.optimizer[k])]
     if dist.is_main():
-        different += [k for k, v in objective.items() if not torch.equal(v, contents.objective[k])]
+        read = checkpoint.nested(contents.objective, objective)
+        for term, tensors in objective.items():
+            different += [k for k, v in tensors.items() if not torch.equal(v, read[term][k])]
     assert len(contents.model) == len(model) and len(contents.optimizer) == len(moments) > 20
     own = path.glob(f"shard-{dist.rank() + 1:05d}-*")
     return different, sum(file.stat().st_size for file in own)

@@ -72,7 +72,6 @@ __all__ = [
     "Contents",
     "all_of",
     "check_alike",
-    "flat",
     "in_parts",
     "load",
     "load_any",
@@ -329,17 +328,8 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Pat
     model.load_state_dict(dict(weights))
 
 
-def flat(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{term: {name: tensor}} as {"term/name": tensor}."""
-    flattened = {}
-    for term, tensors in state.items():
-        for name, tensor in tensors.items():
-            flattened[f"{term}/{name}"] = tensor
-    return flattened
-
-
 def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """The inverse of `flat`; `terms` names those that may be without a tensor."""
+    """{"term/name": tensor} as {term: {name: tensor}}; `terms` names those that may have none."""
     state: dict[str, dict[str, Tensor]] = {term: {} for term in terms}
     for key, tensor in tensors.items():
         term, _, name = key.rpartition("/")
