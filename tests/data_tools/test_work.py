@@ -23,7 +23,7 @@ from vlp.cli import _ended_by_signals
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
-from vlp.data_tools._run import work
+from vlp.data_tools._run import progress, work
 from vlp.data_tools._run.kept import Kept
 from vlp.lifetime import Stopped
 
@@ -82,7 +82,6 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
     assert changed == {marks[0].name, tars[0].name} and digests(out) == digests(tmp_path / "whole")
 
 
-@pytest.mark.slow
 class EndsAtThird:
     """Work whose third job asks the call that made it to end."""
 
@@ -118,6 +117,7 @@ def test_a_call_that_is_asked_to_end_says_what_is_finished(tmp_path: Path, proce
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 12, 200), tmp_path / "out"
     rng = random.Random(0)
@@ -269,7 +269,7 @@ def test_progress_tells_shards_throughput_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     clock = iter([0.0, 2.0, 8.0, 20.0])
-    monkeypatch.setattr(work.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     jobs = [work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
     work.carry_out("test", jobs, fail_at_three, work.Pool())
     assert capsys.readouterr().err.splitlines() == [
