@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs
 
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    pool = pool.of_model(args.device)
 
     # A file is named after its shard, so two shards of one name would overwrite each other's.
     names = Counter(path.stem for path in sources)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TypeVar
@@ -25,13 +25,28 @@ Done = TypeVar("Done")
 
 @dataclass(frozen=True)
 class Pool:
-    """Who does the work: the processes of this machine, and the part of the jobs that this machine
-    takes.
+    """Who does the work: the processes of this machine and the part of the jobs that it takes, or
+    the processes of a cluster.
     """
 
-    processes: int = 1
+    processes: int | None = 1  # at the same time; None, on Ray: as many as the cluster has room for
     part: int = 1
     parts: int = 1
+    ray: bool = False  # on the cluster that this process is connected to
+    device: str | None = None  # of the model that the work runs, by the option's name; None: none
+
+    def of_model(self, device: str, *, alone: bool = False) -> Pool:
+        """The pool for work that runs a model on `device`. `alone`: the model takes all cores of a
+        machine, so that here one process works. Raises ValueError for a device that the cluster
+        lacks.
+        """
+        if not self.ray:
+            return replace(self, processes=1) if alone else self
+
+        from vlp.data_tools._run import on_ray
+
+        on_ray.check_device(device)
+        return replace(self, device=device)
 
     def share(self, jobs: Sequence[Item]) -> Sequence[Item]:
         """This machine's jobs: every `parts`-th."""
@@ -43,7 +58,12 @@ class Pool:
         """Each item with what `do` returned for it, as soon as it is there; raises its exception,
         and WorkerLost.
         """
-        return local.finished(do, items, self.processes)
+        if not self.ray:
+            return local.finished(do, items, self.processes or 1)
+
+        from vlp.data_tools._run import on_ray
+
+        return on_ray.finished(do, items, self.processes, self.device)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +72,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--processes",
         type=int,
-        default=1,
         metavar="N",
-        help="shards at the same time (default: %(default)s)",
+        help="shards at the same time (default: 1; with --ray as many as the cluster has room for)",
     )
+    ray_argument(parser)
     add(
         "--part",
         metavar="K/N",
@@ -65,16 +85,55 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def ray_argument(parser: argparse.ArgumentParser) -> None:
+    """The option of every tool whose work a cluster may do."""
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="work on a Ray cluster (pip install 'vlp[ray]'): HOST:PORT, or without it that of "
+        "RAY_ADDRESS, else the one that runs on this machine, else one that is started for this "
+        "call; write it last",
+    )
+
+
 def pool(args: argparse.Namespace) -> Pool:
-    """The pool that the options and the launcher's environment name; raises ValueError."""
-    n_processes: int = args.processes
-    if n_processes < 1:
+    """The pool that the options and the launcher's environment name, with --ray connected to its
+    cluster; raises ValueError.
+    """
+    n_processes: int | None = args.processes
+    if n_processes is not None and n_processes < 1:
         raise ValueError(f"--processes {n_processes} must be at least 1")
-    return Pool(n_processes, *_share(args))
+
+    part, parts = _share(args)
+    if on_cluster(args):
+        return Pool(n_processes, ray=True)
+    return Pool(n_processes or 1, part, parts)
+
+
+def on_cluster(args: argparse.Namespace) -> bool:
+    """Whether --ray names a cluster, which this process has then joined; raises ValueError."""
+    if args.ray is None:
+        return False
+
+    from vlp.data_tools._run import on_ray
+
+    on_ray.connect(args.ray)
+    return True
 
 
 def _share(args: argparse.Namespace) -> tuple[int, int]:
     """(K, N): this machine takes every N-th job from the K-th on."""
+    # A cluster divides the work by itself, also where a launcher has given this call a rank.
+    if args.ray is not None:
+        if args.part:
+            raise ValueError(
+                f"found --part {args.part} and --ray: a cluster divides the work by itself; "
+                "leave one of them out"
+            )
+        return 1, 1
+
     # What the user says goes before what the launcher says.
     if args.part:
         part, _, parts = args.part.partition("/")

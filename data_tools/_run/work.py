@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from vlp.data_tools._run.local import WorkerLost
-from vlp.data_tools._run.pool import RANKS, Pool, alone, arguments, pool
+from vlp.data_tools._run.pool import (
+    RANKS,
+    Pool,
+    alone,
+    arguments,
+    on_cluster,
+    pool,
+    ray_argument,
+)
 from vlp.data_tools._run.progress import Progress, say
 from vlp.files import write_atomically
 from vlp.lifetime import Ended
@@ -34,8 +42,10 @@ __all__ = [
     "alone",
     "arguments",
     "carry_out",
+    "on_cluster",
     "pool",
     "printable",
+    "ray_argument",
     "read_note",
     "report",
     "total",

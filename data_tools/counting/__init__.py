@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
     # What is balanced are the numbers of all shards, so all are surveyed before one is written.
     survey = partial(_survey, detector=detector)
-    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), survey, pool)
+    survey_pool = pool.of_model("auto") if detector else pool
+    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), survey, survey_pool)
     if not work.all_done(surveyed):
         return 0
     counts = work.total(surveyed)

@@ -152,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
     rules = rules_of(args)
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    score_pool = pool.of_model(args.device) if args.model else pool
     model = _encoder.Model.of(args)
 
     # A misspelled field would drop every sample, or none: it is refused before anything is written.
@@ -170,8 +171,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
 
     # Every shard by itself, now that all that is shared is known.
-
-    results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
+    results = transform(sources, folder, "filter", Filter(rules, model, repeated), score_pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
     if work.all_done(results) and not counts["samples written"]:

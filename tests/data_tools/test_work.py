@@ -196,7 +196,7 @@ def test_who_takes_which_part(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = argparse.Namespace(part=part, processes=1)
+    args = argparse.Namespace(part=part, processes=1, ray=None)
     if expected is None:
         with pytest.raises(ValueError, match="names no part of the shards; expected --part K/N"):
             work.pool(args)
