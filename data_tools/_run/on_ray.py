@@ -9,19 +9,17 @@ goes to another process, which begins it anew.
 
 from __future__ import annotations
 
-import logging
 import pickle
-import signal
-import threading
+import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vlp import log
-from vlp.data_tools._run import nodes
+from vlp.data_tools._run import cluster, nodes
 from vlp.data_tools._run.local import WorkerLost
 from vlp.data_tools._run.nodes import ClusterError
 from vlp.data_tools._run.progress import say
@@ -32,114 +30,7 @@ Done = TypeVar("Done")
 TRIES = 4  # of an item whose process is lost
 _SPARE = 4  # processes that are asked for beyond those that work, at least
 _NOTICE_S = 30  # without a process that works, until that is said
-_ANSWER_S = 180  # for a node to start a process and answer
 _END_S = 20  # for processes to be gone
-
-
-def import_ray() -> Any:
-    """Ray, an optional dependency; raises ValueError where it is not installed."""
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("Ray is not installed; install it with pip install 'vlp[ray]'") from None
-    return ray
-
-
-def connect(address: str) -> None:
-    """Join a cluster (auto: RAY_ADDRESS, or the one that runs on this machine, or a new one) unless
-    this process has joined one; raises ClusterError where none answers or its nodes differ.
-    """
-    ray = import_ray()
-    if ray.is_initialized():
-        return
-
-    if "://" in address:
-        raise ClusterError(
-            f"--ray {address}: expected HOST:PORT; the call runs on a machine of the cluster, "
-            "where no client is needed (ray job submit brings it there)"
-        )
-    options = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-    try:
-        with _own_signals():
-            ray.init(address=None if address == "auto" else address, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ClusterError(
-            f"no Ray cluster could be joined at {address} ({reason}); start one with ray start "
-            "--head, look with ray status, or end what is left of an old one with ray stop"
-        ) from None
-
-    # Ray prints what its daemons report on stdout, where tools print what they have made.
-    ray._private.worker._worker_logs_enabled = False
-    nodes.refuse_differing(nodes.versions(), _versions_of_nodes(ray))
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Around a call of Ray that puts an answer of its own to SIGTERM in the place of ours."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-
-
-def _versions_of_nodes(ray: Any) -> dict[str, dict[str, str]]:
-    """What each node that can work has installed, by the node's name; ClusterError where one cannot
-    say.
-    """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # Inside, so that it is sent as a whole to nodes that may lack this module.
-    def installed() -> dict[str, str]:
-        from vlp.data_tools._run import nodes
-
-        return nodes.versions()
-
-    answers = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["Resources"].get("CPU"):
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(installed).options(num_cpus=0, scheduling_strategy=place)
-            name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-            answers[task.remote().future()] = (
-                name if name not in answers.values() else (f"{name}, {node['NodeID'][:8]}")
-            )
-    wait(answers, _ANSWER_S)
-
-    versions: dict[str, dict[str, str]] = {}
-    for answer, name in answers.items():
-        if not answer.done():
-            raise ClusterError(f"{name} has not answered in {_ANSWER_S} s; look with ray status")
-        error = answer.exception()
-        if isinstance(error, ray.exceptions.RayTaskError):
-            raise ClusterError(
-                f"{name} cannot import this version of vlp ({error.cause}); install vlp[ray] "
-                "there, the same version as here"
-            )
-        # One that is lost meanwhile will not work.
-        if error is None:
-            versions[name] = answer.result()
-    return versions
-
-
-def check_device(device: str) -> None:
-    """Raise ClusterError for the device of a model that the cluster lacks."""
-    if device.startswith("cuda:"):
-        raise ClusterError(
-            f"--device {device}: on Ray each process is given a GPU; use --device cuda or auto"
-        )
-    if device == "cuda" and not _has_gpus():
-        raise ClusterError(
-            "--device cuda, but no node of the cluster has a GPU (ray status); start one that has, "
-            "or use --device auto or cpu"
-        )
-
-
-def _has_gpus() -> bool:
-    has_gpus: bool = import_ray().cluster_resources().get("GPU", 0) >= 1
-    return has_gpus
 
 
 def finished(
@@ -155,8 +46,8 @@ def finished(
     if not items:
         return
 
-    ray = import_ray()
-    on_gpu = device in ("auto", "cuda") and _has_gpus()
+    ray = cluster.import_ray()
+    on_gpu = device in ("auto", "cuda") and cluster.has_gpus()
     if device == "auto" and not on_gpu:
         log.warn("no node of the cluster has a GPU; what would run on one runs on CPUs")
     _, paths = nodes.pickled(items)
@@ -178,8 +69,6 @@ class Worker:
 
     def prepare(self, call: nodes.Call, work: bytes) -> str:
         """Take over the call; returns what this node lacks, in words."""
-        import socket
-
         name = f"node {socket.gethostname()}"
         # A node may have come since the call began.
         nodes.refuse_differing(call.versions, {name: nodes.versions()})
@@ -303,7 +192,8 @@ class _Workers:
             return False
         if isinstance(error, exceptions.RayTaskError):
             cause: BaseException = error.cause
-            cause.add_note(f"on the cluster: {error.traceback_str}")
+            # For who looks for a bug; messages do not show it.
+            cause.add_note(str(error))
             raise cause from None
         if isinstance(error, (exceptions.RayActorError, exceptions.ObjectLostError)):
             return True

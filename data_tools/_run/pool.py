@@ -43,9 +43,9 @@ class Pool:
         if not self.ray:
             return replace(self, processes=1) if alone else self
 
-        from vlp.data_tools._run import on_ray
+        from vlp.data_tools._run import cluster
 
-        on_ray.check_device(device)
+        cluster.check_device(device)
         return replace(self, device=device)
 
     def share(self, jobs: Sequence[Item]) -> Sequence[Item]:
@@ -117,9 +117,9 @@ def on_cluster(args: argparse.Namespace) -> bool:
     if args.ray is None:
         return False
 
-    from vlp.data_tools._run import on_ray
+    from vlp.data_tools._run import cluster
 
-    on_ray.connect(args.ray)
+    cluster.connect(args.ray)
     return True
 
 
