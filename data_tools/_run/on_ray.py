@@ -132,8 +132,8 @@ class _Workers:
     def end(self) -> None:
         """End all processes, and wait until nothing writes any more."""
         actors = [*self.preparing.values(), *(actor for actor, _ in self.working.values())]
-        with suppress(self.ray.exceptions.RayError):
-            for actor in actors:
+        for actor in actors:
+            with suppress(self.ray.exceptions.RayError):
                 self.ray.kill(actor)
         wait(self.working, _END_S)
 

@@ -114,6 +114,9 @@ def _do(work: Work, job: Job) -> int:
     """Do a job and write its mark; returns how many samples it read."""
     result = work(job.item)
 
+    # Sets of texts, by which some are counted, come in another order in each process.
+    result["counts"] = dict(sorted(result["counts"].items()))
+
     # Last, and at once: a mark says that all the rest of the job is on disk.
     content = json.dumps(result, indent=1, ensure_ascii=False)
     write_atomically(job.mark, content.encode())

@@ -38,6 +38,7 @@ HELP = "keep what rules, a list or a model's score let pass; count the rest by r
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3
   vlp data filter data/raw --to data/clean --min-words 3 --languages en
   vlp data filter data/raw --to data/clean --max-repeats 10 --processes 8
+  vlp data filter data/raw --to data/clean --min-side 200 --ray
   vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5"
   vlp data filter data/raw --to data/clean --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8

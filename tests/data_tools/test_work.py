@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -282,6 +283,14 @@ def test_progress_tells_shards_throughput_and_time_left(
 def test_processes_must_be_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
         call(negatives, write(tmp_path / "in", 1, 2), "--to", tmp_path / "out", "--processes", 0)
+
+
+def test_a_mark_does_not_depend_on_the_order_of_counting(tmp_path: Path) -> None:
+    jobs = [work.Job(tmp_path / f"{i}.json", names, 1) for i, names in enumerate(("ab", "ba"))]
+    counted = [{"counts": Counter(names)} for names in ("ab", "ba")]
+    assert [*counted[0]["counts"]] != [*counted[1]["counts"]]
+    work.carry_out("test", jobs, lambda names: {"counts": Counter(names)}, work.Pool())
+    assert jobs[0].mark.read_bytes() == jobs[1].mark.read_bytes()
 
 
 def test_kept_values_stay_what_they_first_were(tmp_path: Path) -> None:
