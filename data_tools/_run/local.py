@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ class WorkerLost(RuntimeError):
 
 def finished(
     do: Callable[[Item], Done], items: Sequence[Item], processes: int
-) -> Iterator[tuple[Item, Done]]:
+) -> Generator[tuple[Item, Done], None, None]:
     """Each item with what `do` returned for it, as soon as it is there; `do` is sent to each
     process once. Raises its exception, or WorkerLost.
     """

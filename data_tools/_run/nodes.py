@@ -30,6 +30,7 @@ _LIBRARIES = (
     "timm", "transformers", "faiss-cpu",
 )  # fmt: skip
 _OURS = "VLP_"  # names of our settings in the environment
+_OF_THE_SYSTEM = type(Path())
 
 
 class ClusterError(ValueError):
@@ -146,11 +147,11 @@ def pickled(thing: Any) -> tuple[bytes, list[Path]]:
 
     paths: dict[Path, None] = {}
 
-    class Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # ray says no types
+    class Pickler(cloudpickle.CloudPickler):
         def persistent_id(self, part: Any) -> None:
             """Asked about every object on the way; None: it is pickled as usual."""
-            # Addresses of stores are no Path, and every node sees them.
-            if isinstance(part, Path):
+            # Paths in a store are of other kinds, and every node sees them.
+            if type(part) is _OF_THE_SYSTEM:
                 paths[part] = None
 
     file = io.BytesIO()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickle
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ _END_S = 20  # for processes to be gone
 
 def finished(
     do: Callable[[Item], Done], items: Sequence[Item], most: int | None, device: str | None
-) -> Iterator[tuple[Item, Done]]:
+) -> Generator[tuple[Item, Done], None, None]:
     """Each item with what `do` returned for it, as soon as it is there.
 
     most: processes at the same time; None: as many as there is room for. device: of the model that

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -54,7 +54,7 @@ class Pool:
 
     def finished(
         self, do: Callable[[Item], Done], items: Sequence[Item]
-    ) -> Iterator[tuple[Item, Done]]:
+    ) -> Generator[tuple[Item, Done], None, None]:
         """Each item with what `do` returned for it, as soon as it is there; raises its exception,
         and WorkerLost.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -220,6 +221,17 @@ def test_nodes_of_other_versions_are_named() -> None:
         caught.value
     )
     assert "node a" not in str(caught.value)
+
+
+class InAStore(type(Path())):  # type: ignore[misc]  # the kind of this system
+    """As a path to an object of a store is."""
+
+
+def test_paths_of_the_system_are_found_in_what_is_sent(tmp_path: Path) -> None:
+    job = work.Job(tmp_path / "0.json", (0, tmp_path / "0.tar"), 1)
+    data, paths = nodes.pickled([job, {"a": {tmp_path}}, InAStore("s3://bucket/0.tar"), "a/b"])
+    assert paths == [job.mark, tmp_path / "0.tar", tmp_path]
+    assert pickle.loads(data)[0] == job
 
 
 def test_what_a_node_does_not_see_is_named(tmp_path: Path) -> None:

@@ -153,13 +153,13 @@ def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
     source, out = write(tmp_path / "in", 40, 100), tmp_path / "out"
     command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source), "--to", str(out)]
     command += ["--ray", running.address]
-    tool = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 200
     while len(list(out.glob("0*_negatives.json"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     begun = workers_of_actors()
     os.kill(tool.pid, signum)
-    _, told = tool.communicate()
+    told, _ = tool.communicate()
     marks = list(out.glob("0*_negatives.json"))
     assert begun and 3 <= len(marks) < 40
     if signum == signal.SIGINT:
