@@ -293,6 +293,19 @@ def test_a_mark_does_not_depend_on_the_order_of_counting(tmp_path: Path) -> None
     assert jobs[0].mark.read_bytes() == jobs[1].mark.read_bytes()
 
 
+def test_two_writers_of_one_shard_write_it_whole(tmp_path: Path) -> None:
+    """A process that was taken for lost goes on beside the one that does its shard again."""
+    alone = write(tmp_path / "alone", 1, 6)
+    writers = [ShardWriter(tmp_path / "two", 6, overwrite=True) for _ in range(2)]
+    for i in range(6):
+        for writer in writers:
+            writer.add(None, f"image {i}".encode(), "jpg", CAPTIONS[i % len(CAPTIONS)])
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    assert digests(tmp_path / "two") == digests(alone) and len(digests(alone)) == 1
+    assert not list((tmp_path / "two").glob(".*"))
+
+
 def test_kept_values_stay_what_they_first_were(tmp_path: Path) -> None:
     """A hash in a second batch is computed with that batch, and keeps its first value; so it does
     for a call that reads the file, of which the end was torn off.
