@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +199,27 @@ def test_without_tries_a_lost_node_ends_the_call(
     running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
 
 
+def start_node(
+    running: Nodes, before: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A node of eight cores as a user starts it, once it has joined."""
+    import ray
+
+    n_before = len([node for node in ray.nodes() if node["Alive"]])
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "8"]
+    node = subprocess.Popen(
+        [*before, *command, "--address", running.address],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while len([node for node in ray.nodes() if node["Alive"]]) == n_before:
+        assert time.monotonic() < deadline, "the node does not join"
+        time.sleep(0.1)
+    return node
+
+
 def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) -> None:
     import ray
 
@@ -212,36 +233,25 @@ def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) ->
     text = (here / "__init__.py").read_text()
     (other / "__init__.py").write_text(text.replace(vlp.__version__, "0.0.9"))
 
-    third = running.cluster.add_node(
-        num_cpus=1, env_vars={"PYTHONPATH": str(other.parent)}, **STORE
-    )
+    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
+    node = start_node(running, environment=environment)
     try:
         with pytest.raises(nodes.ClusterError, match=r"node .*: vlp 0\.0\.9 \(code .*\(here 0"):
             nodes.refuse_differing(nodes.versions(), cluster.versions_of_nodes(ray))
     finally:
-        running.cluster.remove_node(third, allow_graceful=False)
+        node.terminate()
+        node.wait()
 
 
 def test_a_node_that_does_not_see_the_folder_is_named(running: Nodes, tmp_path: Path) -> None:
     """A node behind a mount of its own, in which the folder of the shards is empty."""
     source = write(tmp_path / "in", 6, 4)
-    hide = ["unshare", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs none {source}"
-    if subprocess.run([*hide, mount], capture_output=True).returncode:
+    hide = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{source}" && exec "$@"', "sh"]
+    if subprocess.run([*hide, "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount")
 
-    start = f"{sys.executable} -m ray.scripts.scripts start --block --num-cpus 8"
-    node = subprocess.Popen(
-        [*hide, f"{mount} && exec {start} --address {running.address}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    node = start_node(running, hide)
     try:
-        import ray
-
-        deadline = time.monotonic() + 200
-        while ray.cluster_resources().get("CPU", 0) < 10 and time.monotonic() < deadline:
-            time.sleep(0.1)
         message = r"node \S+ does not see .*in/00000\.tar.*all nodes share"
         with pytest.raises(nodes.ClusterError, match=message):
             call(stats, source, "--to", tmp_path / "out", "--ray", running.address)
