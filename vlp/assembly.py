@@ -39,7 +39,7 @@ from vlp.pretrained.references import resolve as resolve_reference
 from vlp.resume import (
     go_on_from,
     open_run,
-    reader_of,
+    shared_layout,
     start_from,
     with_precision,
 )
@@ -274,7 +274,7 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     if source is None:
         return None
     # `open_run` has compared the hashes.
-    contents = checkpoint.load(source, verified=True, reader=reader_of(source))
+    contents = checkpoint.load(source, verified=True, layout=shared_layout(source))
     check_extent(contents.state["step"], plan, source)
     # At a joint it is of the stage before, whose pictures may have had another size.
     if contents.state["step"] == plan.first:

@@ -188,7 +188,7 @@ class Dealt(Staging):
 
     def held_table(self, name: str, table: Table) -> Tensor:
         """Of [rows, W, c], whose rows one after another are the samples
-        (vlp.checkpoint.tables_whole), this rank's [rows, 1, c].
+        (vlp.pretrained.parts.Rows), this rank's [rows, 1, c].
         """
         self.tables[name] = table.samples
         own = table.rows().unsqueeze(1)
