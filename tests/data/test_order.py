@@ -222,6 +222,55 @@ def test_a_changed_batch_goes_on_where_the_epoch_stood():
     assert mix.end(10, 30) == Begin(10, 300)
 
 
+def at_joint(shares: list[Fraction], first_size: int, n_steps: int, second_size: int) -> list[int]:
+    """Of each source: how many of its draws come twice, or are passed over (below 0), where batches
+    of another size begin.
+    """
+    joint = first_size * n_steps
+    sources, counts = Deal(shares, first_size)(0, joint)
+    later_sources, later_counts = Deal(shares, second_size)(joint, 50 * second_size)
+    repeated = []
+    for s in range(len(shares)):
+        n_before = int((sources == s).sum())
+        assert counts[sources == s].tolist() == list(range(n_before))
+        after = later_counts[later_sources == s]
+        repeated.append(n_before - int(after[0]))
+        assert after.tolist() == list(range(after[0], after[0] + len(after)))
+    return repeated
+
+
+def test_where_a_weighted_batch_changes_a_source_goes_on_within_fewer_draws_than_sources():
+    """Behind its last draw where its share of both batches is a whole number of draws."""
+    chance = random.Random(1)
+    n_cases = n_off = 0
+    for _ in range(200):
+        weights = [chance.choice([1, 2, 3, 4, 6, 8, 12]) for _ in range(chance.randint(2, 5))]
+        shares = [Fraction(weight) for weight in weights]
+        first_size, second_size = chance.randint(2, 40), chance.randint(2, 40)
+        repeated = at_joint(shares, first_size, chance.randint(1, 9), second_size)
+        assert max(map(abs, repeated)) < len(shares)
+        n_off += any(repeated)
+
+        total = sum(weights)
+        assert not any(at_joint(shares, 2 * total, 3, 5 * total))
+        n_cases += 1
+    assert n_cases == 200 and n_off > 3
+
+
+def test_of_any_first_draws_a_source_is_hardly_behind_and_little_ahead():
+    chance = random.Random(2)
+    n_cases = 0
+    for _ in range(100):
+        shares = [Fraction(chance.randint(1, 40)) for _ in range(chance.randint(2, 9))]
+        sources, _ = Deal(shares, chance.randint(1, 64))(0, 500)
+        for s, share in enumerate(shares):
+            due = np.arange(1, 501) * float(share / sum(shares))
+            ahead = np.cumsum(sources == s) - due
+            assert ahead.min() > -1 and ahead.max() < len(shares) - 1 + 1e-9
+            n_cases += 1
+    assert n_cases > 300
+
+
 class Pictures(Numbers):
     """A source whose samples all have one picture, and none whose number ends in 7."""
 
