@@ -150,6 +150,87 @@ def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(place, tmp_pat
     assert checkpoint.newest(tmp_path) is not None
 
 
+class HoldsLock(Exception):
+    """Cannot be packed."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class TakesTwo(Exception):
+    """Is packed, and cannot be unpacked: it would be made of its one argument."""
+
+    def __init__(self, text, number):
+        super().__init__(f"{text} {number}")
+
+
+def fail_oddly():
+    """What each rank raises for errors of the second one that do not travel."""
+    errors = [HoldsLock("disk gone"), TakesTwo("quota", 3)]
+    raised = []
+    for error in errors:
+
+        def doing(error=error):
+            if dist.rank() == 1:
+                raise error
+
+        try:
+            saving.agree(dist.world(), doing)
+        except RuntimeError as arrived:
+            raised.append(str(arrived))
+    return raised, saving.agree(dist.world(), dist.rank)
+
+
+def test_an_error_that_cannot_travel_arrives_in_words():
+    for raised, ranks_after in ranks.run(2, fail_oddly):
+        assert raised == ["HoldsLock: disk gone", "TakesTwo: quota 3"]
+        assert ranks_after == [0, 1]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_what_lies_on_a_gpu_is_copied_to_locked_memory_that_is_kept(monkeypatch):
+    """As far as a CPU shows it: what is asked of torch, and in which order."""
+    asked = []
+    real_empty, real_copy = torch.empty, torch.Tensor.copy_
+
+    def empty(shape, *, dtype, pin_memory):
+        asked.append(("room", pin_memory))
+        return real_empty(shape, dtype=dtype)
+
+    def copy(target, source, non_blocking=False):
+        asked.append(("copy", non_blocking))
+        return real_copy(target, source.as_subclass(torch.Tensor))
+
+    class Stream:
+        def synchronize(self):
+            asked.append(("wait",))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+
+    staging = saving.Staging()
+    value, on_cpu = torch.arange(6.0), torch.ones(2)
+    places = []
+    for _ in range(2):
+        held = [staging.held("w", value.as_subclass(OnGpu)), staging.held("c", on_cpu)]
+        staging.settle()
+        assert held[0].tolist() == value.tolist() and type(held[0]) is torch.Tensor
+        places.append([tensor.data_ptr() for tensor in held])
+        value = value + 1
+    copies = [("copy", True), ("copy", False), ("wait",)]
+    rooms = [("room", True), copies[0], ("room", False), copies[1], copies[2]]
+    assert asked == rooms + copies
+    assert places[0] == places[1]
+
+
 def spoil_and_save(run):
     training = make_training(1, engine="fsdp2", double=False)
     if dist.rank() == 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -213,6 +214,18 @@ def test_damaged_rows_of_remote_shards_go_so_that_the_next_start_has_whole_ones(
     assert not copy.exists()
     index_file._handles.clear()
     assert open_remote(options, Captions()).n_captions().tolist() == [2] * 5
+
+
+def test_shards_of_a_machine_whose_clock_is_ahead_are_indexed_once(tmp_path, monkeypatch):
+    """Times are compared with those that the index noted, not with this machine's clock."""
+    folder = constant_shards(tmp_path, 25, 10)
+    (folder / index_file.NAME).unlink()
+    for path, time_s in zip(sorted(folder.glob("*.tar")), (4e9, 0, 1e9), strict=True):
+        os.utime(path, (time_s, time_s))
+    expected = keys_of(opened(folder))
+    os.utime(folder / index_file.NAME, (0, 0))
+    monkeypatch.setattr(index_module, "scan", lambda path: pytest.fail(f"{path} was read"))
+    assert keys_of(opened(folder)) == expected
 
 
 def test_an_index_that_another_run_replaces_goes_on_to_be_read(tmp_path, monkeypatch):
