@@ -18,6 +18,7 @@ from vlp.data.deal import Deal
 from vlp.data.mix import Begin, Mixture
 from vlp.data.permutation import permute, permute_each
 from vlp.data.steps import Steps
+from vlp.data.units import CaptionsOfSamples
 from vlp.seeds import derive
 from vlp.types import Sample
 
@@ -211,6 +212,37 @@ def test_several_permutations_at_once_are_each_by_itself():
     for w in range(6):
         here = which == w
         assert together[here].tolist() == permute(sizes[w], keys[w], places[here]).tolist()
+
+
+class Captioned(Numbers):
+    """A source of which sample i has counts[i] captions."""
+
+    def __init__(self, counts: np.ndarray) -> None:
+        super().__init__(len(counts))
+        self.counts = counts
+
+    def n_captions(self) -> np.ndarray:
+        return self.counts
+
+
+def test_captions_are_found_by_number_in_a_byte_a_sample():
+    """Of few samples and of many, of samples without captions, and of more than a byte counts."""
+    chance = np.random.default_rng(7)
+    n_cases = 0
+    for n, most in ((1, 1), (63, 3), (64, 5), (65, 255), (1000, 300), (40_000, 5)):
+        counts = chance.integers(0, most + 1, n)
+        counts[-1] = most
+        units = CaptionsOfSamples(Captioned(counts.astype(np.min_scalar_type(most))))
+        samples, captions = units.rows(np.arange(len(units)), 0, np.zeros(len(units)))
+        assert samples[:, 0].tolist() == np.repeat(np.arange(n), counts).tolist()
+        ends = np.cumsum(counts)
+        before = ends - counts
+        assert captions[:, 0].tolist() == (np.arange(ends[-1]) - np.repeat(before, counts)).tolist()
+        assert units.before(np.arange(n + 1)).tolist() == [*before.tolist(), ends[-1]]
+        n_cases += 1
+        if most <= 255:
+            assert units._counts.nbytes + units._ends.nbytes <= 1.2 * n + 200
+    assert n_cases == 6
 
 
 def test_a_changed_batch_goes_on_where_the_epoch_stood():

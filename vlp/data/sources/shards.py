@@ -286,8 +286,12 @@ class Shards(Source):
         return self._rows.counts()
 
     def n_captions(self) -> np.ndarray:
-        n_texts = np.concatenate([table.n_texts for table in self._tables()])
-        return np.where(n_texts > 0, n_texts, len(self.captions.class_templates))
+        # In few bytes each: of all samples of a run there are many.
+        parts = []
+        for table in self._tables():
+            counts = np.where(table.n_texts > 0, table.n_texts, len(self.captions.class_templates))
+            parts.append(counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
+        return np.concatenate(parts)
 
     def origins(self) -> np.ndarray:
         begins = [~table.has(CONTINUES) for table in self._tables()]
