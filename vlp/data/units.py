@@ -81,12 +81,11 @@ class CaptionsOfSamples(Samples):
         counts = source.n_captions()
         sums = np.add.reduceat(counts, np.arange(0, len(counts), _BLOCK), dtype=np.int64)
         # Samples behind the last one have no captions: blocks are whole then.
-        room = np.zeros(len(sums) * _BLOCK, np.min_scalar_type(int(counts.max())))
+        room = np.zeros(len(sums) * _BLOCK, counts.dtype)
         room[: len(counts)] = counts
-        narrow = room if room.dtype == np.uint8 else room.astype(np.int64)
 
         self.n = len(counts)
-        self._counts = torch.from_numpy(narrow).share_memory_()  # [blocks · _BLOCK]
+        self._counts = _narrow(room)
         self._ends = _shared(np.cumsum(sums))  # units up to and with a block
 
     def __len__(self) -> int:
@@ -134,7 +133,10 @@ class Origins(Samples):
 
     def __init__(self, source: Source, size: int, shuffle: bool) -> None:
         # Samples of one origin follow one another: an origin is a start and a count.
-        starts = np.flatnonzero(np.diff(source.origins(), prepend=-1))
+        origins = source.origins()
+        begins = np.ones(len(origins), bool)
+        np.not_equal(origins[1:], origins[:-1], out=begins[1:])
+        starts = np.flatnonzero(begins)
         counts = np.diff(starts, append=len(source))
         large_enough = counts >= size
 
@@ -142,7 +144,7 @@ class Origins(Samples):
         self.shuffle = shuffle
         self.n_left_out = int(counts[~large_enough].sum())
         self._starts = _shared(starts[large_enough])
-        self._counts = _shared(counts[large_enough])
+        self._counts = _narrow(counts[large_enough])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -152,7 +154,7 @@ class Origins(Samples):
     ) -> tuple[np.ndarray, np.ndarray]:
         # Without shuffling the first members of each origin are taken.
         starts = self._starts.numpy()[units]
-        counts = self._counts.numpy()[units]
+        counts = self._counts.numpy()[units].astype(np.int64)
         samples = starts[:, None] + np.arange(self.size)
 
         # Of an origin with more members than rows, others stand together in each round.
@@ -179,3 +181,9 @@ class Origins(Samples):
 def _shared(values: np.ndarray) -> torch.Tensor:
     """In shared memory: loader processes receive a handle instead of a copy."""
     return torch.from_numpy(values.astype(np.int64)).share_memory_()
+
+
+def _narrow(counts: np.ndarray) -> torch.Tensor:
+    """Counts in shared memory, in a byte each where that holds them."""
+    fits = counts.max(initial=0) <= np.iinfo(np.uint8).max
+    return torch.from_numpy(counts.astype(np.uint8 if fits else np.int64)).share_memory_()
