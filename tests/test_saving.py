@@ -1,5 +1,6 @@
 """Checkpoints of several ranks, written in parts beside the steps."""
 
+import json
 import resource
 import shutil
 import threading
@@ -14,7 +15,7 @@ from tests import ranks
 from tests.engines.test_engines import save
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
-from vlp import checkpoint, dist, saving, stages
+from vlp import checkpoint, dist, resume, saving, stages
 from vlp.export.checkpoints import write_checkpoint
 from vlp.export.place import ExportError
 from vlp.losses._table import Table
@@ -308,6 +309,50 @@ def test_parts_are_checked_as_files_are(in_parts, tmp_path):
         part.write_bytes(good)
     assert n_cases == 3 and checkpoint.newest(tmp_path) == newest
     assert runs.looks_complete(newest)
+
+
+def copied_by_hand(source, folder, case):
+    """A checkpoint of which something stayed behind, or came from another one."""
+    shutil.copytree(source, folder)
+    parts = sorted(folder.glob("shard-00002-*"))
+    if case == "a part stayed behind":
+        parts[0].unlink()
+    elif case == "the manifest stayed behind":
+        (folder / "manifest.json").unlink()
+    elif case == "a part of another step":
+        shutil.copy(source.with_name("step_00000000") / parts[0].name, parts[0])
+    else:
+        # A manifest was made for what is there: the first rank's part under both names.
+        shutil.copy(folder / parts[0].name.replace("00002", "00001", 1), parts[0])
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest |= checkpoint.described([parts[0]])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+COPIES = {
+    "a part stayed behind": "found None bytes",
+    "the manifest stayed behind": "manifest.json cannot be read",
+    "a part of another step": "shard-00002-model-00001-of-00004.safetensors is damaged",
+    "parts of one rank twice": "the parts leave gaps, or lie over one another",
+}
+
+
+def problems_of(folders):
+    return [resume._problem_of(folder, weights_too=True) for folder in folders]
+
+
+def test_of_a_checkpoint_that_was_copied_in_part_all_ranks_say_the_same(in_parts, tmp_path):
+    source = checkpoint.newest(in_parts)
+    folders = [tmp_path / str(number) for number in range(len(COPIES))]
+    for folder, case in zip(folders, COPIES, strict=True):
+        copied_by_hand(source, folder, case)
+    first, second = ranks.run(2, problems_of, [*folders, source])
+    assert first == second and first[-1] is None
+    n_cases = 0
+    for problem, expected in zip(first, COPIES.values(), strict=False):
+        assert expected in problem
+        n_cases += 1
+    assert n_cases == 4
 
 
 def save_twice(run):

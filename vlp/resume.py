@@ -103,7 +103,10 @@ def _problem_of(path: Path, weights_too: bool) -> str | None:
     if problems or not weights_too:
         return problems[0] if problems else None
 
-    weights = checkpoint.tensors_of(path, "model", shared_layout(path))
+    try:
+        weights = checkpoint.tensors_of(path, "model", shared_layout(path))
+    except checkpoint.CheckpointError as error:  # on all ranks alike
+        return str(error)
     own_names = sorted(weights)[dist.rank() :: dist.world_size()]
     spoilt = checkpoint.not_finite({name: weights[name] for name in own_names})
     spoilt = [name for names in dist.gather_objects(spoilt) for name in names]
