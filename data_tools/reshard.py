@@ -295,7 +295,7 @@ class Write:
         from vlp.data.tables import fetched
         from vlp.data_tools._run.shards import rows_beside
 
-        rows = {}
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
         for source in sorted(set(spans["shard"].tolist())):
             path, _ = self.sources[source]
             if fetched.beside(path) is None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vlp import log
-from vlp.pretrained.parts import CheckpointError, Joined, Layout
+from vlp.pretrained.parts import CheckpointError as CheckpointError  # its readers catch it here
+from vlp.pretrained.parts import Joined, Layout
 
 FOLDER = "checkpoints"
 BEST = "best.json"  # in FOLDER: which checkpoint is the best one
