@@ -128,10 +128,13 @@ def test_headers_that_cannot_be_read_are_refused(folder):
         good.replace(b"saved_offsets", b"saved_0ffsets"),
         good.replace(b"data_offsets", b"data_0ffsets"),
         (2).to_bytes(8, "little") + b"[]",
+        good[:-4],
+        good.replace(b'"shape":[2,2]', b'"shape":[2,1]'),
+        good.replace(b'"shape":[2,2]', b'"shape":[9,2]'),
     ):
         assert bad != good
         path.write_bytes(bad)
         with pytest.raises(CheckpointError, match="is no part of a checkpoint"):
             runs.tensors_of(folder, "model")
         n_cases += 1
-    assert n_cases == 9
+    assert n_cases == 12

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,21 +126,22 @@ def _parts(path: Path, number: int) -> Iterator[tuple[str, Part]]:
     """Name and place of each part in a file, as its header says; CheckpointError."""
     try:
         with path.open("rb") as file:
+            n_bytes = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             header = json.loads(file.read(min(length, _LONGEST_HEADER)))
+
         begins = json.loads(header.pop("__metadata__")[_OFFSETS])
+        values_at = _LENGTH_BYTES + length
         for name, entry in header.items():
-            first, _ = entry["data_offsets"]
-            yield (
-                name,
-                Part(
-                    dtype=_DTYPES[entry["dtype"]],
-                    begins=tuple(begins[name]["saved_offsets"]),
-                    shape=tuple(entry["shape"]),
-                    file=number,
-                    position=_LENGTH_BYTES + length + first,
-                ),
-            )
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            first, end = entry["data_offsets"]
+            # Else the values would be looked for outside the file, or be another tensor's.
+            if first < 0 or end - first != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} does not lie where its shape says")
+            if values_at + end > n_bytes:
+                raise ValueError("the file ends before its last values")
+            begin = tuple(begins[name]["saved_offsets"])
+            yield name, Part(dtype, begin, shape, number, values_at + first)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no part of a checkpoint: its header cannot be read ({error!r})"
@@ -149,8 +151,7 @@ def _parts(path: Path, number: int) -> Iterator[tuple[str, Part]]:
 class Joined(Mapping[str, Tensor]):
     """The tensors of one kind by name, each made whole when it is asked for and not kept.
 
-    What a rank holds at a time is one tensor, however large the checkpoint is; one that lies in a
-    single part is mapped from its file.
+    What a rank holds at a time is one tensor, however large the checkpoint is.
     """
 
     def __init__(self, folder: Path, layout: Layout, kind: str) -> None:
@@ -164,8 +165,8 @@ class Joined(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         cut = self.cuts[name]
-        if len(cut.files) == 1:
-            return self.part(cut, 0)
+        if not cut.shape:
+            return self.part(cut, 0).clone()
 
         whole = torch.empty(cut.shape, dtype=cut.dtype)
         for k in range(len(cut.files)):
@@ -180,7 +181,9 @@ class Joined(Mapping[str, Tensor]):
         return len(self.cuts)
 
     def part(self, cut: Cut, k: int) -> Tensor:
-        """Part k of a tensor, mapped from its file: changes of it stay in this process."""
+        """Part k of a tensor, mapped from its file, for a moment: a file that is replaced on a
+        network disk while it is mapped ends the process.
+        """
         shape = list(cut.shape)
         if shape:
             shape[cut.dim] = int(cut.bounds[k + 1] - cut.bounds[k])
