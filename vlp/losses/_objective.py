@@ -19,7 +19,7 @@ and may hold
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -187,7 +187,7 @@ class Objective:
             for name, value in state.items():
                 yield f"{label}/{name}", value
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole.
 
         Collective. ValueError for the state of another objective.

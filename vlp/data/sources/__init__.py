@@ -118,7 +118,7 @@ class Source(Protocol):
         self.n_counterfactuals = max(self.n_counterfactuals, counterfactuals)
 
     def n_captions(self) -> np.ndarray:
-        """How many captions each sample has, int64 [n]."""
+        """How many captions each sample has, whole numbers [n]."""
         raise ValueError(
             f"{type(self).__name__} does not know how many captions its samples have; "
             "pack it into shards"

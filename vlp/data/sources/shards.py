@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 
 from vlp.config import Captions
-from vlp.data import splits
+from vlp.data import looks, splits
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
-from vlp.data.index import located
 from vlp.data.members import open_sample
-from vlp.data.paths import expand
 from vlp.data.rows import CONTINUES, Shard, said
 from vlp.data.sources import Contents, Source, captions_of
 from vlp.data.sources._stored_rows import StoredRows
@@ -69,9 +67,9 @@ class Options(Texts):
 
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
-    paths = expand(options.path)
+    paths, shards = looks.at(options.path)
     _refuse_splits(options.path, paths)
-    return Shards(paths, located(paths), captions, options, options.folders)
+    return Shards(paths, shards, captions, options, options.folders)
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
@@ -288,8 +286,12 @@ class Shards(Source):
         return self._rows.counts()
 
     def n_captions(self) -> np.ndarray:
-        n_texts = np.concatenate([table.n_texts for table in self._tables()])
-        return np.where(n_texts > 0, n_texts, len(self.captions.class_templates))
+        # In few bytes each: of all samples of a run there are many.
+        parts = []
+        for table in self._tables():
+            counts = np.where(table.n_texts > 0, table.n_texts, len(self.captions.class_templates))
+            parts.append(counts.astype(np.min_scalar_type(int(counts.max(initial=0)))))
+        return np.concatenate(parts)
 
     def origins(self) -> np.ndarray:
         begins = [~table.has(CONTINUES) for table in self._tables()]
