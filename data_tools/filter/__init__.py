@@ -3,11 +3,13 @@ counted by reason.
 
 Rules about the picture or the sample drop the sample. Rules about captions drop captions, and the
 sample with its last one. A score keeps the cosine of every caption that stays, in the JSON's
-`clip_scores`.
+`clip_scores`; a head's score of the stored embedding is in the JSON under the head's name. A share
+(--top) is of all samples of SOURCE, whatever the other rules say of them: what several rules keep
+is what each of them keeps.
 
 Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough
-stand-ins for English captions, without a parser (see _english/traits.py); text in the picture is
-not looked for, because that takes a text detector.
+stand-ins for English captions, without a parser (see _english/traits.py); --ocr reads the text in
+the picture by a reader that the user names.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
 from vlp.data_tools.filter.change import Filter
-from vlp.data_tools.filter.conditions import refuse_unknown
+from vlp.data_tools.filter.conditions import parse, refuse_unknown
 from vlp.data_tools.filter.options import arguments
 from vlp.data_tools.filter.repeats import too_common
-from vlp.data_tools.filter.rules import rules_of
+from vlp.data_tools.filter.rules import Rules, rules_of
+from vlp.data_tools.filter.scores import CLIP_SCORES, Stored, Survey, Top, surveyed
 
 __all__ = ["EXAMPLE", "HELP", "arguments", "run"]
 
@@ -39,7 +41,10 @@ EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspec
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
   vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
   vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
-  vlp data filter data/raw --to data/cat --min-relations 1 --action
+  vlp data filter data/raw --to data/cat --min-relations 1 --action --ocr rapidocr --max-overlap 0.5
+  vlp data filter data/raw --to data/top30 --top similarity=30%
+  vlp data filter data/raw --to data/fine --embeddings data/embedded \\
+      --head aesthetic=sa_0_4_vit_l_14_linear.pth --keep "aesthetic >= 5"
 """
 
 
@@ -48,17 +53,24 @@ def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, transform
+    from vlp.data_tools.filter.spotting import Spotter
 
     rules = rules_of(args)
+    tops = tuple(Top.of(text) for text in args.top)
+    _refuse_idle(args, rules)
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    stored = Stored.of(args.embeddings, args.head, sources)
+    _refuse_fields_nobody_has(rules, tops, stored, args, sources)
+    # The dear ones last, so that no weights are read for a command with a mistake in it.
+    spotter = Spotter.of(args.ocr, args.device, args.max_overlap, args.ocr_field)
     model = _encoder.Model.of(args)
 
-    # A misspelled field would drop every sample, or none: it is refused before anything is written.
-    refuse_unknown(rules.keep + rules.drop, _metas(sources))
-
-    settings = asdict(rules)
+    settings = rules.settings()
     settings["uids"] = _digest(args.uids) if args.uids else ""  # its content, not its place
-    settings |= model.settings() if model else {}
+    # Said only where they are asked for, so that folders from before there were any go on.
+    settings |= {"top": args.top} if tops else {}
+    for part in (stored, spotter, model):
+        settings |= part.settings() if part else {}
     claim(folder, "filter", sources, settings)
 
     # How often a caption occurs is known only once all shards are read.
@@ -68,13 +80,64 @@ def run(args: argparse.Namespace) -> int:
         if repeated is None:
             return 0
 
+    # So is which scores are among the highest.
+    shares = None
+    if tops:
+        asked = model if _asks_cosines(tops) else None
+        shares = surveyed(Survey(folder, tops, stored, asked), sources, pool)
+        if shares is None:
+            return 0
+        print(shares.lines())
+
     # Every shard by itself, now that all that is shared is known.
-    results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
+    change = Filter(rules, model, repeated, stored, shares, spotter)
+    results = transform(sources, folder, "filter", change, pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
     if work.all_done(results) and not counts["samples written"]:
         raise ValueError(f"no sample of {args.source} is left; the reasons are listed above")
     return 0
+
+
+def _refuse_idle(args: argparse.Namespace, rules: Rules) -> None:
+    """Raise ValueError for options that would do nothing together."""
+    asks_model = args.min_score is not None or _asks_cosines(map(Top.of, args.top))
+    if args.min_score is not None and not args.model:
+        raise ValueError(
+            "--min-score X and --model REF go together: "
+            "one is the least cosine, the other says whose"
+        )
+    if args.model and not asks_model:
+        raise ValueError(
+            "--min-score X and --model REF go together, or --top clip_scores=SHARE and --model "
+            "REF: one says what stays, the other whose cosine it is"
+        )
+    if rules == Rules() and not (args.top or args.head or args.embeddings or args.ocr):
+        raise ValueError(
+            "no rule is given, such as --min-side 200 or --min-words 3; "
+            "`vlp data filter --help` lists them"
+        )
+
+
+def _asks_cosines(tops: Iterable[Top]) -> bool:
+    return any(top.field == CLIP_SCORES for top in tops)
+
+
+def _refuse_fields_nobody_has(
+    rules: Rules,
+    tops: tuple[Top, ...],
+    stored: Stored | None,
+    args: argparse.Namespace,
+    sources: list[Path],
+) -> None:
+    """Raise ValueError for a misspelled field, which would drop every sample, or none."""
+    made = stored.names() if stored else set()
+    asked = [parse(text) for text in (*rules.keep, *rules.drop)]
+    asked = [one for one in asked if one.field not in made]
+    # A model's cosines come to those that are there already.
+    made |= {CLIP_SCORES} if args.model else set()
+    asked_tops = [top for top in tops if top.field not in made]
+    refuse_unknown([*asked, *asked_tops], _metas(sources))
 
 
 def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:

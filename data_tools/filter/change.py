@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from vlp.data_tools.filter.conditions import refuse
 from vlp.data_tools.filter.repeats import hash_of
 from vlp.data_tools.filter.rules import Rules
+from vlp.data_tools.filter.scores import CLIP_SCORES, with_cosines
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.Image import Image
 
     from vlp.data.members import Content
     from vlp.data_tools._encoder import Model
     from vlp.data_tools._run.shards import Changed
+    from vlp.data_tools.filter.scores import Shares, Stored
+    from vlp.data_tools.filter.spotting import Spotter
+
+N_READ = 8  # pictures whose text is read at once, decoded in memory
 
 
 @dataclass(frozen=True)
@@ -28,22 +33,42 @@ class Filter:
     model: Model | None = None
     # sorted hashes of captions that too many samples have
     repeated: np.ndarray | None = field(default=None, repr=False)
+    stored: Stored | None = None
+    shares: Shares | None = None
+    spotter: Spotter | None = None
 
     def __call__(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Changed]:
         from vlp.data_tools._run.shards import Changed
 
+        # Scores first, because rules may ask for them; the dear ones last.
+        scored = self.stored.put(samples, shard) if self.stored else samples
+        kept = self._highest(scored, shard, counts)
         # Lazily: a shard's samples are held one at a time, or as many as a batch.
-        passed = (sample for sample in samples if self._passes(sample, counts))
+        kept = (sample for sample in kept if self._passes(sample, counts))
+        if self.spotter:
+            kept = self._spotted(self.spotter, kept, counts)
         if self.model:
-            yield from self._scored(self.model, passed, counts)
-            return
-        for sample in passed:
+            kept = self._near(self.model, kept, counts)
+        for sample in kept:
             yield Changed(sample, list(sample.captions), sample.meta)
 
+    def _highest(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Content]:
+        """The samples that are among the highest of every share."""
+        if not self.shares:
+            yield from samples
+            return
+        for sample, reason in self.shares.put(samples, shard):
+            if reason:
+                counts[f"dropped: {reason}"] += 1
+            else:
+                yield sample
+
     def _passes(self, sample: Content, counts: Counter[str]) -> bool:
-        """Whether a sample stays before its score; its captions become those that do."""
+        """Whether a sample stays before what is dear; its captions become those that do."""
         reason = self.rules.refuse_sample(sample)
         reason = reason or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
         if reason:
@@ -64,12 +89,10 @@ class Filter:
         self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]
     ) -> None:
         """Say how many captions stay although their language may be none that is wanted."""
-        from vlp.data_tools._english.traits import is_in
-
         if not self.rules.languages:
             return
         kept = [caption for caption, reason in zip(captions, reasons) if not reason]
-        unclear = [caption for caption in kept if is_in(caption, self.rules.languages) is None]
+        unclear = [caption for caption in kept if self.rules.is_wanted(caption) is None]
         if unclear:  # else the report would show a line of 0
             name = "captions kept: language unclear (--unclear drop refuses them)"
             counts[name] += len(unclear)
@@ -85,37 +108,58 @@ class Filter:
         is_repeated = place < len(self.repeated) and self.repeated[place] == hashed
         return f"in more than {self.rules.max_repeats} samples" if is_repeated else ""
 
-    def _scored(
+    def _spotted(
+        self, spotter: Spotter, samples: Iterable[Content], counts: Counter[str]
+    ) -> Iterator[Content]:
+        """The samples, without the captions that repeat the text in the picture."""
+        from vlp.data_tools._run.shards import windows
+
+        for window in windows(samples, N_READ):
+            pictures = [_open(sample, counts) for sample in window]
+            opened = [sample for sample, picture in zip(window, pictures) if picture is not None]
+            texts = spotter.texts([picture for picture in pictures if picture is not None])
+            for sample, of_picture in zip(opened, texts):
+                if of_picture:
+                    counts["pictures with text in them"] += 1
+                if spotter.field:
+                    sample.meta[spotter.field] = of_picture
+                reasons = [spotter.refuse(caption, of_picture) for caption in sample.captions]
+                if spotter.max_overlap is None or _keep(sample, reasons, counts):
+                    yield sample
+
+    def _near(
         self, model: Model, samples: Iterable[Content], counts: Counter[str]
-    ) -> Iterator[Changed]:
-        from vlp.data_tools._run.shards import Changed
+    ) -> Iterator[Content]:
+        """The samples, with the captions that the model finds near enough."""
+        # Where a share is of the cosines, the survey computed them.
+        surveyed = self.shares is not None and self.shares.with_cosines
+        for sample in samples if surveyed else with_cosines(model, samples, counts):
+            cosines = sample.meta.get(CLIP_SCORES)
+            if cosines is None:
+                counts["dropped: no readable picture"] += 1
+                continue
 
-        for batch, images in model.batches(samples, counts):
-            # All captions of a batch in one pass, whoever has them.
-            captions = list(chain.from_iterable(sample.captions for sample in batch))
-            texts = model.encoder().encode_texts(captions).cpu()
-            rows_of_samples = texts.split([len(sample.captions) for sample in batch])
+            # In steps of .05, so that the report shows where a threshold would cut.
+            counts.update(
+                f"captions with a score from {cosine // 0.05 * 0.05:+.2f}" for cosine in cosines
+            )
+            if _keep(sample, [self._too_unlike(cosine) for cosine in cosines], counts):
+                yield sample
 
-            for sample, image, rows in zip(batch, images, rows_of_samples):
-                if not image.any():
-                    counts["dropped: no readable picture"] += 1
-                    continue
-                scores = [round(score, 4) for score in (rows @ image).tolist()]
+    def _too_unlike(self, cosine: float) -> str:
+        least = self.rules.min_score
+        return f"score below {least:g}" if least is not None and cosine < least else ""
 
-                # In steps of .05, so that the report shows where a threshold would cut.
-                counts.update(
-                    f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores
-                )
 
-                reasons = [self._too_unlike(score) for score in scores]
-                if _keep(sample, reasons, counts):
-                    kept = [score for score, reason in zip(scores, reasons) if not reason]
-                    meta = {**sample.meta, "clip_scores": kept}
-                    yield Changed(sample, list(sample.captions), meta)
+def _open(sample: Content, counts: Counter[str]) -> Image | None:
+    """A sample's picture; None, counted, where it does not open."""
+    from vlp.data.picture import BadImage, rgb
 
-    def _too_unlike(self, score: float) -> str:
-        assert self.rules.min_score is not None  # it goes together with the model
-        return f"score below {self.rules.min_score:g}" if score < self.rules.min_score else ""
+    try:
+        return rgb(sample.image)
+    except BadImage:
+        counts["dropped: no readable picture"] += 1
+        return None
 
 
 def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:

@@ -6,6 +6,7 @@ import argparse
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
+from vlp.data_tools.filter.languages import ROUGH
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,12 +72,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="most samples with one caption; takes 32 bytes a caption of memory",
     )
 
-    # What a caption is like, by rough guesses.
+    # What a caption is like.
+    add("--languages", default="", metavar="CODES", help="of captions, such as en,de")
     add(
-        "--languages",
-        default="",
-        metavar="CODES",
-        help="such as en,de; guessed by script and stop words, which is rough",
+        "--language-model",
+        default=ROUGH,
+        metavar="NAME",
+        help="what tells them: rough (script and stop words), py3langid, or FILE.bin of fastText "
+        "(default: %(default)s)",
+    )
+    add(
+        "--min-probability",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="below it a language counts as unclear, with py3langid and FILE.bin "
+        "(default: %(default)g)",
     )
     add(
         "--unclear",
@@ -94,7 +105,58 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
 
-    # A model's score.
+    _ocr_arguments(parser)
+    _score_arguments(parser)
+    work.arguments(parser)
+
+
+def _ocr_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of text in pictures."""
+    add = parser.add_argument_group("text in the picture").add_argument
+    add(
+        "--ocr",
+        metavar="READER",
+        help="what reads it: rapidocr, transformers:MODEL, or package.module:function of your own",
+    )
+    add(
+        "--max-overlap",
+        type=float,
+        metavar="SHARE",
+        help="drop captions of which a larger share of words stands in the picture",
+    )
+    add(
+        "--ocr-field",
+        default="",
+        metavar="NAME",
+        help="field of the JSON for the texts (default: they are not kept)",
+    )
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of scores, by which samples are compared."""
+    add = parser.add_argument_group("scores").add_argument
+    add(
+        "--top",
+        action="append",
+        default=[],
+        metavar="FIELD=SHARE",
+        help="keep the share of all samples (0.3 or 30%%) with the highest numbers in a field, "
+        "those that equal the last one too; clip_scores: of --model; may be repeated",
+    )
+    add(
+        "--embeddings",
+        metavar="DIR",
+        help="what `vlp data embed` wrote for SOURCE, for --head",
+    )
+    add(
+        "--head",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="score each picture's embedding by a head (.safetensors, .pth or .onnx; several "
+        "layers: FILE,relu or FILE,linear) and put it into the JSON as NAME, for --keep, --drop "
+        "and --top; NAME=cosine: the cosine with the first caption; may be repeated",
+    )
     add(
         "--min-score",
         type=float,
@@ -102,4 +164,3 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="least cosine of picture and caption under --model",
     )
     _encoder.arguments(parser)
-    work.arguments(parser)
