@@ -196,7 +196,7 @@ def test_any_number_of_processes_and_a_call_that_goes_on(
 ) -> None:
     source, folder = embedded
     head = write_head(tmp_path / "h.pth", network("relu").state_dict())
-    options = [source, "--top", "extra=40%"]
+    options = [source, "--top", "extra=80%"]
     if with_head:
         options += ["--embeddings", folder, "--head", f"a={head},relu", "--top", "a=40%"]
     call(filtering, *options, "--to", tmp_path / "one")
