@@ -2,9 +2,9 @@
 
 The rule is MetaCLIP's (arXiv 2309.16671, and its `substr_matching.py`): in the caption a blank is
 put around each of , . ; : ? ! ` and in place of tabs and ends of lines; a query is in the caption
-if it stands there with a blank before and after it. Capitals count. At an edge that is a letter of a
-script written without blanks (Chinese, Japanese, Thai, …) none is asked for, as in its multilingual
-successor's `get_spaced_metadata`.
+if it stands there with a blank before and after it. Capitals count. At an edge that is a letter of
+a script written without blanks (Chinese, Japanese, Thai, …) none is asked for, as in its
+multilingual successor's `get_spaced_metadata`.
 
 Between blanks a substring is a run of words, so words are looked up, not characters: each word by
 itself, and from a pair of words on with which a query begins, each length that one has. Measured

@@ -112,7 +112,9 @@ def _refuse_idle(args: argparse.Namespace, rules: Rules) -> None:
             "--min-score X and --model REF go together, or --top clip_scores=SHARE and --model "
             "REF: one says what stays, the other whose cosine it is"
         )
-    if rules == Rules() and not (args.top or args.head or args.embeddings or args.ocr):
+    of_scores = (args.top, args.head, args.embeddings)
+    of_pictures = (args.ocr, args.ocr_field, args.max_overlap)
+    if rules == Rules() and of_pictures == (None, "", None) and not any(of_scores):
         raise ValueError(
             "no rule is given, such as --min-side 200 or --min-words 3; "
             "`vlp data filter --help` lists them"
