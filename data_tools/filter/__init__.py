@@ -23,6 +23,7 @@ from typing import Any
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
+from vlp.data_tools.filter.alike import Alike
 from vlp.data_tools.filter.change import Filter
 from vlp.data_tools.filter.conditions import parse, refuse_unknown
 from vlp.data_tools.filter.options import arguments
@@ -59,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
     tops = tuple(Top.of(text) for text in args.top)
     _refuse_idle(args, rules)
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
-    stored = Stored.of(args.embeddings, args.head, sources)
+    without_heads = args.like is not None or args.cells is not None
+    stored = Stored.of(args.embeddings, args.head, sources, without_heads=without_heads)
+    alike = Alike.of(args, stored, len(sources))
     _refuse_fields_nobody_has(rules, tops, stored, args, sources)
     # The dear ones last, so that no weights are read for a command with a mistake in it.
     spotter = Spotter.of(args.ocr, args.device, args.max_overlap, args.ocr_field)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     settings["uids"] = _digest(args.uids) if args.uids else ""  # its content, not its place
     # Said only where they are asked for, so that folders from before there were any go on.
     settings |= {"top": args.top} if tops else {}
-    for part in (stored, spotter, model):
+    for part in (stored, alike, spotter, model):
         settings |= part.settings() if part else {}
     claim(folder, "filter", sources, settings)
 
@@ -89,8 +92,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
         print(shares.lines())
 
+    # And which cells of pictures are wanted.
+    chosen = alike.decide(folder) if alike else None
+
     # Every shard by itself, now that all that is shared is known.
-    change = Filter(rules, model, repeated, stored, shares, spotter)
+    change = Filter(rules, model, repeated, stored, shares, chosen, spotter)
     results = transform(sources, folder, "filter", change, pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
@@ -112,7 +118,7 @@ def _refuse_idle(args: argparse.Namespace, rules: Rules) -> None:
             "--min-score X and --model REF go together, or --top clip_scores=SHARE and --model "
             "REF: one says what stays, the other whose cosine it is"
         )
-    of_scores = (args.top, args.head, args.embeddings)
+    of_scores = (args.top, args.head, args.embeddings, args.like, args.cells)
     of_pictures = (args.ocr, args.ocr_field, args.max_overlap)
     if rules == Rules() and of_pictures == (None, "", None) and not any(of_scores):
         raise ValueError(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlp.data.members import Content
     from vlp.data_tools._encoder import Model
     from vlp.data_tools._run.shards import Changed
+    from vlp.data_tools.filter.alike import Chosen
     from vlp.data_tools.filter.scores import Shares, Stored
     from vlp.data_tools.filter.spotting import Spotter
 
@@ -35,6 +36,7 @@ class Filter:
     repeated: np.ndarray | None = field(default=None, repr=False)
     stored: Stored | None = None
     shares: Shares | None = None
+    chosen: Chosen | None = None
     spotter: Spotter | None = None
 
     def __call__(
@@ -44,7 +46,7 @@ class Filter:
 
         # Scores first, because rules may ask for them; the dear ones last.
         scored = self.stored.put(samples, shard) if self.stored else samples
-        kept = self._highest(scored, shard, counts)
+        kept = self._compared(scored, shard, counts)
         # Lazily: a shard's samples are held one at a time, or as many as a batch.
         kept = (sample for sample in kept if self._passes(sample, counts))
         if self.spotter:
@@ -54,14 +56,16 @@ class Filter:
         for sample in kept:
             yield Changed(sample, list(sample.captions), sample.meta)
 
-    def _highest(
+    def _compared(
         self, samples: Iterable[Content], shard: int, counts: Counter[str]
     ) -> Iterator[Content]:
-        """The samples that are among the highest of every share."""
-        if not self.shares:
-            yield from samples
-            return
-        for sample, reason in self.shares.put(samples, shard):
+        """The samples that are among the highest of every share, and in a cell that is wanted."""
+        # All samples of the shard, because they are told by their places.
+        reasons = self.shares.put(samples, shard) if self.shares else ((one, "") for one in samples)
+        inside = self.chosen.inside(shard) if self.chosen else None
+        for place, (sample, reason) in enumerate(reasons):
+            if not reason and inside is not None and not inside[place]:
+                reason = "--like: in no cell of its pictures"
             if reason:
                 counts[f"dropped: {reason}"] += 1
             else:

@@ -158,6 +158,14 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
         "and --top; NAME=cosine: the cosine with the first caption; may be repeated",
     )
     add(
+        "--like",
+        metavar="DIR",
+        help="keep pictures in cells that pictures of another set lie in: what `vlp data embed` "
+        "wrote for that set (DataComp's image-based filter); with --embeddings and --cells",
+    )
+    add("--cells", type=int, metavar="K", help="cells that SOURCE's pictures are clustered into")
+    add("--seed", type=int, default=0, metavar="S", help="of the cells (default: %(default)s)")
+    add(
         "--min-score",
         type=float,
         metavar="X",

@@ -45,15 +45,20 @@ class Stored:
     heads: tuple[Head, ...]
 
     @classmethod
-    def of(cls, folder: str | None, texts: list[str], sources: list[Path]) -> Stored | None:
-        """The heads that the options name, on the embeddings of all sources; raises ValueError."""
+    def of(
+        cls, folder: str | None, texts: list[str], sources: list[Path], *, without_heads: bool
+    ) -> Stored | None:
+        """The heads that the options name, on the embeddings of all sources; raises ValueError.
+
+        without_heads: the embeddings serve something else as well.
+        """
         from vlp.data.embedded import Embeddings
         from vlp.data.index import index
         from vlp.data_tools.filter.heads import Head
 
         if not folder and not texts:
             return None
-        if not (folder and texts):
+        if not folder or not (texts or without_heads):
             raise ValueError(
                 "--embeddings DIR (of `vlp data embed`) and --head NAME=FILE go together: one says "
                 "which embeddings, the other what scores them"
