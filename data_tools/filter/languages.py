@@ -6,6 +6,16 @@
 
 The rough guess stays the default although another is better, so that a command does the same on
 every machine.
+
+Measured for `en` on 555 English captions (COCO, clothing) and 2,237 short messages in 48 other
+languages (Sphinx's translations): taken for English, unclear, taken for another language
+
+    rough                       99.8 %   0.2 %   0.0 %      2.4 %  57.3 %  40.4 %
+    py3langid, P = 0           100.0 %   0.0 %   0.0 %      0.6 %   0.0 %  99.4 %
+    py3langid, P = 0.5          99.3 %   0.7 %   0.0 %      0.3 %  23.3 %  76.4 %
+    py3langid, P = 0.9          85.9 %  14.1 %   0.0 %      0.1 %  53.1 %  46.8 %
+
+With P = 0 the name of a thing is some language or other ("Mona Lisa" Sotho, at 4 %).
 """
 
 from __future__ import annotations
@@ -19,6 +29,7 @@ from typing import Any
 
 from vlp.data_tools._english import traits
 
+LEAST_PROBABLE = 0.5  # of a model's languages: names and numbers lie below it
 ROUGH, PY3LANGID = "rough", "py3langid"
 GRAMMAR = f"{ROUGH}, {PY3LANGID} or FILE.bin of fastText"
 _LABEL = "__label__"
@@ -33,6 +44,12 @@ class Identifier:
     name: str = ROUGH
     # below it a language counts as unclear; the rough guess has none
     min_probability: float = 0.0
+
+    @classmethod
+    def of(cls, name: str, min_probability: float | None) -> Identifier:
+        """What the options name."""
+        usual = 0.0 if name == ROUGH else LEAST_PROBABLE
+        return cls(name, usual if min_probability is None else min_probability)
 
     def is_in(self, caption: str, languages: Collection[str]) -> bool | None:
         """Whether a caption is in one of these languages; None where that is unclear."""

@@ -6,7 +6,7 @@ import argparse
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
-from vlp.data_tools.filter.languages import ROUGH
+from vlp.data_tools.filter.languages import LEAST_PROBABLE, ROUGH
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,10 +84,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--min-probability",
         type=float,
-        default=0.0,
         metavar="P",
-        help="below it a language counts as unclear, with py3langid and FILE.bin "
-        "(default: %(default)g)",
+        help=f"below it a language counts as unclear (default: {LEAST_PROBABLE}; the rough guess "
+        "has none)",
     )
     add(
         "--unclear",

@@ -102,7 +102,7 @@ def rules_of(args: argparse.Namespace) -> Rules:
     """The rules that the options name; raises ValueError."""
     for text in (*args.keep, *args.drop):
         parse(text)
-    identifier = Identifier(args.language_model, args.min_probability)
+    identifier = Identifier.of(args.language_model, args.min_probability)
     taken = Rules.__dataclass_fields__.keys() - {"identifier"}
     options = {name: getattr(args, name) for name in taken}
     options |= {"languages": _languages(args, identifier), "uids": args.uids or ""}
