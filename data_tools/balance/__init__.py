@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def _drawn(
 def _write_report(
     source: str,
     folder: Path,
-    counts: dict[str, int],
+    counts: Counter[str],
     of_queries: Counts,
     expected: dict[str, float],
 ) -> None:

@@ -30,6 +30,7 @@ from vlp.data_tools.filter.options import arguments
 from vlp.data_tools.filter.repeats import too_common
 from vlp.data_tools.filter.rules import Rules, rules_of
 from vlp.data_tools.filter.scores import CLIP_SCORES, Stored, Survey, Top, surveyed
+from vlp.data_tools.filter.spotting import Spotter
 
 __all__ = ["EXAMPLE", "HELP", "arguments", "run"]
 
@@ -54,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, transform
-    from vlp.data_tools.filter.spotting import Spotter
 
     rules = rules_of(args)
     tops = tuple(Top.of(text) for text in args.top)
@@ -145,6 +145,8 @@ def _refuse_fields_nobody_has(
     # A model's cosines come to those that are there already.
     made |= {CLIP_SCORES} if args.model else set()
     asked_tops = [top for top in tops if top.field not in made]
+    kept_in = Spotter(args.ocr).kept_in if args.ocr else ""
+    asked += [parse(f"{kept_in} present")] if kept_in else []
     refuse_unknown([*asked, *asked_tops], _metas(sources))
 
 

@@ -119,10 +119,7 @@ class Filter:
         from vlp.data_tools._run.shards import windows
 
         for window in windows(samples, N_READ):
-            pictures = [_open(sample, counts) for sample in window]
-            opened = [sample for sample, picture in zip(window, pictures) if picture is not None]
-            texts = spotter.texts([picture for picture in pictures if picture is not None])
-            for sample, of_picture in zip(opened, texts):
+            for sample, of_picture in _with_texts(spotter, window, counts):
                 if of_picture:
                     counts["pictures with text in them"] += 1
                 if spotter.field:
@@ -153,6 +150,24 @@ class Filter:
     def _too_unlike(self, cosine: float) -> str:
         least = self.rules.min_score
         return f"score below {least:g}" if least is not None and cosine < least else ""
+
+
+def _with_texts(
+    spotter: Spotter, samples: list[Content], counts: Counter[str]
+) -> Iterator[tuple[Content, list[str]]]:
+    """The samples that stay, with the texts in their pictures."""
+    if spotter.kept_in:
+        for sample in samples:
+            kept = spotter.kept(sample.meta)
+            if kept is None:
+                counts[f"kept: no texts in {spotter.kept_in}"] += 1
+            yield sample, kept or []
+        return
+
+    pictures = [_open(sample, counts) for sample in samples]
+    opened = [sample for sample, picture in zip(samples, pictures) if picture is not None]
+    texts = spotter.texts([picture for picture in pictures if picture is not None])
+    yield from zip(opened, texts)
 
 
 def _open(sample: Content, counts: Counter[str]) -> Image | None:

@@ -115,7 +115,8 @@ def _ocr_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--ocr",
         metavar="READER",
-        help="what reads it: rapidocr, transformers:MODEL, or package.module:function of your own",
+        help="what reads it: rapidocr, transformers:MODEL, package.module:function of your own, "
+        "or field:NAME of texts that an earlier call kept",
     )
     add(
         "--max-overlap",

@@ -6,6 +6,8 @@ arXiv 2301.02280).
                                 GOT-OCR 2; a folder or a name on the Hub
     package.module:function     a function of one's own, pictures (PIL) -> for each its text, or a
                                 list of texts
+    field:NAME                  nothing: the texts that an earlier call kept in this field of the
+                                JSON (--ocr-field NAME)
 
 A word of a caption stands in the picture where it is a word of the text; of four letters or more
 also where the text holds it without its blanks, which readers of text often lose.
@@ -27,8 +29,11 @@ from vlp.plugin import is_function_reference, own_function
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-RAPIDOCR, TRANSFORMERS = "rapidocr", "transformers"
-GRAMMAR = f"{RAPIDOCR}, {TRANSFORMERS}:MODEL or package.module:function of your own"
+RAPIDOCR, TRANSFORMERS, FIELD = "rapidocr", "transformers", "field"
+GRAMMAR = (
+    f"{RAPIDOCR}, {TRANSFORMERS}:MODEL, package.module:function of your own, or {FIELD}:NAME of "
+    "texts in the JSON"
+)
 _LEAST_INSIDE = 4  # letters: shorter words stand inside others by chance
 _MAX_NEW_TOKENS = 256
 
@@ -68,12 +73,21 @@ class Spotter:
                 "words above which the caption goes"
             )
         spotter = cls(name, device, max_overlap, field)
-        _load(spotter.name, device)
+        if spotter.kept_in and field:
+            raise ValueError(f"--ocr {name} reads no picture; leave --ocr-field out")
+        if not spotter.kept_in:
+            _load(spotter.name, device)
         return spotter
+
+    @property
+    def kept_in(self) -> str:
+        """The field of the JSON that has the texts already; "" where pictures are read."""
+        kind, _, name = self.name.partition(":")
+        return name if kind == FIELD else ""
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on."""
-        version = _load(self.name, self.device)[1]
+        version = "" if self.kept_in else _load(self.name, self.device)[1]
         return {
             "ocr": [self.name, version],
             "max_overlap": self.max_overlap,
@@ -83,6 +97,13 @@ class Spotter:
     def texts(self, pictures: Sequence[Image]) -> list[list[str]]:
         """The texts in each picture."""
         return _load(self.name, self.device)[0](pictures)
+
+    def kept(self, meta: dict[str, Any]) -> list[str] | None:
+        """The texts that an earlier call put into the JSON; None where there are none."""
+        texts = meta.get(self.kept_in)
+        texts = [texts] if isinstance(texts, str) else texts
+        is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        return texts if is_list else None
 
     def refuse(self, caption: str, texts: list[str]) -> str:
         """Why a caption of a picture with these texts goes, or ""."""
@@ -116,7 +137,7 @@ def _load(name: str, device: str) -> tuple[Read, str]:
     kind, _, ref = name.partition(":")
     if kind == TRANSFORMERS and ref:
         return _transformers(ref, device)
-    if kind != TRANSFORMERS and is_function_reference(name):
+    if kind not in (TRANSFORMERS, FIELD) and is_function_reference(name):
         return _own(name)
     raise ValueError(f"--ocr {name!r}: expected {GRAMMAR}")
 

@@ -89,6 +89,11 @@ def test_captions_that_repeat_the_picture_s_text_go(source: Path, tmp_path: Path
     assert {len(s.captions) for s in read(tmp_path / "kept").values()} == {1, 2, 3}
     call(filtering, tmp_path / "kept", "--to", tmp_path / "b", "--drop", "t == parking")
     assert list(read(tmp_path / "b")) == ["w64", "w32", "w16"]
+    again = ["--ocr", "field:t", "--max-overlap", "0.5", "--to", tmp_path / "again"]
+    call(filtering, tmp_path / "kept", *again)
+    assert {key: sample.captions for key, sample in read(tmp_path / "again").items()} == {
+        key: sample.captions for key, sample in after.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,9 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path) -> None:
         (["--ocr", READER, "--max-overlap", "-0.1"], r"must lie in \[0, 1\)"),
         (["--ocr", "tesseract"], "--ocr 'tesseract': expected rapidocr, transformers:MODEL or"),
         (["--ocr", "transformers:"], "--ocr 'transformers:': expected"),
+        (["--ocr", "field:", "--max-overlap", "0.5"], "--ocr 'field:': expected rapidocr"),
+        (["--ocr", "field:nobody", "--max-overlap", "0.5"], "no sample has that field"),
+        (["--ocr", "field:captions", "--ocr-field", "x"], "reads no picture; leave --ocr-field"),
         (["--ocr", "tests.data_tools.test_spotting:nowhere"], "no attribute 'nowhere'"),
         (["--ocr", "no.such.module:f"], "No module named 'no'"),
         (["--ocr", "transformers:/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
