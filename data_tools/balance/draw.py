@@ -96,7 +96,7 @@ class Draw:
         np.multiply.at(missed, sample_of, 1 - probabilities)
         save(kept_file(self.folder, number), kept=kept, **_counted(queries[kept[sample_of]]))
         return {
-            "counts": {"samples kept": int(kept.sum())},
+            "counts": {"samples read": len(kept), "samples kept": int(kept.sum())},
             "expected": float((1 - missed).sum()),
             "variance": float((missed * (1 - missed)).sum()),
         }

@@ -220,19 +220,17 @@ class Shares:
         not among the highest, or "".
         """
         surveyed = load(_file(self.folder, shard))
-        starts = np.cumsum([0, *np.maximum(surveyed["n_captions"], 0)]) if self.with_cosines else []
+        values = surveyed["values"]
+        cosines = _of_captions(surveyed) if self.with_cosines else None
         for place, sample in enumerate(samples):
-            if place >= len(surveyed["values"]):
+            if place >= len(values):
                 raise ValueError(
                     f"shard {shard} of the source changed since it was surveyed; name another "
                     "folder with --to"
                 )
-            if self.with_cosines:
-                sample.meta.pop(CLIP_SCORES, None)
-            if self.with_cosines and surveyed["n_captions"][place] != _NO_CAPTIONS:
-                cosines = surveyed["cosines"][starts[place] : starts[place + 1]]
-                sample.meta[CLIP_SCORES] = cosines.tolist()
-            yield sample, self._refuse(surveyed["values"][place])
+            if cosines is not None:
+                _put_cosines(sample.meta, cosines[place])
+            yield sample, self._refuse(values[place])
 
     def _refuse(self, values: np.ndarray) -> str:
         for top, value, least in zip(self.tops, values, self.thresholds):
@@ -241,6 +239,24 @@ class Shares:
             if value < least:
                 return f"--top {top.text}: not among the highest"
         return ""
+
+
+def _of_captions(surveyed: dict[str, np.ndarray]) -> list[list[float] | None]:
+    """The cosines of each sample's captions; None for a picture that did not open."""
+    n_captions = surveyed["n_captions"]
+    ends = np.cumsum(np.maximum(n_captions, 0))
+    pieces = np.split(surveyed["cosines"], ends[:-1])
+    return [
+        None if n == _NO_CAPTIONS else piece.tolist()
+        for n, piece in zip(n_captions.tolist(), pieces)
+    ]
+
+
+def _put_cosines(meta: dict[str, Any], cosines: list[float] | None) -> None:
+    # Those of an earlier call go in any case.
+    meta.pop(CLIP_SCORES, None)
+    if cosines is not None:
+        meta[CLIP_SCORES] = cosines
 
 
 def surveyed(survey: Survey, sources: list[Path], pool: Pool) -> Shares | None:
@@ -265,10 +281,8 @@ def with_cosines(
         rows_of_samples = texts.split([len(sample.captions) for sample in batch])
 
         for sample, image, rows in zip(batch, images, rows_of_samples):
-            sample.meta.pop(CLIP_SCORES, None)
-            if image.any():
-                cosines = (rows @ image).tolist()
-                sample.meta[CLIP_SCORES] = [round(cosine, 4) for cosine in cosines]
+            cosines = [round(cosine, 4) for cosine in (rows @ image).tolist()]
+            _put_cosines(sample.meta, cosines if image.any() else None)
             yield sample
 
 
