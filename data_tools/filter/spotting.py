@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,7 +153,9 @@ def _rapidocr() -> tuple[Read, str]:
             "--ocr rapidocr: rapidocr-onnxruntime is not installed; install it with "
             "pip install 'vlp[curate]'"
         ) from None
-    reader = RapidOCR()
+    # A tool's processes share the cores, which onnxruntime does not know of.
+    n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
+    reader = RapidOCR(intra_op_num_threads=n_threads, inter_op_num_threads=n_threads)
 
     def read(pictures: Sequence[Image]) -> list[list[str]]:
         import numpy as np

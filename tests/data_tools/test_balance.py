@@ -213,6 +213,21 @@ def test_processes_and_going_on_after_a_kill_between_the_passes(tmp_path: Path) 
         call(balance, *options[:-1], 51, "--to", tmp_path / "one")
 
 
+def test_the_parts_of_two_machines_are_the_whole(tmp_path: Path) -> None:
+    source, file = write(tmp_path / "in", 60, 15), queries_file(tmp_path / "q.txt", VOCABULARY)
+    options = [source, "--queries", file, "--cap", 9]
+    call(balance, *options, "--to", tmp_path / "whole")
+    assert len(digests(tmp_path / "whole")) == 4
+
+    # Two calls each: counts and draw are of all shards, so each waits for the other.
+    for part in ("1/2", "2/2", "1/2", "2/2"):
+        assert not (tmp_path / "parts" / "balance.json").exists()
+        call(balance, *options, "--to", tmp_path / "parts", "--part", part)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
+    reports = [(tmp_path / name / "balance.json").read_bytes() for name in ("parts", "whole")]
+    assert reports[0] == reports[1]
+
+
 def test_a_report_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, file = write(tmp_path / "in"), queries_file(tmp_path / "q.json", VOCABULARY)
     options = [source, "--queries", file, "--report-only"]

@@ -4,6 +4,7 @@ shares against a sort over all samples, on any number of processes, and what is 
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -217,6 +218,25 @@ def test_any_number_of_processes_and_a_call_that_goes_on(
     (tmp_path / "one" / "00001_filter.json").unlink()
     with pytest.raises(ValueError, match=r"00000_scores.npz is damaged .* delete it with its mark"):
         call(filtering, *options, "--to", tmp_path / "one")
+
+
+def test_a_folder_from_before_there_were_scores_goes_on(tmp_path: Path) -> None:
+    """What is claimed of a call without the new options is what was claimed then."""
+    call(filtering, write(tmp_path / "in"), "--to", tmp_path / "out", "--languages", "en")
+    claimed = json.loads((tmp_path / "out" / "_filter.json").read_text())["settings"]
+    assert claimed == {
+        "min_side": 0, "max_aspect": 0.0, "keep": [], "drop": [], "uids": "", "min_words": 0,
+        "max_words": 0, "match": "", "reject": "", "max_repeats": 0, "languages": ["en"],
+        "unclear": "keep", "min_relations": 0, "action": False, "min_score": None,
+    }  # fmt: skip
+
+
+def test_the_parts_of_two_machines_share_a_threshold(tmp_path: Path) -> None:
+    source = filled(tmp_path / "in", [{"s": i * 7 % 10} for i in range(16)])
+    call(filtering, source, "--to", tmp_path / "whole", "--top", "s=50%")
+    for part in ("1/2", "2/2", "1/2"):
+        call(filtering, source, "--to", tmp_path / "parts", "--top", "s=50%", "--part", part)
+    assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 
 def test_the_model_s_cosines_make_a_share(tmp_path: Path, capsys) -> None:

@@ -138,7 +138,7 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path) -> None:
         (["--ocr-field", "x"], "belong to --ocr READER, which is not given"),
         (["--ocr", READER, "--max-overlap", "1"], r"--max-overlap 1 must lie in \[0, 1\)"),
         (["--ocr", READER, "--max-overlap", "-0.1"], r"must lie in \[0, 1\)"),
-        (["--ocr", "tesseract"], "--ocr 'tesseract': expected rapidocr, transformers:MODEL or"),
+        (["--ocr", "tesseract"], "--ocr 'tesseract': expected rapidocr, transformers:MODEL"),
         (["--ocr", "transformers:"], "--ocr 'transformers:': expected"),
         (["--ocr", "field:", "--max-overlap", "0.5"], "--ocr 'field:': expected rapidocr"),
         (["--ocr", "field:nobody", "--max-overlap", "0.5"], "no sample has that field"),
