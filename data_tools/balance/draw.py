@@ -53,11 +53,11 @@ class Match:
         n_matches: list[int] = []
         keys: list[int] = []
         for sample in samples(path, counts):
-            found: set[int] = set()
+            of_sample: set[int] = set()
             for caption in sample.captions:
-                found |= self.queries.found(caption)
-            matches += sorted(found)
-            n_matches.append(len(found))
+                of_sample |= self.queries.held_by(caption)
+            matches += sorted(of_sample)
+            n_matches.append(len(of_sample))
             keys.append(hash_of(sample.key))
 
         save(

@@ -213,10 +213,10 @@ def _place(name: str) -> tuple[int, ...]:
 def _of_onnx(path: str) -> Callable[[Rows], np.ndarray]:
     """A network of one input [n, D] and one output, [n] or [n, 1]."""
     session = _session(path)
-    [given] = session.get_inputs()
+    [source] = session.get_inputs()
 
     def score(rows: Rows) -> np.ndarray:
-        [values, *_] = session.run(None, {given.name: rows.astype(np.float32)})
+        [values, *_] = session.run(None, {source.name: rows.astype(np.float32)})
         return _one_each(np.asarray(values, np.float64).reshape(len(rows), -1))
 
     return score

@@ -60,7 +60,7 @@ class Spotter:
         if not name:
             if max_overlap is not None or field:
                 raise ValueError(
-                    f"--max-overlap and --ocr-field belong to --ocr READER, which is not given: "
+                    "--max-overlap and --ocr-field belong to --ocr READER, which is not given: "
                     f"{GRAMMAR}"
                 )
             return None
@@ -160,12 +160,12 @@ def _rapidocr() -> tuple[Read, str]:
     def read(pictures: Sequence[Image]) -> list[list[str]]:
         import numpy as np
 
-        found = []
+        texts = []
         for picture in pictures:
             # As OpenCV orders colours.
             lines, _ = reader(np.asarray(picture.convert("RGB"))[:, :, ::-1])
-            found.append([text for _, text, _ in lines or []])
-        return found
+            texts.append([text for _, text, _ in lines or []])
+        return texts
 
     return read, version("rapidocr-onnxruntime")
 

@@ -53,12 +53,12 @@ def test_a_query_is_a_substring_between_blanks() -> None:
             after = "" if query[-1] in without_blanks else " "
             if before + query + after in text:
                 expected.add(number)
-        assert queries.found(caption) == expected, caption
+        assert queries.held_by(caption) == expected, caption
         n += len(expected)
     assert n > 2000
 
     lower = Queries(["New York", "new york", "DOG"], ignore_case=True)
-    assert lower.texts == ["new york", "dog"] and lower.found("a Dog in NEW\tYORK.") == {0, 1}
+    assert lower.texts == ["new york", "dog"] and lower.held_by("a Dog in NEW\tYORK.") == {0, 1}
 
 
 VOCABULARY = ["dog", "cat", "red dog", "sofa", "unicorn", "narwhal", "never said"]
