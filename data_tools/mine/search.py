@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlp.data_tools.mine.store import Store, save
+from vlp.data_tools._run.arrays import save
+from vlp.data_tools.mine.store import Store
 from vlp.eval.search import nearest
 
 if TYPE_CHECKING:
