@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.data.stored import destination_file
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
 
@@ -41,7 +41,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or the name of an installed configuration, "
         "whose `data` section names the samples",
     )
-    add("--to", required=True, metavar="FILE", help="file to write, .safetensors")
+    add(
+        "--to",
+        required=True,
+        type=destination_file,
+        metavar="FILE",
+        help="file to write, .safetensors",
+    )
     add("--clusters", type=int, default=10, metavar="K", help="default: %(default)s")
     add(
         "--fit",
@@ -91,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         parts = _features(model, mixture, np.arange(n), Counter())
     labels = torch.cat([nearest(part, centres) for part in parts]).numpy()
     settings = model.settings() | {"seed": args.seed, "fit": n_fitted}
-    write_labels(Path(args.to), labels, k, mixture, settings)
+    write_labels(args.to, labels, k, mixture, settings)
 
     for cell, size in enumerate(np.bincount(labels, minlength=k).tolist()):
         if size:

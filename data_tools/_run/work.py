@@ -23,6 +23,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from vlp.data import stored
+from vlp.data.stored import StoredPath
 from vlp.files import remove_leftovers, write_atomically
 from vlp.lifetime import Ended, end_with_parent
 from vlp.locks import held
@@ -127,14 +129,21 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
         if not args.to:
             return run(args)
 
-        folder = Path(args.to)
+        folder = stored.destination(args.to)
         advice = "Wait until it is done, or name another folder with --to"
         share = Pool()
         if hasattr(args, "part"):
             share = pool(args)
             advice += "; to share the work, give each call its --part K/N"
 
-        with held(folder, advice=advice, part=(share.part, share.parts)):
+        part = (share.part, share.parts)
+        if isinstance(folder, StoredPath):
+            from vlp.data_tools._run.writers import writing
+
+            with writing(folder, advice=advice, part=part):
+                return run(args)
+
+        with held(folder, advice=advice, part=part):
             # Files that a killed call left half-written are nobody's, unless another part writes.
             if share.parts == 1:
                 remove_leftovers(folder)
@@ -171,6 +180,7 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
         raise
 
     # The marks are read again: other machines may have finished theirs meanwhile.
+    stored.bring(job.mark for job in jobs)
     results = [_result(job) for job in jobs]
     n_missing = results.count(None)
     if n_missing:

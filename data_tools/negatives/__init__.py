@@ -129,6 +129,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     claim(folder, "negatives", sources, change.settings())
     if args.rewriter:
         pool = replace(pool, processes=1)  # the model takes all cores
@@ -187,9 +188,10 @@ def _change(args: argparse.Namespace) -> AddNegatives:
 
 
 def _rewriter(args: argparse.Namespace) -> Rewriter:
+    from vlp.data.stored import destination
     from vlp.data_tools.negatives.rewriter import Rewriter
 
-    folder = Path(args.to) if args.to else None
+    folder = destination(args.to) if args.to else None
     return Rewriter(model.LanguageModel.of(args, args.rewriter), args.prompt, folder)
 
 

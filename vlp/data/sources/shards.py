@@ -38,6 +38,7 @@ from vlp.data.sources._table import (
     kinds_of,
     table_of,
 )
+from vlp.data.stored import is_address, source
 from vlp.data.tables import fetched
 from vlp.types import Sample
 
@@ -70,7 +71,17 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
     paths = expand(options.path)
+    if any(is_address(path) for path in paths):
+        raise ValueError(
+            f"{paths[0]} lies in a store; training reads it as {{name: remote, path: …}}, which "
+            "fetches shards ahead of their use"
+        )
     _refuse_splits(options.path, paths)
+    return opened(paths, options, captions)
+
+
+def opened(paths: list[Path], options: Options, captions: Captions) -> Shards:
+    """The shards at `paths`, wherever they lie; raises ValueError, OSError."""
     return Shards(paths, located(paths), captions, options, options.folders)
 
 
@@ -323,7 +334,7 @@ class _Handle:
     """An open file that closes when it falls out of the cache."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.fd = os.open(source(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):  # opening may have failed
