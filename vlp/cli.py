@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -365,17 +365,18 @@ def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int
 
     def with_storage(options: argparse.Namespace) -> int:
         if options.storage:
-            from vlp.data import stored
+            from vlp.data import stores
 
-            stored.use(stored.options_of(options.storage))
+            stores.use(stores.options_of(options.storage))
 
         # A folder is tried by the note of who writes there.
         for name in ("to", "json"):
             place = getattr(options, name, None)
-            if isinstance(place, PurePath) and "://" in str(place):
-                from vlp.data import stored
+            if isinstance(place, Path) and "://" in str(place):
+                from vlp.data.stored import StoredPath, check_writable
 
-                stored.check_writable(place)
+                assert isinstance(place, StoredPath)
+                check_writable(place)
         return run(options)
 
     return with_storage

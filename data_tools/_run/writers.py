@@ -23,13 +23,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from vlp import log
-from vlp.data import stored
-from vlp.data.stored import StoredPath
+from vlp.data.stored import StoredPath, forget_copy
 from vlp.files import write_atomically
 from vlp.locks import InUse, is_alive
 from vlp.privacy import scrubbed
@@ -103,7 +101,7 @@ def _beat(note: StoredPath, owner: dict[str, Any], done: threading.Event) -> Non
 
 def _wait_for_others(folder: StoredPath, part: tuple[int, int], advice: str) -> None:
     """Raise InUse where another call of the whole, of the same share or of other shares lives."""
-    seen: dict[Path, dict[str, Any]] = {}
+    seen: dict[StoredPath, dict[str, Any]] = {}
     for path in folder.glob(".writer-*.json"):
         match = _NAME.fullmatch(path.name)
         if match is None:
@@ -136,9 +134,9 @@ def _wait_for_others(folder: StoredPath, part: tuple[int, int], advice: str) -> 
         path.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: StoredPath) -> dict[str, Any] | None:
     """What a note says now; None where it is gone or none."""
-    stored.forget_copy(path)
+    forget_copy(path)
     try:
         owner = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -152,6 +150,6 @@ def _is_dead(owner: dict[str, Any]) -> bool:
     return owner["host"] == socket.gethostname() and not is_alive(owner["pid"])
 
 
-def _told(folder: Path, owner: dict[str, Any], advice: str) -> str:
+def _told(folder: StoredPath, owner: dict[str, Any], advice: str) -> str:
     name = f"{owner['command']!r} (process {owner['pid']} on {owner['host']})"
     return f"{folder} is in use by {name}. {advice}"

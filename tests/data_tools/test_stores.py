@@ -14,12 +14,17 @@ import s3fs
 from tests.data.loopback_store import Store, store
 from tests.data.material import write_shards
 from vlp.cli import main
-from vlp.data import fetch, stored
+from vlp.data import fetch, stored, stores
 from vlp.data.index_file import NAME, open_index
 from vlp.data_tools._run import writers
 
 # Whose times are those of the machine that wrote the shards.
 OF_THE_MACHINE = NAME
+# What a process remembers, anew for each test.
+STATE = {
+    stores: ("options", "signed", "_listed"),
+    stored: ("_scratch", "_growing", "_compared"),
+}
 
 
 @pytest.fixture
@@ -27,20 +32,18 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Three shards of two samples in a store, and here."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
-    monkeypatch.setattr(stored, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(writers, "BEAT_S", 0.02)
     write_shards(tmp_path / "root" / "in", 6, 2)
-    for state in (stored._scratch, stored._options, stored._signed, stored._listed):
-        monkeypatch.setattr(stored, _name_of(state), {})
+    for module, names in STATE.items():
+        for name in names:
+            monkeypatch.setattr(module, name, type(vars(module)[name])())
     with store(tmp_path / "root") as running:
         # The clients' own patience would add minutes to the walk below.
         monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-        stored.use({"s3": options(running)})
+        stores.use({"s3": options(running)})
         yield running
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-def _name_of(state: object) -> str:
-    return next(name for name, value in vars(stored).items() if value is state)
 
 
 def options(server: Store) -> dict:
@@ -103,7 +106,7 @@ def walk(server: Store, call: tuple, here: dict[str, bytes], faults: list[list[s
         for fault in faults[number % len(faults)]:
             folder = f"{fault}{number}"
             server.requests.clear()
-            n_faults = PATIENCE if (number + n_walked) % 2 else 1
+            n_faults = PATIENCE if number % 2 else 1
             server.faulty = {number + i: fault for i in range(n_faults)}
             status = vlp(*call, f"s3://bucket/{folder}")
             server.faulty = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from vlp.data import stored
-from vlp.data.stored import StoredPath
+from vlp.data import stores
+from vlp.data.stored import StoredPath, source
 from vlp.privacy import address
 
 # Endings of compressed tars.
@@ -68,11 +68,11 @@ def is_packed(name: str) -> bool:
 
 def _places(name: str) -> list[Path]:
     """The file or folder of this name, or those that a pattern with * or ? finds."""
-    if stored.is_address(name) and not name.startswith("file://"):
+    if stores.is_address(name) and not name.startswith("file://"):
         return _in_store(name)
 
     # First by its name: a folder may be called `a[1]`.
-    place = stored.source(name)
+    place = source(name)
     if place.exists():
         return [place]
 
@@ -86,7 +86,7 @@ def _places(name: str) -> list[Path]:
 
 def _in_store(name: str) -> list[Path]:
     """The same of an address."""
-    place = stored.source(name)
+    place = source(name)
     assert isinstance(place, StoredPath)
     if place.exists():
         return [place]

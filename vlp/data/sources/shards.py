@@ -38,7 +38,7 @@ from vlp.data.sources._table import (
     kinds_of,
     table_of,
 )
-from vlp.data.stored import is_address, source
+from vlp.data.stored import StoredPath, source
 from vlp.data.tables import fetched
 from vlp.types import Sample
 
@@ -71,7 +71,7 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
     paths = expand(options.path)
-    if any(is_address(path) for path in paths):
+    if any(isinstance(path, StoredPath) for path in paths):
         raise ValueError(
             f"{paths[0]} lies in a store; training reads it as {{name: remote, path: …}}, which "
             "fetches shards ahead of their use"
