@@ -4,6 +4,7 @@ through every fault of every request.
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ import pytest
 import s3fs
 
 from tests.data.loopback_store import Store, store
-from tests.data.material import write_shards
+from tests.data.material import encoded, picture, write_shards, write_tar
+from tests.data_tools import mining
+from tests.data_tools.tools import CAPTIONS
 from vlp.cli import main
 from vlp.data import fetch, stored, stores
+from vlp.data.format import ShardWriter
 from vlp.data.index_file import NAME, open_index
 from vlp.data_tools._run import writers
 
@@ -57,11 +61,13 @@ def options(server: Store) -> dict:
 
 def content(folder: Path) -> dict[str, bytes]:
     """The files of a folder but its index, and the samples that this counts."""
-    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    if OF_THE_MACHINE in files:
-        shards = open_index(folder / OF_THE_MACHINE)
-        counts = {name: shard.count for name, shard in shards.items()}
-        files[OF_THE_MACHINE] = json.dumps(counts).encode()
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == OF_THE_MACHINE:
+            counts = {name: shard.count for name, shard in open_index(path).items()}
+            files[str(path.relative_to(folder))] = json.dumps(counts).encode()
+        elif path.is_file():
+            files[str(path.relative_to(folder))] = path.read_bytes()
     return files
 
 
@@ -90,6 +96,81 @@ def test_what_a_store_holds_is_what_this_machine_would(server, tmp_path):
     assert not [request for request in again if request.startswith("PUT") and "tar" in request]
     assert not [request for request in again if request.startswith("HEAD") and "out/" in request]
     assert content(server.root / "out") == here
+
+
+# Each tool with its options; {in}: the folder of its input, {file}: where it writes a file.
+TOOLS = {
+    "stats": ["{in}/train", "--to", "{out}"],
+    "negatives": ["{in}/train", "--to", "{out}"],
+    "counting": ["{in}/count", "--to", "{out}"],
+    "reshard": [
+        "{in}/train::{in}/packed",
+        "--to",
+        "{out}",
+        "--shuffle",
+        0,
+        "--samples-per-shard",
+        5,
+    ],
+    "dedup": ["{in}/twins", "--to", "{out}", "--against", "{in}/train"],
+    "dedup by cosine": [
+        *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--distance", -1),
+    ],
+    "mine": ["{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--images"],
+    "mine an order": [
+        *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--order", 2),
+    ],
+    "validate": ["{in}/train", "--json", "{out}/report.json", "--notes", "{out}"],
+    "sheet": ["{in}/train", "--to", "{out}/sheet.html", "--samples", 3],
+    "scenes": [
+        *("--to", "{out}", "--train", 3, "--val", 0, "--test", 2, "--zeroshot", 0),
+        *("--retrieval", 2, "--proofs", 0, "--size", 16, "--processes", 1),
+    ],
+    "pack": ["{in}/photos.tar", "--captions", "{in}/photos.csv", "--to", "{out}"],
+}
+
+
+@pytest.fixture
+def material(server: Store) -> Path:
+    """What the tools read, in the store."""
+    root = server.root
+    write_shards(root / "train", 8, 4)
+    write_shards(root / "twins", 6, 3, start=4)
+    with ShardWriter(root / "count", 3) as writer:
+        for i, captions in enumerate(CAPTIONS):
+            writer.add(None, encoded(picture(i)), "png", captions)
+    write_shards(root / "packed", 4, 2, start=20)
+    for path in (root / "packed").glob("*.tar"):
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        path.unlink()
+    mining.write(root / "mined")
+    mining.store(root / "embedded", *mining.twins())
+    write_tar(root / "photos.tar", [(f"{i}.png", encoded(picture(i))) for i in range(4)])
+    (root / "photos.csv").write_text(
+        "image,caption\n" + "".join(f"{i}.png,a {i}\n" for i in range(4))
+    )
+    return root
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool(name, material, server, tmp_path):
+    def called(folder: str, out: str) -> None:
+        arguments = [str(word).format(**{"in": folder, "out": out}) for word in TOOLS[name]]
+        status = vlp(name.split()[0], *arguments)
+        assert status == 0
+
+    (tmp_path / "here").mkdir()
+    called(str(material), str(tmp_path / "here"))
+    here = content(tmp_path / "here")
+    called("s3://bucket", "s3://bucket/made/here")
+
+    # Places stand in reports and lists for people.
+    there = content(server.root / "made" / "here")
+    for path, data in there.items():
+        data = data.replace(b"s3://bucket", str(material).encode())
+        there[path] = data.replace("s3: …/".encode(), "…/".encode())
+    assert there == here and here
+    assert not [path for path in server.root.rglob(".*") if path.is_file()]
 
 
 def walk(server: Store, call: tuple, here: dict[str, bytes], faults: list[list[str]]) -> int:

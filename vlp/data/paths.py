@@ -43,9 +43,10 @@ def expand(path: str, packed: bool = False) -> list[Path]:
 
 def unreadable(name: Path | str, error: OSError) -> str:
     """What to tell of a path that the system does not let us read."""
+    if error.errno is None:  # a store's, which tells all
+        return str(error)
     return (
-        f"{name} cannot be read: {error.strerror or error}; "
-        "check that it is there and that you may read it"
+        f"{name} cannot be read: {error.strerror}; check that it is there and that you may read it"
     )
 
 
