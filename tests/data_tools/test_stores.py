@@ -4,8 +4,13 @@ through every fault of every request.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import socket
+import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +18,18 @@ import pytest
 import s3fs
 
 from tests.data.loopback_store import Store, store
-from tests.data.material import encoded, picture, write_shards, write_tar
+from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from tests.data_tools import mining
 from tests.data_tools.tools import CAPTIONS
 from vlp.cli import main
 from vlp.data import fetch, stored, stores
 from vlp.data.format import ShardWriter
 from vlp.data.index_file import NAME, open_index
+from vlp.data.paths import expand
+from vlp.data.stored import StoredPath
 from vlp.data_tools._run import writers
+from vlp.data_tools._run.writers import writing
+from vlp.locks import InUse
 
 # Whose times are those of the machine that wrote the shards.
 OF_THE_MACHINE = NAME
@@ -217,3 +226,181 @@ def test_every_request_may_fail_in_every_way(server, tmp_path):
     here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
     call = ("filter", "s3://bucket/in", *FILTER, "--to")
     assert walk(server, call, here, [FAULTS]) > 50
+
+
+# ---- two calls, several processes, other addresses
+
+
+def test_processes_and_parts_share_the_work(server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
+    assert vlp(*call, "--part", "1/2") == 0  # surveys its part
+    assert vlp(*call, "--part", "2/2", "--processes", 2) == 0
+    assert vlp(*call, "--part", "1/2") == 0
+    assert content(server.root / "out") == here
+
+
+def test_addresses_with_signatures_are_read_and_written_nowhere(server, tmp_path, capsys):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    host = server.url.replace("http://", "http://anna:PLANTED0@")
+    shards = f"{host}/in/{{00000..00002}}.tar?X-Amz-Signature=PLANTED1&X-Amz-Credential=PLANTED2"
+    storage = ("--storage", "s3:token=PLANTED3")
+    to = ("--to", "s3://bucket/out", "--processes", 2)
+    assert vlp("filter", shards, *FILTER, *to, *storage) == 0
+    assert content(server.root / "out") == here
+
+    # Refused, too: by the store, and by what is asked of it.
+    server.read_only = True
+    assert vlp("filter", shards, *FILTER, "--to", "s3://bucket/new", *storage) == 1
+    assert vlp("filter", shards.replace("00002", "00009"), "--to", tmp_path / "x", *storage) == 1
+    with pytest.raises(SystemExit):
+        vlp("filter", shards, *to, *storage, "--token=PLANTED5 ")
+    said = "".join(capsys.readouterr())
+    assert "does not let s3://bucket/new" in said and "PLANTED" not in said
+
+    # In no file of the store, of the cache or of this machine.
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert not [path for path in files if "PLANTED" in str(path) or b"PLANTED" in path.read_bytes()]
+
+
+def test_training_finds_the_index_beside_what_was_written(server, tmp_path):
+    assert vlp("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out") == 0
+    source = {"name": "remote", "path": "s3://bucket/out/", "window": 1}
+    before = len(server.requests)
+    loader = loader_of(data_of({**source, "storage": options(server)}), 2)
+    assert loader.n_samples == 6
+    read = [request for request in server.requests[before:] if ".tar" in request]
+    assert not [request for request in read if request.startswith("GET")], read
+
+
+def test_a_living_call_is_left_alone_and_a_dead_one_is_not(server, monkeypatch, capsys):
+    call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
+    folder = StoredPath("s3://bucket/out")
+    advice = "Wait"
+
+    # Another process of another machine: its note changes as long as it lives.
+    note = server.root / "out" / ".writer-1-of-1.json"
+    note.parent.mkdir()
+    about = {"id": "x", "pid": 1, "host": "elsewhere", "command": "vlp data …", "beats": 0}
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.005):
+            about["beats"] += 1
+            temporary = note.with_suffix(".new")
+            temporary.write_text(json.dumps(about))
+            temporary.replace(note)
+
+    other = threading.Thread(target=beat)
+    other.start()
+    try:
+        time.sleep(0.05)
+        assert vlp(*call) == 1
+        said = capsys.readouterr().err
+        assert "s3://bucket/out is in use by 'vlp data …' (process 1 on elsewhere)" in said
+    finally:
+        done.set()
+        other.join()
+    assert not list((server.root / "out").glob("*.tar"))
+
+    # A killed one's does not, and of this machine nobody need wait.
+    assert vlp(*call) == 0 and "watching for" in capsys.readouterr().err
+    about |= {"host": socket.gethostname(), "pid": dead_process()}
+    note.write_text(json.dumps(about))
+    assert vlp(*call) == 0 and "watching for" not in capsys.readouterr().err
+    assert not note.exists()
+
+    # Shares of one number hold it together; the same share and another number do not.
+    monkeypatch.setattr(writers, "is_alive", lambda pid: True)
+    stored.destination(str(folder))
+    with writing(folder, advice=advice, part=(1, 2)):
+        monkeypatch.setattr(writers, "_held", set())
+        with writing(folder, advice=advice, part=(2, 2)):
+            for part in ((1, 2), (1, 1), (1, 3)):
+                monkeypatch.setattr(writers, "_held", set())
+                with pytest.raises(InUse), writing(folder, advice=advice, part=part):
+                    pass
+
+
+def dead_process() -> int:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    return ended.pid
+
+
+# ---- what is refused
+
+
+def test_credentials_that_end_in_mid_run_lose_nothing(server, tmp_path, capsys):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
+    server.requests.clear()
+    server.refused_from = 40
+    assert vlp(*call) == 1
+    said = capsys.readouterr().err
+    assert (
+        "look at the credentials: they may have ended" in said and "the same command goes" in said
+    )
+    n_marks = len(list((server.root / "out").glob("*_captions.json")))
+    assert n_marks == 3
+
+    server.refused_from = None
+    before = len(server.requests)
+    assert vlp(*call) == 0 and content(server.root / "out") == here
+    assert not [one for one in server.requests[before:] if "PUT" in one and "_captions" in one]
+
+
+REFUSED = {
+    "no right to write": ("s3://bucket/out", "does not let s3://bucket/out"),
+    "no bucket": ("s3://nowhere/out", "no such bucket"),
+    "http": ("https://host/out", "http can be read from, but not written to"),
+    "memory": ("memory://out", "each process has a memory of its own"),
+    "no package": ("gs://bucket/out", "gs:// needs another package: pip install gcsfs"),
+    "no such scheme": ("s4://bucket/out", "no store is known by s4://"),
+    "a bucket": ("s3://bucket", "is a whole bucket; name what is to be in it"),
+    "the input": ("s3://bucket/in", "holds the input; name another folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_written_to_is_refused_before_anything_is_read(name, server, capsys):
+    to, message = REFUSED[name]
+    server.read_only = name == "no right to write"
+    assert vlp("stats", "s3://bucket/in", "--to", to) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not [request for request in server.requests if "GET /bucket/in/0" in request]
+
+
+SOURCES = {
+    "s3://bucket/none": "names neither a file nor a folder with files",
+    "s3://bucket/in/00009.tar": "names neither a file nor a folder with files",
+    "memory://in": "each process has a memory of its own",
+    "s3://bucket": "is a folder without .tar files; there are some in its folders",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_that_is_none_says_so(source, server, tmp_path, capsys):
+    assert vlp("stats", source, "--to", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert SOURCES[source] in said and "Traceback" not in said
+
+
+def test_patterns_name_shards_of_a_store(server):
+    expected = [f"s3://bucket/in/0000{i}.tar" for i in range(3)]
+    for pattern in ("s3://bucket/in/*.tar", "s3://bucket/*/0000?.tar", "s3://bucket/in/"):
+        assert list(map(str, expand(pattern))) == expected
+    assert list(map(str, expand(f"file://{server.root}/in"))) == sorted(
+        map(str, (server.root / "in").glob("*.tar"))
+    )
+
+
+@pytest.mark.parametrize("command", ["export run --to", "embed a b --out", "eval m --out"])
+def test_commands_that_write_here_only_refuse_addresses(command, server, capsys):
+    *words, option = command.split()
+    with contextlib.suppress(SystemExit):
+        assert main([*words, option, "s3://bucket/out"]) == 1
+        assert "writes into folders of this machine only" in capsys.readouterr().err
+    assert not Path("s3:").exists()

@@ -77,7 +77,9 @@ def checked_scheme(text: str) -> str:
 
 def bare(text: str) -> str:
     """The address without what opens it, which is remembered."""
-    place = re.split(r"[?#]", address(text))[0].rstrip("/")
+    # Elsewhere than in http a ? may be that of a pattern.
+    beginning = r"[?#]" if scheme_of(text) in HTTP else r"\?(?=[^/]*=)"
+    place = re.split(beginning, address(text))[0].rstrip("/")
     if place != text.rstrip("/"):
         signed[place] = signed[folder_of(place)] = text
     return place
