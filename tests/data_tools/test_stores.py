@@ -13,14 +13,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
 import s3fs
+from fsspec.implementations.local import LocalFileSystem
 
 from tests.data.loopback_store import Store, store
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from tests.data_tools import mining
 from tests.data_tools.tools import CAPTIONS
+from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
 from vlp.data import fetch, stored, stores
 from vlp.data.format import ShardWriter
@@ -28,14 +32,16 @@ from vlp.data.index_file import NAME, open_index
 from vlp.data.paths import expand
 from vlp.data.stored import StoredPath
 from vlp.data_tools._run import writers
+from vlp.data_tools._run.kept import Kept
 from vlp.data_tools._run.writers import writing
+from vlp.files import write_atomically
 from vlp.locks import InUse
 
 # Whose times are those of the machine that wrote the shards.
 OF_THE_MACHINE = NAME
 # What a process remembers, anew for each test.
 STATE = {
-    stores: ("options", "signed", "_listed"),
+    stores: ("signed", "_listed"),
     stored: ("_scratch", "_growing", "_compared"),
 }
 
@@ -48,15 +54,21 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
     monkeypatch.setattr(writers, "BEAT_S", 0.02)
     write_shards(tmp_path / "root" / "in", 6, 2)
-    for module, names in STATE.items():
-        for name in names:
-            monkeypatch.setattr(module, name, type(vars(module)[name])())
+    monkeypatch.setattr(stores, "options", {})
+    forget_all(monkeypatch)
     with store(tmp_path / "root") as running:
         # The clients' own patience would add minutes to the walk below.
         monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
         stores.use({"s3": options(running)})
         yield running
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+def forget_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be as a process that has just begun."""
+    for module, names in STATE.items():
+        for name in names:
+            monkeypatch.setattr(module, name, type(vars(module)[name])())
 
 
 def options(server: Store) -> dict:
@@ -404,3 +416,139 @@ def test_commands_that_write_here_only_refuse_addresses(command, server, capsys)
         assert main([*words, option, "s3://bucket/out"]) == 1
         assert "writes into folders of this machine only" in capsys.readouterr().err
     assert not Path("s3:").exists()
+
+
+# ---- other stores
+
+
+class Plain(LocalFileSystem):
+    """A store that shows a file while it is written, and can rename."""
+
+    protocol = "plain"
+    root = ""
+    renamed: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.replace("plain://", f"{cls.root}/").rstrip("/")
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        self.renamed.append(path1)
+        Path(path1).rename(path2)
+
+
+class Fixed(Plain):
+    """One that cannot."""
+
+    protocol = "fixed"
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        raise NotImplementedError("no rename")
+
+
+@pytest.fixture
+def plain(server: Store, monkeypatch: pytest.MonkeyPatch) -> type[Plain]:
+    monkeypatch.setattr(Plain, "root", str(server.root))
+    monkeypatch.setattr(Plain, "renamed", [])
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    fsspec.register_implementation("fixed", Fixed, clobber=True)
+    return Plain
+
+
+def test_a_store_that_shows_parts_is_given_whole_files(plain, server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    assert vlp("filter", "plain://in", *FILTER, "--to", "plain://deep/out") == 0
+    assert content(server.root / "deep" / "out") == here
+    named = [Path(path).name for path in plain.renamed]
+    assert len(named) > len(here) and all(name.endswith(".tmp") for name in named)
+
+
+def test_a_store_without_rename_is_refused_before_work_starts(plain, server, capsys):
+    assert vlp("filter", "s3://bucket/in", *FILTER, "--to", "fixed://deep/out") == 1
+    assert "cannot be written: its store cannot (NotImplementedError: no rename)" in (
+        capsys.readouterr().err
+    )
+    assert not [request for request in server.requests if "/in/0" in request]
+
+
+def test_the_hub_is_read_and_written(server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    with loopback_hub() as hub:
+        hub.repos["me/set"] = {}
+        stores.use({"hf": {"endpoint": hub.url, "token": TOKEN}})
+        for source, to in (("s3://bucket/in", "first"), ("hf://me/set/first", "second")):
+            assert vlp("filter", source, *FILTER, "--to", f"hf://me/set/{to}") == 0
+        for folder in ("first", "second"):
+            for name, data in hub.repos["me/set"].items():
+                if name.startswith(f"{folder}/"):
+                    place = tmp_path / "of_hub" / name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(data)
+            assert content(tmp_path / "of_hub" / folder) == here
+
+
+# ---- what lies on this machine meanwhile
+
+
+def test_a_file_that_grows_is_sent_before_what_is_made_of_it(server, monkeypatch):
+    folder = stored.destination("s3://bucket/out")
+    kept = Kept(folder / "_answers" / "0.jsonl")
+    kept.complete(["a", "b"], 1, lambda batch: [batch[0] * 2])
+    assert not (server.root / "out").exists()  # not yet
+    write_atomically(folder / "00000.json", b"{}")
+    sent = server.root / "out" / "_answers" / "0.jsonl"
+    assert sent.read_text().count("\n") == 2
+
+    # From time to time, because a model may answer for hours.
+    monkeypatch.setattr(stored, "SENT_EVERY_S", 0.0)
+    kept.complete(["c"], 1, lambda batch: [batch[0] * 2])
+    kept.complete(["d"], 1, lambda batch: [batch[0] * 2])
+    assert sent.read_text().count("\n") == 4
+
+    # A call on another machine reads them, and adds to them.
+    forget_all(monkeypatch)
+    again = Kept(stored.destination("s3://bucket/out") / "_answers" / "0.jsonl")
+    assert again.values == {name: name * 2 for name in "abcd"}
+
+
+def test_what_a_killed_call_left_goes_with_the_next(server, tmp_path, monkeypatch):
+    dead = tmp_path / "cache" / "stores" / ("a" * 16)
+    dead.mkdir(parents=True)
+    (dead / "half").write_bytes(b"x")
+    folder = stored.destination("s3://bucket/out")
+    assert not dead.exists()
+    mine = stored._scratch[str(folder)]
+    forget_all(monkeypatch)
+    other = stored.destination("s3://bucket/out")  # another call's, and mine still works
+    assert mine.exists() and stored._scratch[str(other)] != mine
+
+
+def test_a_pack_that_was_stopped_while_it_was_sent_is_not_made_again(
+    material, server, monkeypatch, capsys
+):
+    call = ("pack", "s3://bucket/photos.tar", "--captions", "s3://bucket/photos.csv")
+    to = ("--samples-per-shard", 1, "--to", "s3://bucket/packed_photos")
+    forget_all(monkeypatch)
+    server.requests.clear()
+    assert vlp(*call, *to[:-1], "s3://bucket/dry") == 0
+    of_tars = [i for i, request in enumerate(server.requests) if ".tar" in request[-4:]]
+    forget_all(monkeypatch)
+    server.requests.clear()
+    server.refused_from = of_tars[-2]
+    assert vlp(*call, *to) == 1
+    n_sent = len(list((server.root / "packed_photos").glob("*.tar")))
+    assert 0 < n_sent <= 4 and not (server.root / "packed_photos" / "_index.bin").exists()
+    server.refused_from = None
+    before = len(server.requests)
+    assert vlp(*call, *to) == 0 and "goes on sending" in capsys.readouterr().out
+    put = [request for request in server.requests[before:] if request.startswith("PUT")]
+    assert sum(request.endswith(".tar") for request in put) == 4 - n_sent
+    assert put[-1].endswith("_index.bin")
+
+    # Another's folder stays as it is, unless it is to be replaced.
+    assert vlp(*call, *to) == 1 and "is not empty" in capsys.readouterr().err
+    assert vlp(*call, *to[2:], "--overwrite") == 0
+    assert len(list((server.root / "packed_photos").glob("*.tar"))) == 1
+    assert not (server.root.parent / "cache" / "packs").exists() or not list(
+        (server.root.parent / "cache" / "packs").iterdir()
+    )

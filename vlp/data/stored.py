@@ -40,7 +40,6 @@ CACHE_BYTES = 50 * 10**9  # of copies of sources
 SENT_EVERY_S = 60.0  # what a kill can cost of a file that grows in place
 _AT_THE_SAME_TIME = 32  # files that are fetched
 _DROPPED = (".tar", ".safetensors")  # local copies that go once the store has the file
-_BUCKET = 2  # parts of the address of a bucket: s3://NAME
 _END_OF_TIME_NS = 1 << 62
 
 _scratch: dict[str, Path] = {}  # the scratch folder of each destination, by address
@@ -104,8 +103,8 @@ class StoredPath(PosixPath):
         if stores.scheme_of(str(self)) in stores.HTTP:
             return False
 
-        # By the list of the folder above, which answers for all that is in it; a bucket has none.
-        if len(self.parts) > _BUCKET:
+        # By the list of the folder above, which answers for all that is in it.
+        if not stores.is_top(str(self)):
             with contextlib.suppress(PermissionError):
                 return stores.is_folder(stores.entries(str(self.parent)).get(str(self)))
         return bool(stores.entries(str(self)))
@@ -273,7 +272,7 @@ def destination(text: str | Path, *, is_file: bool = False) -> Path:
             f"{path}: http can be read from, but not written to; name a folder of this machine, or "
             "an address of s3://, gs://, abfs:// or hf://"
         )
-    if len(path.parts) <= _BUCKET:
+    if stores.is_top(str(path)) and stores.scheme_of(str(path)) != "hf":
         raise ValueError(f"{path} is a whole bucket; name what is to be in it: {path}/NAME")
 
     root = str(path.parent if is_file else path)

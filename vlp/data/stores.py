@@ -51,6 +51,14 @@ def scheme_of(place: str) -> str:
     return place.partition(":")[0]
 
 
+def is_top(place: str) -> bool:
+    """Whether an address is that of a bucket or repository, above which nothing can be listed."""
+    scheme, *parts = place.replace("://", "/").split("/")
+    if scheme != "hf":
+        return len(parts) <= 1
+    return len(parts) <= (3 if parts[0] in ("datasets", "spaces") else 2)
+
+
 def checked_scheme(text: str) -> str:
     """The scheme of an address that can be used here; raises ValueError for another."""
     import fsspec
@@ -215,6 +223,8 @@ def put(local: Path, place: str) -> None:
         raise OSError(
             f"{place} cannot be written: there is no such bucket or repository ({_told(error)})"
         ) from None
+    if folder_of(place) in _listed:
+        _listed[folder_of(place)][place] = {"size": local.stat().st_size, "type": "file"}
 
 
 def fetch(place: str, local: Path) -> None:
@@ -241,6 +251,9 @@ def fetch(place: str, local: Path) -> None:
 
 def remove(place: str) -> None:
     """Remove a file, if it is there."""
+    # The Hub refuses to remove what is not.
+    if info(place) is None:
+        return
 
     def once() -> None:
         file_system, name = _file_system(place)
@@ -266,6 +279,8 @@ def info(place: str) -> Info | None:
     """What the store says of a file; None where there is none."""
     if scheme_of(place) in HTTP:
         return _asked(place)
+    if is_top(place):
+        return None
     try:
         known = entries(folder_of(place)).get(place)
     # The right to read files need not be a right to list them.
