@@ -82,8 +82,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 @work.alone
 def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
-    from vlp.data.format import index
+    from vlp.data.format import index, index_written
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.packed import Unpacked
     from vlp.data_tools._run.shards import claim
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     written = pictures.Pictures.of(args)
 
     # Ten thousand samples, unless a size in bytes says where a shard ends.
-    sources, pool, folder = expand(args.source, packed=True), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source, packed=True), work.pool(args), destination(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     settings = {**limits, "shuffle": args.shuffle, "renumber": args.renumber}
@@ -129,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
     # The unpacked copies are needed until the last machine is done.
     if work.all_done(results):
-        index(sorted(folder.glob("*.tar")))
+        index_written(sorted(folder.glob("*.tar")))
         unpacked.remove()
     counts = work.total(results)
     print(work.report(counts, f"{folder}: {len(jobs)} shards"))

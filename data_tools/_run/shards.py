@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vlp.data.captions import Choice
-from vlp.data.format import ShardWriter, index, is_class_number
+from vlp.data.format import ShardWriter, index_written, is_class_number
 from vlp.data.scan import scan
 from vlp.data.tables import fetched
 from vlp.data_tools._belonging import settle
@@ -174,7 +174,7 @@ def transform(
 
     # Whoever finishes last indexes the folder; None is a shard of another machine.
     if None not in results:
-        index(sorted(folder.glob("*.tar")))
+        index_written(sorted(folder.glob("*.tar")))
     return results
 
 

@@ -99,12 +99,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.dedup.copies import DropCopies, decided, merging, survey
     from vlp.data_tools.dedup.near import Limits
 
     _check(args)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     against = [expand(shards) for shards in args.against]
     fixed = list(chain.from_iterable(against))
     claim(folder, "dedup", sources, _settings(args, fixed))

@@ -22,6 +22,7 @@ from vlp.data.index import index
 from vlp.data.members import open_sample
 from vlp.data.picture import BadImage, rgb
 from vlp.data.rows import read_extents
+from vlp.data.stored import source
 from vlp.data_tools._belonging import merge, settle
 from vlp.data_tools._run.shards import Changed, samples
 from vlp.data_tools._run.work import Result
@@ -200,7 +201,7 @@ def _merge(sample: Content, place: Place, counts: Counter[str]) -> None:
     # The copy may lie in a shard that is damaged since it was indexed: its captions are lost then,
     # the sample that stays is not.
     try:
-        with open(place.path, "rb") as file:
+        with open(source(place.path), "rb") as file:
             other = open_sample(read_extents(file, place.extents), place.digest)
     except ValueError as error:
         log.warn(f"{place.path}: {error}")

@@ -55,12 +55,13 @@ EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspec
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     rules = rules_of(args)
     tops = tuple(Top.of(text) for text in args.top)
     _refuse_idle(args, rules)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     without_heads = args.like is not None or args.cells is not None
     stored = Stored.of(args.embeddings, args.head, sources, without_heads=without_heads)
     alike = Alike.of(args, stored, len(sources))

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlp.data.rows import Shard
+from vlp.data.stored import source
 from vlp.data.stored_views import StoredViews
 from vlp.text_store import digest
 
@@ -54,7 +55,7 @@ class Embeddings:
         self.folder = folder
 
         # Found by the shards' names alone, because data sets are moved.
-        where = Path(folder).expanduser()
+        where = source(folder)
         self._files = [where / f"{Path(path).stem}.safetensors" for path in paths]
         if len(set(self._files)) < len(self._files):
             raise ValueError(

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from vlp.config import Captions
-from vlp.data import looks, splits
+from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
+from vlp.data.index import located
 from vlp.data.members import open_sample
 from vlp.data.rows import CONTINUES, Shard, said
 from vlp.data.sources import Contents, Source, captions_of
@@ -36,7 +37,9 @@ from vlp.data.sources._table import (
     kinds_of,
     table_of,
 )
+from vlp.data.stored import source
 from vlp.data.tables import fetched
+from vlp.privacy import address
 from vlp.types import Sample
 
 
@@ -67,9 +70,24 @@ class Options(Texts):
 
 def open(options: Options, captions: Captions) -> Shards:
     """Index the shards, from the folder's index where it is current; raises ValueError, OSError."""
+    remote = [
+        part
+        for part in options.path.split("::")
+        if stores.is_address(part) and not part.startswith("file://")
+    ]
+    if remote:
+        raise ValueError(
+            f"{address(remote[0])} lies in a store; training reads it as "
+            "{name: remote, path: …}, which fetches shards ahead of their use"
+        )
     paths, shards = looks.at(options.path)
     _refuse_splits(options.path, paths)
     return Shards(paths, shards, captions, options, options.folders)
+
+
+def opened(paths: list[Path], options: Options, captions: Captions) -> Shards:
+    """The shards at `paths`, wherever they lie; raises ValueError, OSError."""
+    return Shards(paths, located(paths), captions, options, options.folders)
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
@@ -325,7 +343,7 @@ class _Handle:
     """An open file that closes when it falls out of the cache."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.fd = os.open(source(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):  # opening may have failed
