@@ -30,9 +30,13 @@ import argparse
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
+
+if TYPE_CHECKING:
+    from vlp.data_tools.dedup.copies import Method
+    from vlp.data_tools.dedup.plan import Division
 
 HELP = "drop copies by perceptual hash and embedding, and what evaluation sets hold"
 EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
@@ -92,6 +96,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="least cosine of copies, with --embeddings (default: %(default)s)",
     )
+
+    # How copies are searched.
+    add(
+        "--search",
+        choices=("auto", "exact", "buckets"),
+        default="auto",
+        help="exact: all with all, in one process; buckets: in stages that all processes and "
+        "machines share; auto: buckets above 200,000 samples (default: %(default)s)",
+    )
+    add(
+        "--probes",
+        type=int,
+        default=16,
+        metavar="N",
+        help="cells that a sample's embedding is compared in, in buckets (default: %(default)s)",
+    )
+    add(
+        "--memory",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="of each process that searches in buckets (default: %(default)s)",
+    )
     work.arguments(parser)
 
 
@@ -100,8 +127,10 @@ def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
     from vlp.data_tools._run.shards import claim, jobs, transform
-    from vlp.data_tools.dedup.copies import DropCopies, decided, merging, survey
+    from vlp.data_tools.dedup.copies import Compared, decided, forget_search
+    from vlp.data_tools.dedup.drop import Decision, DropCopies
     from vlp.data_tools.dedup.near import Limits
+    from vlp.data_tools.dedup.survey import survey
 
     _check(args)
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
@@ -119,19 +148,52 @@ def run(args: argparse.Namespace) -> int:
     # options name the source's embeddings first.
     embeddings = args.embeddings[1:] + args.embeddings[:1]
     limits = Limits(args.distance, args.cosine, args.keep_copies)
-    copy_of = decided(folder, [*against, sources], surveyed, embeddings, limits)
-    copy_of = copy_of[len(fixed) :]
+    sizes = [result["samples"] for result in surveyed]
+    compared = Compared([*against, sources], sizes, embeddings, limits)
+    decision = Decision(folder, sources, sizes[len(fixed) :], compared.n_fixed)
+    decision.check_unchanged()
+    method, division = _method(args, sum(sizes)), _division(args, sum(sizes))
+    passed_over = decided(decision, compared, method, division, pool)
+    if passed_over is None:
+        return 0
 
-    n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
-    places = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
     # A folder of before this check sum was kept has none.
     seen = [result.get("seen") for result in surveyed[len(fixed) :]]
-    change = DropCopies(copy_of, n_fixed, places, seen)
+    change = DropCopies(decision, args.captions == "merge", seen)
     results = transform(sources, folder, "dedup", change, pool)
-    counts = work.total(results)
+    if work.all_done(results):
+        forget_search(folder)
+    counts = work.total(results) + passed_over
     counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(work.report(counts, f"{folder}:"))
     return 0
+
+
+def _method(args: argparse.Namespace, n: int) -> Method:
+    """How n samples are compared; raises ValueError where that needs FAISS, which is missing."""
+    from vlp import log
+    from vlp.data_tools.dedup.copies import EXACT_UP_TO
+    from vlp.eval.search.nearest import import_faiss
+
+    if args.search == "exact" or (args.search == "auto" and n <= EXACT_UP_TO):
+        return "exact"
+    if args.embeddings:
+        try:
+            import_faiss()
+        except ValueError as error:
+            if args.search == "buckets":
+                raise
+            log.say(f"{n:,} samples are compared all with all, which takes long: {error}")
+            return "exact"
+    return "buckets"
+
+
+def _division(args: argparse.Namespace, n: int) -> Division:
+    from vlp.data_tools.dedup.cells import n_cells
+    from vlp.data_tools.dedup.plan import Division
+
+    cells = n_cells(n) if args.embeddings else 0
+    return Division(round(args.memory * 1e9), cells, args.probes)
 
 
 def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
@@ -144,6 +206,9 @@ def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
     }
     if args.embeddings:
         settings["cosine"] = args.cosine
+    # Not where it is left open: folders that were begun before there was a choice have none.
+    if args.search != "auto":
+        settings["search"] = args.search
     settings["against"] = [[path.name, path.stat().st_size] for path in fixed]
     return settings
 
@@ -168,5 +233,9 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 < args.cosine <= 1:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
+    if args.probes < 1:
+        raise ValueError(f"--probes {args.probes} must be at least 1")
+    if not args.memory >= 0.05:
+        raise ValueError(f"--memory {args.memory} must be at least 0.05 (GB)")
     if args.keep_copies and not args.against:
         raise ValueError("--keep-copies drops only what --against SHARDS holds; name them")

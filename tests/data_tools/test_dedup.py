@@ -20,10 +20,9 @@ from tests.data.material import REAL, needs_data
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
-from vlp.data.index import index
 from vlp.data.members import Picture
 from vlp.data_tools import dedup, embed, scenes
-from vlp.data_tools.dedup.copies import DropCopies, Place
+from vlp.data_tools.dedup.drop import Decision, DropCopies
 from vlp.data_tools.dedup.near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
 from vlp.data_tools.scenes.draw import encode
 
@@ -65,6 +64,7 @@ COPIES = {f"copy{i}" for i in range(0, 24, 4)}
         ([], COPIES),
         (["--against", "EVAL"], COPIES | {"scene1", "scene5"}),
         (["--against", "EVAL", "--keep-copies", "--processes", "2"], {"scene1", "scene5"}),
+        (["--against", "EVAL", "--search", "buckets"], COPIES | {"scene1", "scene5"}),
     ],
 )
 def test_planted_copies_go_and_nothing_else(
@@ -219,12 +219,13 @@ def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, c
 def test_a_copy_that_changed_after_indexing_costs_its_captions_only(tmp_path: Path, capsys) -> None:
     alike(tmp_path, [("a", ["a dog"], {}, False), ("b", ["one dog"], {}, False)])
     path = tmp_path / "in" / "00001.tar"
-    [shard] = index([path])
-    altered = Place(str(path), shard.places(0), shard.digest(0) ^ 1)
+    decision = Decision(tmp_path / "out", sorted((tmp_path / "in").glob("*.tar")), [2, 2], 0)
+    change = DropCopies(decision, True, [None, None])
+    decision.check_unchanged()  # reads the index
+    path.write_bytes(path.read_bytes().replace(b"one dog", b"two dog"))
 
     counts: Counter[str] = Counter()
     kept = read(tmp_path / "in")
-    change = DropCopies([np.array([-1, -1])], 0, {0: [altered]}, [None])
     after = list(change([kept["a"], kept["other0"]], 0, counts))
     assert [changed.captions for changed in after] == [["a dog"], ["another"]]
     assert counts == {"not merged: copies that changed after they were indexed": 1}
