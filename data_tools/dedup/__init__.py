@@ -45,6 +45,8 @@ EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
   vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded    (of `vlp data embed`)
 """
 
+PROBES = 8  # 99.8 % of the pairs of random rows; more of rows that form clusters
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data dedup`."""
@@ -108,7 +110,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--probes",
         type=int,
-        default=16,
+        default=PROBES,
         metavar="N",
         help="cells that a sample's embedding is compared in, in buckets (default: %(default)s)",
     )
@@ -129,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.dedup.copies import Compared, decided, forget_search
     from vlp.data_tools.dedup.drop import Decision, DropCopies
+    from vlp.data_tools.dedup.embedded import opened
     from vlp.data_tools.dedup.near import Limits
     from vlp.data_tools.dedup.survey import survey
 
@@ -136,6 +139,12 @@ def run(args: argparse.Namespace) -> int:
     sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
     against = [expand(shards) for shards in args.against]
     fixed = list(chain.from_iterable(against))
+
+    # What --against holds comes first, so that it stays and the source's copies of it go. The
+    # options name the source's embeddings first.
+    groups = [*against, sources]
+    embeddings = args.embeddings[1:] + args.embeddings[:1]
+    rows = opened(groups, embeddings) if embeddings else None
     claim(folder, "dedup", sources, _settings(args, fixed))
 
     # Whether a sample stays depends on all before it: all shards are fingerprinted first.
@@ -144,14 +153,12 @@ def run(args: argparse.Namespace) -> int:
     if not work.all_done(surveyed):
         return 0
 
-    # What --against holds comes first, so that it stays and the source's copies of it go. The
-    # options name the source's embeddings first.
-    embeddings = args.embeddings[1:] + args.embeddings[:1]
     limits = Limits(args.distance, args.cosine, args.keep_copies)
     sizes = [result["samples"] for result in surveyed]
-    compared = Compared([*against, sources], sizes, embeddings, limits)
+    compared = Compared(groups, sizes, rows, limits)
     decision = Decision(folder, sources, sizes[len(fixed) :], compared.n_fixed)
-    decision.check_unchanged()
+    if args.captions == "merge":
+        decision.check_unchanged()
     method, division = _method(args, sum(sizes)), _division(args, sum(sizes))
     passed_over = decided(decision, compared, method, division, pool)
     if passed_over is None:
@@ -170,19 +177,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _method(args: argparse.Namespace, n: int) -> Method:
-    """How n samples are compared; raises ValueError where that needs FAISS, which is missing."""
+    """How n samples are compared."""
     from vlp import log
     from vlp.data_tools.dedup.copies import EXACT_UP_TO
     from vlp.eval.search.nearest import import_faiss
 
-    if args.search == "exact" or (args.search == "auto" and n <= EXACT_UP_TO):
+    if args.search != "auto":
+        return args.search
+    if n <= EXACT_UP_TO:
         return "exact"
+
     if args.embeddings:
         try:
             import_faiss()
         except ValueError as error:
-            if args.search == "buckets":
-                raise
             log.say(f"{n:,} samples are compared all with all, which takes long: {error}")
             return "exact"
     return "buckets"
@@ -209,11 +217,14 @@ def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
     # Not where it is left open: folders that were begun before there was a choice have none.
     if args.search != "auto":
         settings["search"] = args.search
+    if args.embeddings and args.probes != PROBES:
+        settings["probes"] = args.probes
     settings["against"] = [[path.name, path.stat().st_size] for path in fixed]
     return settings
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that make no sense, or need FAISS where it is not installed."""
     if not -1 <= args.distance <= 8:
         raise ValueError(
             f"--distance {args.distance} is no number of bits from 0 to 8 "
@@ -235,7 +246,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
     if args.probes < 1:
         raise ValueError(f"--probes {args.probes} must be at least 1")
-    if not args.memory >= 0.05:
-        raise ValueError(f"--memory {args.memory} must be at least 0.05 (GB)")
+    if not 0.05 <= args.memory <= 10_000:
+        raise ValueError(f"--memory {args.memory} must lie in [0.05, 10000] (GB)")
+    if args.search == "buckets" and args.embeddings:
+        from vlp.eval.search.nearest import import_faiss
+
+        import_faiss()
     if args.keep_copies and not args.against:
         raise ValueError("--keep-copies drops only what --against SHARDS holds; name them")

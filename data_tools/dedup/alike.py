@@ -9,7 +9,7 @@ they tell, which finds nearly all copies; what is passed over is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -26,6 +26,7 @@ MOST_LEADERS = 8192  # of those that stay, with how many the later ones are comp
 PASSED_OVER = "not compared: pairs, because too many pictures are alike"
 _AT_ONCE = 1 << 17  # pairs of grids
 _BLOCK = 128
+_LAYERS = 2
 
 Pairs = tuple[np.ndarray, np.ndarray]  # places of fingerprints
 
@@ -59,33 +60,47 @@ def of_one_hash(prints: np.ndarray, hashes: np.ndarray, counts: Counter[str]) ->
 
 
 def _crowd(crowd: np.ndarray, counts: Counter[str]) -> Iterator[Pairs]:
-    """Each of many fingerprints of one hash with those before it, in the order of samples, that
-    stay as far as this hash tells.
+    """Each of many fingerprints of one hash with those before it that stay as far as this hash
+    tells; and the copies among themselves once more, as if the others were not there, because what
+    stays here may be a copy of one of another hash.
     """
-    in_order = np.argsort(crowd["number"], kind="stable")
+    rest = np.argsort(crowd["number"], kind="stable")
+    for _ in range(_LAYERS):
+        rest = yield from _with_leaders(crowd["grid"], rest, counts)
+
+
+def _with_leaders(
+    grids: np.ndarray, in_order: np.ndarray, counts: Counter[str]
+) -> Generator[Pairs, None, np.ndarray]:
+    """The pairs of some fingerprints, by their places in order, with those before them that are no
+    copies of one before; returns the places of the copies.
+    """
     leaders = np.empty(0, np.int64)
+    copies = [leaders]
     for start in range(0, len(in_order), _BLOCK):
         block = in_order[start : start + _BLOCK]
-        grids = crowd["grid"][block].astype(np.int16)
+        of_block = grids[block].astype(np.int16)
         is_copy = np.zeros(len(block), bool)
         for low in range(0, len(leaders), _AT_ONCE // _BLOCK):
             others = leaders[low : low + _AT_ONCE // _BLOCK]
-            alike = alike_colors(grids[:, None], crowd["grid"][others][None])
+            alike = alike_colors(of_block[:, None], grids[others][None])
             row, column = np.nonzero(alike)
             yield others[column], block[row]
             is_copy |= alike.any(1)
 
         # Within the block a leader must be known before those behind it are compared.
-        within = np.tril(alike_colors(grids[:, None], grids[None]), -1)
+        within = np.tril(alike_colors(of_block[:, None], of_block[None]), -1)
         row, column = np.nonzero(within)
         yield block[column], block[row]
         for place in range(len(block)):
             is_copy[place] |= bool((within[place] & ~is_copy)[:place].any())
 
+        copies.append(block[is_copy])
         new = block[~is_copy]
         n_free = MOST_LEADERS - len(leaders)
         counts[PASSED_OVER] += len(new[n_free:]) * (len(in_order) - start - len(block))
         leaders = np.concatenate([leaders, new[:n_free]])
+    return np.concatenate(copies)
 
 
 def of_two_hashes(
@@ -94,7 +109,9 @@ def of_two_hashes(
     counts: Counter[str],
 ) -> Iterator[Pairs]:
     """The places of all pairs of fingerprints of each pair of hashes, about _AT_ONCE at a time."""
-    n_left, n_right = (np.minimum(side["n"], MOST_ALIKE) for side in (left, right))
+    # A few beside a crowd are compared with all of it.
+    n_left = np.minimum(left["n"], np.maximum(MOST_ALIKE, MOST_ALIKE**2 // right["n"]))
+    n_right = np.minimum(right["n"], np.maximum(MOST_ALIKE, MOST_ALIKE**2 // left["n"]))
     n_pairs = n_left * n_right
     counts[PASSED_OVER] += int((left["n"] * right["n"] - n_pairs).sum())
 

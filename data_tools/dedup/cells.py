@@ -40,10 +40,10 @@ _SCORES = 1 << 24  # cosines with centres at once
 
 
 def n_cells(n: int) -> int:
-    """How many cells n samples have: then rows are compared with about as many centres as with
-    other rows.
+    """How many cells n samples have. A row is then compared with about as many centres as other
+    rows; and each cell has the rows that its centre is fitted to.
     """
-    return max(1, round(2 * n**0.5))
+    return max(1, min(round(2 * n**0.5), n // _FITTED))
 
 
 def fit_centres(folder: Path, rows: Rows, plan: Plan) -> None:
@@ -62,8 +62,9 @@ def fit_centres(folder: Path, rows: Rows, plan: Plan) -> None:
     places = np.unique(np.linspace(0, plan.n - 1, n_rows).astype(np.int64))
     fitted_to = rows.gathered(places).astype(np.float32)
     fitted_to = fitted_to[fitted_to.any(1)]
+    # Most may be zeros, of pictures that do not open: one cell then compares all with all.
     if len(fitted_to) < plan.n_cells:
-        arrays.save(path, fitted_to[:1])
+        arrays.save(path, np.zeros((1, rows.width), np.float32))
         return
     index = nearest.inverted_file(fitted_to, plan.n_cells)
     arrays.save(path, index.quantizer.reconstruct_n(0, plan.n_cells))

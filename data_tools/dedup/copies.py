@@ -19,7 +19,7 @@ from vlp.data_tools._run.work import Pool, read_note
 from vlp.data_tools.dedup import arrays, decision, plan
 from vlp.data_tools.dedup.decision import DROPPED
 from vlp.data_tools.dedup.drop import Decision
-from vlp.data_tools.dedup.embedded import Rows, opened
+from vlp.data_tools.dedup.embedded import Rows
 from vlp.data_tools.dedup.near import Limits, decide
 from vlp.data_tools.dedup.stages import Search
 from vlp.data_tools.dedup.survey import prints_file
@@ -36,7 +36,7 @@ class Compared:
 
     groups: list[list[Path]]
     sizes: list[int]  # samples of each shard
-    embeddings: list[str]  # the folder of each group; empty: none
+    rows: Rows | None  # their embeddings
     limits: Limits
 
     @property
@@ -46,10 +46,6 @@ class Compared:
 
     def prints(self, folder: Path) -> list[Path]:
         return [prints_file(folder, number) for number in range(len(self.sizes))]
-
-    def rows(self) -> Rows | None:
-        """The embeddings; raises ValueError where they do not fit."""
-        return opened(self.groups, self.embeddings) if self.embeddings else None
 
 
 def decided(
@@ -69,7 +65,7 @@ def decided(
             n, n_fixed = sum(compared.sizes), compared.n_fixed
             planned = plan.planned(search_folder, n, n_fixed, compared.limits, division)
             search = Search(search_folder, compared.prints(folder), compared.sizes, planned, pool)
-            copies = search.copies(compared.rows())
+            copies = search.copies(compared.rows)
             if copies is None:
                 return None
             dropped = decision.decide(copies, n_fixed, compared.limits.keep_copies)
@@ -98,7 +94,7 @@ def _before(folder: Path) -> np.ndarray | None:
 
 def _exactly(folder: Path, compared: Compared) -> np.ndarray:
     """DROPPED samples by comparing all with all, in this process."""
-    rows = compared.rows()
+    rows = compared.rows
     pieces = [] if rows is None else [rows.of_shard(i) for i in range(len(compared.sizes))]
     prints = np.array(arrays.joined(compared.prints(folder)))
     return _dropped(*decide(prints, pieces, compared.n_fixed, compared.limits))

@@ -39,30 +39,34 @@ def decide(copies: Copies, n_fixed: int, keep_copies: bool) -> np.ndarray:
     # is compared with depends on what was decided before it.
     first = np.full(len(involved), -1).data
     stays = np.zeros(len(involved), bool).data
-    dropped: list[tuple[int, int, float]] = []
+    copy_of = np.full(len(involved), -1)
+    cosine_of = np.full(len(involved), np.nan, np.float32)
     is_fixed = involved < n_fixed
     for sample, (group_of, fixed) in enumerate(zip(group.data, is_fixed.data)):
-        other, cosine = -1, np.nan
+        other = -1
         if not fixed:
             other = first[group_of]
             if other < 0:
-                other = next((first[g] for g in near[group_of] if first[g] >= 0), -1)
+                other = next(
+                    (first[near_one] for near_one in near[group_of] if first[near_one] >= 0), -1
+                )
             if other < 0:
                 place = next((i for i in similar.places(sample) if stays[similar.others[i]]), -1)
                 if place >= 0:
-                    other, cosine = similar.others[place], cosines[place]
+                    other, cosine_of[sample] = similar.others[place], cosines[place]
 
-        if other >= 0:
-            dropped.append((sample, other, cosine))
-        elif fixed or not keep_copies:
+        copy_of[sample] = other
+        if fixed or (other < 0 and not keep_copies):
             stays[sample] = True
             if first[group_of] < 0:
                 first[group_of] = sample
 
-    result = np.array(dropped, DROPPED)
-    result["sample"] = involved[result["sample"]]
-    result["copy_of"] = involved[result["copy_of"]]
-    return result
+    places = np.flatnonzero(copy_of >= 0)
+    dropped = np.empty(len(places), DROPPED)
+    dropped["sample"] = involved[places]
+    dropped["copy_of"] = involved[copy_of[places]]
+    dropped["cosine"] = cosine_of[places]
+    return dropped
 
 
 class _Neighbours:

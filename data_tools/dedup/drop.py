@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     digest: int  # of them
 
 
-@dataclass(frozen=True)
+@dataclass
 class Decision:
     """The dropped samples in two files: in their order, and in that of what they are copies of."""
 
@@ -79,7 +79,7 @@ class Decision:
         # A source's rows are read once, for all of its samples that are wanted.
         for source in np.unique(sources).tolist():
             here = np.flatnonzero(sources == source)
-            with_rows = _with_rows(self, source)
+            with_rows = self._with_rows(source)
             for row in here.tolist():
                 i = int(places_in_source[row])
                 extents, digest = with_rows.places(i), with_rows.digest(i)
@@ -93,7 +93,7 @@ class Decision:
 
     def check_unchanged(self) -> None:
         """Raise ValueError where a source holds another number of samples than were compared."""
-        for path, shard, size in zip(self.sources, _located(self), self.sizes):
+        for path, shard, size in zip(self.sources, self._shards, self.sizes):
             if shard.count != size:
                 raise changed(str(path), shard.count, size)
 
@@ -105,34 +105,30 @@ class Decision:
 
     def _part(self, path: Path, field: str, shard: int) -> np.ndarray:
         """The rows of a file whose `field` names samples of a source."""
-        rows = _mapped(path)
+        rows = arrays.load(path)
         first = self.first(shard)
         low, high = np.searchsorted(rows[field], [first, first + self.sizes[shard]])
         return np.array(rows[low:high])
 
-    def __hash__(self) -> int:
-        return hash(self.folder)
+    def _with_rows(self, source: int) -> Shard:
+        """What the index knows of a source, with its rows."""
+        shard = self._shards[source]
+        try:
+            load(shard)
+        except (OSError, ValueError):
+            # A damaged part of the index: the shard is scanned again.
+            [shard] = index([self.sources[source]])
+        return shard
 
+    @cached_property
+    def _shards(self) -> list[Shard]:
+        return located(self.sources)
 
-@lru_cache(maxsize=1)
-def _located(decision: Decision) -> list[Shard]:
-    """The index of the sources, read once a process."""
-    return located(decision.sources)
-
-
-@lru_cache(maxsize=2)
-def _mapped(path: Path) -> np.ndarray:
-    return arrays.load(path)
-
-
-def _with_rows(decision: Decision, source: int) -> Shard:
-    shard = _located(decision)[source]
-    try:
-        load(shard)
-    except (OSError, ValueError):
-        # A damaged part of the index: the shard is scanned again.
-        [shard] = index([decision.sources[source]])
-    return shard
+    def __getstate__(self) -> dict[str, Any]:
+        # Each process reads its own.
+        return {"folder": self.folder, "sources": self.sources, "sizes": self.sizes} | {
+            "n_fixed": self.n_fixed
+        }
 
 
 def _forget_rows(shard: Shard) -> None:

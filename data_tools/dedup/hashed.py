@@ -229,10 +229,11 @@ class Compare:
         rows = np.empty(len(places), ROW if kind == "prints" else HASH)
         for number in np.unique(ranges).tolist():
             here = ranges == number
-            rows[here] = _mapped(file(self.folder, number, kind))[in_range[here]]
+            path = file(self.folder, number, kind)
+            rows[here] = _mapped(path, path.stat().st_mtime_ns)[in_range[here]]
         return rows
 
 
 @lru_cache(maxsize=4096)
-def _mapped(path: Path) -> np.ndarray:
+def _mapped(path: Path, mtime_ns: int) -> np.ndarray:
     return arrays.load(path)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlp import log
 from vlp.data_tools._run.work import read_note
 from vlp.data_tools.dedup.bands import Bands
 from vlp.data_tools.dedup.near import Limits
@@ -19,6 +20,8 @@ from vlp.files import write_atomically
 
 FOLDER = "_search"  # in the output's folder, until all shards are written
 BYTES_A_ROW = 250  # of any stage, at most
+_JOBS = 64  # of a stage, where memory allows as many rows in each
+_LEAST_ROWS = 100_000  # a job of fewer costs more to begin than to do
 
 
 class Run(NamedTuple):
@@ -56,8 +59,13 @@ class Plan:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows of a job, whatever its stage."""
+        """The rows that memory allows in any stage."""
         return max(1, self.memory // BYTES_A_ROW)
+
+    @property
+    def rows_a_job(self) -> int:
+        """Rows of a job: few enough for many processes to share, and no more than memory allows."""
+        return min(self.rows_at_once, max(_LEAST_ROWS, self.n // _JOBS))
 
     @property
     def bands(self) -> Bands:
@@ -85,9 +93,16 @@ def planned(folder: Path, n: int, n_fixed: int, limits: Limits, division: Divisi
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(plan), indent=1).encode())
     try:
-        return Plan(**read_note(path))
+        kept = Plan(**read_note(path))
     except TypeError as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder {folder}") from None
+
+    if kept.memory != division.memory:
+        log.warn(
+            f"the search was divided for --memory {kept.memory / 1e9:g} and goes on so; to divide "
+            f"it for {division.memory / 1e9:g}, delete the folder {folder}"
+        )
+    return kept
 
 
 def runs(sizes: list[int], most_rows: int) -> Iterator[Run]:

@@ -36,7 +36,7 @@ class Search:
         self.prints = prints
         self.plan = plan
         self.pool = pool
-        self.runs = list(runs(sizes, plan.rows_at_once))
+        self.runs = list(runs(sizes, plan.rows_a_job))
         self.counts: Counter[str] = Counter()
 
     def copies(self, rows: Rows | None) -> Copies | None:
@@ -58,7 +58,7 @@ class Search:
             return None
 
         n_prints = sum(result["prints"] for result in sorted_runs)
-        edges = hashed.hash_ranges(folder, n_runs, n_prints, plan.rows_at_once)
+        edges = hashed.hash_ranges(folder, n_runs, n_prints, plan.rows_a_job)
         n_ranges = len(edges) - 1
         ranges = [((i, low, high), 1) for i, (low, high) in enumerate(pairwise(edges))]
         if self._carry_out("group", hashed.Group(folder, plan, n_runs), ranges) is None:
@@ -77,7 +77,7 @@ class Search:
         parts: list[tuple[Any, int]] = []
         for block in self.plan.blocks:
             bands = [file(self.folder, i, f"band{block}") for i in range(n_ranges)]
-            even_parts = arrays.even_parts(arrays.sizes(bands), self.plan.rows_at_once)
+            even_parts = arrays.even_parts(arrays.sizes(bands), self.plan.rows_a_job)
             for low, high, n_rows in even_parts:
                 parts.append(((len(parts), block, low, high), n_rows))
         return parts
@@ -93,7 +93,7 @@ class Search:
         sizes = arrays.sizes(file(folder, i, "cells") for i in range(n_runs))
         parts = [
             ((i, low, high), n_rows)
-            for i, (low, high, n_rows) in enumerate(arrays.even_parts(sizes, plan.rows_at_once))
+            for i, (low, high, n_rows) in enumerate(arrays.even_parts(sizes, plan.rows_a_job))
         ]
         search = cells.SearchCells(folder, plan, rows, n_runs)
         if self._carry_out("cells", search, parts) is None:

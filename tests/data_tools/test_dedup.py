@@ -399,6 +399,8 @@ def test_photos_recoded_and_halved_are_found_and_distinct_ones_are_not() -> None
             "--embeddings is given 1 times; expected once for the source",
         ),
         (["--cosine", 0], r"must lie in \(0, 1\]"),
+        (["--probes", 0], "must be at least 1"),
+        (["--memory", "nan"], r"must lie in \[0.05, 10000\] \(GB\)"),
         (["--keep-copies"], "drops only what --against SHARDS holds"),
     ],
 )
