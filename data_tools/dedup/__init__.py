@@ -18,10 +18,16 @@ On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or h
 found, 93 % of those with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of
 photos are taken for copies, and nearly are.
 
-Memory to decide: about 150 bytes a sample, and 2·D with embeddings. Hashes compare about n²/2¹¹
-pairs at 4 bits: a million samples take a minute, ten million two hours. Cosines take n² · D
-operations: a million samples of 512 numbers are 5e14, an hour or two on a dozen cores, a minute on
-a GPU. Pictures that do not open stay, and are counted: `vlp data validate` names them.
+Up to 200,000 samples are compared all with all in one process. More are searched in buckets
+(--search), in stages of jobs that all --processes and machines share and that go on after a kill:
+hashes are cut into blocks and compared where enough of them agree, which misses no pair; embeddings
+are compared within the --probes nearest of 2·√n cells of K-means, which needs FAISS and finds
+99.8 % of the pairs of random rows, more of rows in clusters. Where very many different pictures are
+alike, such as blank ones in a million shades, most of their pairs are passed over, and counted.
+
+Memory: --memory for each process; to decide, about 100 bytes for each sample that is near another
+and 100 for each pair. Disk, in DIR/_search until all is written: about 300 bytes a sample, and 64
+with embeddings. Pictures that do not open stay, and are counted: `vlp data validate` names them.
 """
 
 from __future__ import annotations

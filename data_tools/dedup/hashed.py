@@ -200,9 +200,13 @@ class Compare:
 
         counts: Counter[str] = Counter({"samples read": len(hashes)})
         near: list[np.ndarray] = [np.empty(0, PAIR)]
+        left, right = [places[:0]], [places[:0]]
         for i, j, n_passed_over in self.plan.bands.pairs(hashes, block, self.plan.rows_at_once):
             counts[PASSED_OVER] += n_passed_over
-            near += self._alike(places[i], places[j], counts)
+            left.append(places[i])
+            right.append(places[j])
+        # All at once: each look at colors opens the files of all ranges.
+        near += self._alike(np.concatenate(left), np.concatenate(right), counts)
         arrays.save(file(self.folder, number, "near"), np.concatenate(near))
         return {"counts": counts}
 

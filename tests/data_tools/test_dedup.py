@@ -83,6 +83,7 @@ def test_planted_copies_go_and_nothing_else(
         }.items():
             assert re.search(rf"dropped: {reason} +{n}\b", said) or n == 0
         assert re.search(r"unreadable: pictures +1\b", said)
+        assert not (tmp_path / "out" / "_search").exists()
     told = [
         json.loads(line) for line in (tmp_path / "out" / "copies.jsonl").read_text().splitlines()
     ]
@@ -257,6 +258,22 @@ def test_shards_that_change_between_comparing_and_writing_are_refused(
     assert not list((tmp_path / "out").glob("*.tar*"))
 
 
+def test_a_decision_of_an_earlier_version_is_taken_over(planted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call(dedup, planted / "in", "--to", out)
+    # As a call of then left the folder, killed after it had decided that one sample goes.
+    for path in [*out.glob("_dropped*"), *out.glob("*.tar"), *out.glob("*_dedup.json")]:
+        if path.name != "_dedup.json":
+            path.unlink()
+    copy_of = np.full(31, -1)
+    copy_of[2] = 0
+    np.save(out / "_copies.npy", copy_of)
+
+    call(dedup, planted / "in", "--to", out)
+    before = list(read(planted / "in"))
+    assert list(read(out)) == [*before[:2], *before[3:]]
+
+
 def read_one(path: Path) -> list[str]:
     from vlp.data_tools._run.shards import samples
 
@@ -363,6 +380,8 @@ def test_embeddings_find_copies_that_hashes_miss(planted: Path, tmp_path: Path) 
         tmp_path / "held",
         "--cosine",
         0.99,
+        "--search",
+        "buckets",
     )
     call(dedup, tmp_path / "in", "--to", tmp_path / "both", *options)
     assert {"same", "scene1", "scene5"} <= set(read(tmp_path / "in")) - set(read(tmp_path / "both"))
