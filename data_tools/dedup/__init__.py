@@ -18,12 +18,13 @@ On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or h
 found, 93 % of those with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of
 photos are taken for copies, and nearly are.
 
-Up to 200,000 samples are compared all with all in one process. More are searched in buckets
-(--search), in stages of jobs that all --processes and machines share and that go on after a kill:
-hashes are cut into blocks and compared where enough of them agree, which misses no pair; embeddings
-are compared within the --probes nearest of 2·√n cells of K-means, which needs FAISS and finds
-99.8 % of the pairs of random rows, more of rows in clusters. Where very many different pictures are
-alike, such as blank ones in a million shades, most of their pairs are passed over, and counted.
+Up to 200,000 samples, or 50,000 with embeddings, are compared all with all in one process. More
+are searched in buckets (--search), in stages of jobs that all --processes and machines share and
+that go on after a kill: hashes are cut into blocks and compared where enough of them agree, which
+misses no pair; embeddings are compared within the --probes nearest of 2·√n cells of K-means, which
+needs FAISS and finds 99.8 % of the pairs of random rows, more of rows in clusters. Where very many
+different pictures are alike, such as blank ones in a million shades, most of their pairs are passed
+over, and counted.
 
 Memory: --memory for each process; to decide, about 100 bytes for each sample that is near another
 and 100 for each pair. Disk, in DIR/_search until all is written: about 300 bytes a sample, and 64
@@ -111,7 +112,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "exact", "buckets"),
         default="auto",
         help="exact: all with all, in one process; buckets: in stages that all processes and "
-        "machines share; auto: buckets above 200,000 samples (default: %(default)s)",
+        "machines share; auto: buckets above 200,000 samples, 50,000 with embeddings "
+        "(default: %(default)s)",
     )
     add(
         "--probes",
@@ -185,12 +187,12 @@ def run(args: argparse.Namespace) -> int:
 def _method(args: argparse.Namespace, n: int) -> Method:
     """How n samples are compared."""
     from vlp import log
-    from vlp.data_tools.dedup.copies import EXACT_UP_TO
+    from vlp.data_tools.dedup.copies import EXACT_ROWS_UP_TO, EXACT_UP_TO
     from vlp.eval.search.nearest import import_faiss
 
     if args.search != "auto":
         return args.search
-    if n <= EXACT_UP_TO:
+    if n <= (EXACT_ROWS_UP_TO if args.embeddings else EXACT_UP_TO):
         return "exact"
 
     if args.embeddings:

@@ -4,12 +4,15 @@ by a value of their rows.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vlp.files import replacing
+
+SEARCH_FOLDER = "_search"  # in the output's folder, until all shards are written
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -19,21 +22,35 @@ def save(path: Path, array: np.ndarray) -> None:
 
 
 def load(path: Path) -> np.ndarray:
-    """The array of a file, mapped: only the parts that are read take memory. Raises ValueError for
-    damage.
+    """The array of a file, mapped: only the parts that are read take memory, but each array that is
+    kept keeps a file open. Raises ValueError for damage.
     """
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
+        # A process may have too many files open, a disk may fail: the file is whole then.
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise
+        remedy = f"delete it with its mark, {path.stem}.json"
+        if path.parent.name == SEARCH_FOLDER:
+            remedy = f"delete the folder {path.parent}"
         raise ValueError(
-            f"{path} is damaged ({error}); delete the folder {path.parent}: the same call makes it "
-            "again"
+            f"{path} is damaged ({error}); {remedy}: the same call makes it again"
         ) from None
 
 
 def joined(paths: Iterable[Path]) -> np.ndarray:
     """The arrays of several files, one after another; of one file at least."""
-    return np.concatenate([load(path) for path in paths])
+    paths = list(paths)
+    first = load(paths[0])
+    array = np.empty((sum(len(load(path)) for path in paths), *first.shape[1:]), first.dtype)
+    # One at a time: a process may have a thousand files open, or fewer.
+    start = 0
+    for path in paths:
+        rows = load(path)
+        array[start : start + len(rows)] = rows
+        start += len(rows)
+    return array
 
 
 def save_divided(path: Path, values: np.ndarray, n_values: int, rows: np.ndarray) -> None:
@@ -50,21 +67,22 @@ def sizes(paths: Iterable[Path]) -> np.ndarray:
 
 
 def part(path: Path, low: int, high: int) -> np.ndarray:
-    """The rows of values from low to below high, mapped."""
+    """The rows of values from low to below high."""
     starts = load(_starts(path))
-    return load(path)[starts[low] : starts[high]]
+    return np.array(load(path)[starts[low] : starts[high]])
 
 
 def even_parts(sizes: np.ndarray, most_rows: int) -> Iterator[tuple[int, int, int]]:
-    """(low, high, rows) of ranges of values, each of at most `most_rows` rows or of one value."""
+    """(low, high, rows) of ranges of values, each of at most `most_rows` rows or of one value; one
+    range at least.
+    """
     low = n_rows = 0
     for value, size in enumerate(sizes.tolist()):
         if n_rows and n_rows + size > most_rows:
             yield low, value, n_rows
             low, n_rows = value, 0
         n_rows += size
-    if n_rows:
-        yield low, len(sizes), n_rows
+    yield low, len(sizes), n_rows
 
 
 def _starts(path: Path) -> Path:

@@ -46,28 +46,34 @@ def n_cells(n: int) -> int:
     return max(1, min(round(2 * n**0.5), n // _FITTED))
 
 
-def fit_centres(folder: Path, rows: Rows, plan: Plan) -> None:
-    """Write the cells' centres, once, by K-means of FAISS; raises ValueError where that is not
-    installed.
-    """
-    from vlp.eval.search import nearest
+@dataclass(frozen=True)
+class FitCentres:
+    """The work before all others: the cells' centres, by K-means of FAISS."""
 
-    path = folder / "centres.npy"
-    if path.exists():
-        return
+    folder: Path
+    plan: Plan
+    rows: Rows
 
-    # Evenly spread over all, no more than there is memory for.
-    bytes_a_row = 8 * rows.width
-    n_rows = min(plan.n, _FITTED * plan.n_cells, max(plan.n_cells, plan.memory // bytes_a_row))
-    places = np.unique(np.linspace(0, plan.n - 1, n_rows).astype(np.int64))
-    fitted_to = rows.gathered(places).astype(np.float32)
-    fitted_to = fitted_to[fitted_to.any(1)]
-    # Most may be zeros, of pictures that do not open: one cell then compares all with all.
-    if len(fitted_to) < plan.n_cells:
-        arrays.save(path, np.zeros((1, rows.width), np.float32))
-        return
-    index = nearest.inverted_file(fitted_to, plan.n_cells)
-    arrays.save(path, index.quantizer.reconstruct_n(0, plan.n_cells))
+    def __call__(self, _: None) -> Result:
+        from vlp.eval.search import nearest
+
+        fitted_to = self._fitted_to()
+        # Most may be zeros, of pictures that do not open: one cell then compares all with all.
+        centres = np.zeros((1, self.rows.width), np.float32)
+        if 1 < self.plan.n_cells <= len(fitted_to):
+            index = nearest.inverted_file(fitted_to, self.plan.n_cells)
+            centres = index.quantizer.reconstruct_n(0, self.plan.n_cells)
+        arrays.save(self.folder / "centres.npy", centres)
+        return {"counts": {"samples read": len(fitted_to)}}
+
+    def _fitted_to(self) -> np.ndarray:
+        """Rows evenly spread over all, no more than there is memory for."""
+        plan = self.plan
+        n_that_fit = plan.memory // (8 * self.rows.width)
+        n_rows = min(plan.n, _FITTED * plan.n_cells, max(plan.n_cells, n_that_fit))
+        places = np.unique(np.linspace(0, plan.n - 1, n_rows).astype(np.int64))
+        rows = self.rows.gathered(places).astype(np.float32)
+        return rows[rows.any(1) & np.isfinite(rows).all(1)]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from vlp.data_tools.dedup.stages import Search
 from vlp.data_tools.dedup.survey import prints_file
 from vlp.files import replacing, write_atomically
 
-# Samples that are compared in one process where nothing else is asked for: it takes seconds there.
+# Samples that are compared all with all where nothing else is asked for: it takes seconds there.
 EXACT_UP_TO = 200_000
+EXACT_ROWS_UP_TO = 50_000  # with embeddings
 Method = Literal["exact", "buckets"]
 
 
@@ -56,12 +57,12 @@ def decided(
     """
     folder = kept.folder
     note = folder / "_dropped.json"
-    if not kept.path.exists():
+    if not kept.exists():
         dropped, counts = _before(folder), Counter[str]()
         if dropped is None and method == "exact":
             dropped = _exactly(folder, compared)
         elif dropped is None:
-            search_folder = folder / plan.FOLDER
+            search_folder = folder / arrays.SEARCH_FOLDER
             n, n_fixed = sum(compared.sizes), compared.n_fixed
             planned = plan.planned(search_folder, n, n_fixed, compared.limits, division)
             search = Search(search_folder, compared.prints(folder), compared.sizes, planned, pool)
@@ -75,12 +76,18 @@ def decided(
         _write_page(folder / "copies.jsonl", dropped, compared)
         write_atomically(note, json.dumps({"counts": +counts}, indent=1).encode())
         kept.save(dropped)
-    return Counter(read_note(note)["counts"]) if note.exists() else Counter()
+    return _counts(note)
+
+
+def _counts(note: Path) -> Counter[str]:
+    # It says nothing but what was passed over: the decision is whole without it.
+    counts = read_note(note).get("counts") if note.exists() else {}
+    return Counter(counts if isinstance(counts, dict) else {})
 
 
 def forget_search(folder: Path) -> None:
     """Remove what the stages handed to one another, once all shards are written."""
-    shutil.rmtree(folder / plan.FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / arrays.SEARCH_FOLDER, ignore_errors=True)
 
 
 def _before(folder: Path) -> np.ndarray | None:

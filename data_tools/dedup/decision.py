@@ -31,42 +31,57 @@ def decide(copies: Copies, n_fixed: int, keep_copies: bool) -> np.ndarray:
     them copies are dropped with `keep_copies`.
     """
     involved = _involved(copies)
-    group = _groups(copies.members, involved)
-    near = _near(copies.near, involved)
-    similar, cosines = _similar(copies.similar, involved)
-
-    # The first sample of each group that stays; -1: none so far. One by one, because what a sample
-    # is compared with depends on what was decided before it.
-    first = np.full(len(involved), -1).data
-    stays = np.zeros(len(involved), bool).data
+    deciding = _Deciding(copies, involved)
     copy_of = np.full(len(involved), -1)
-    cosine_of = np.full(len(involved), np.nan, np.float32)
-    is_fixed = involved < n_fixed
-    for sample, (group_of, fixed) in enumerate(zip(group.data, is_fixed.data)):
-        other = -1
-        if not fixed:
-            other = first[group_of]
-            if other < 0:
-                other = next(
-                    (first[near_one] for near_one in near[group_of] if first[near_one] >= 0), -1
-                )
-            if other < 0:
-                place = next((i for i in similar.places(sample) if stays[similar.others[i]]), -1)
-                if place >= 0:
-                    other, cosine_of[sample] = similar.others[place], cosines[place]
-
-        copy_of[sample] = other
-        if fixed or (other < 0 and not keep_copies):
-            stays[sample] = True
-            if first[group_of] < 0:
-                first[group_of] = sample
+    cosines = np.full(len(involved), np.nan, np.float32)
+    # One by one, because what a sample is compared with depends on what was decided before it.
+    for sample, is_fixed in enumerate((involved < n_fixed).tolist()):
+        if not is_fixed:
+            copy_of[sample], cosines[sample] = deciding.earlier_copy(sample)
+        if is_fixed or (copy_of[sample] < 0 and not keep_copies):
+            deciding.stays(sample)
 
     places = np.flatnonzero(copy_of >= 0)
     dropped = np.empty(len(places), DROPPED)
     dropped["sample"] = involved[places]
     dropped["copy_of"] = involved[copy_of[places]]
-    dropped["cosine"] = cosine_of[places]
+    dropped["cosine"] = cosines[places]
     return dropped
+
+
+class _Deciding:
+    """What is known after some of the involved samples; these are numbered from 0 here."""
+
+    def __init__(self, copies: Copies, involved: np.ndarray) -> None:
+        # Memory that Python reads number by number, which it does slowly from arrays.
+        self.group = _groups(copies.members, involved).data
+        self.near = _near(copies.near, involved)
+        self.similar, self.cosines = _similar(copies.similar, involved)
+        # The first sample of each group that stays; -1: none so far.
+        self.first = np.full(len(involved), -1).data
+        self.is_kept = np.zeros(len(involved), bool).data
+
+    def earlier_copy(self, sample: int) -> tuple[int, float]:
+        """(the sample that stays and that this one is a copy of, else -1; their cosine or nan)."""
+        # The hash goes first, as where all are compared with all.
+        group = self.group[sample]
+        if self.first[group] >= 0:
+            return self.first[group], np.nan
+        for other_group in self.near[group]:
+            if self.first[other_group] >= 0:
+                return self.first[other_group], np.nan
+
+        for place in self.similar.places(sample):
+            other = self.similar.others[place]
+            if self.is_kept[other]:
+                return other, self.cosines[place]
+        return -1, np.nan
+
+    def stays(self, sample: int) -> None:
+        """Later samples may be copies of this one."""
+        self.is_kept[sample] = True
+        if self.first[self.group[sample]] < 0:
+            self.first[self.group[sample]] = sample
 
 
 class _Neighbours:

@@ -42,8 +42,12 @@ class Decision:
     sizes: list[int]  # samples of each source
     n_fixed: int  # samples of --against, which are numbered before those of the sources
 
+    def exists(self) -> bool:
+        """Whether both files are there."""
+        return self._in_order.exists() and self._by_kept.exists()
+
     @property
-    def path(self) -> Path:
+    def _in_order(self) -> Path:
         return self.folder / "_dropped.npy"
 
     @property
@@ -55,8 +59,7 @@ class Decision:
         # Copies of --against are dropped, and their captions with them.
         copies = dropped[dropped["copy_of"] >= self.n_fixed]
         arrays.save(self._by_kept, copies[np.argsort(copies["copy_of"], kind="stable")])
-        # Last: where it is, all is.
-        arrays.save(self.path, dropped)
+        arrays.save(self._in_order, dropped)
 
     def first(self, shard: int) -> int:
         """The number of the first sample of a source."""
@@ -66,7 +69,7 @@ class Decision:
         """For each sample of a source the number of the one that it is a copy of, -1 where it
         stays.
         """
-        dropped = self._part(self.path, "sample", shard)
+        dropped = self._part(self._in_order, "sample", shard)
         copy_of = np.full(self.sizes[shard], -1)
         copy_of[dropped["sample"] - self.first(shard)] = dropped["copy_of"]
         return copy_of

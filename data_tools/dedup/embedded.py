@@ -10,7 +10,7 @@ import numpy as np
 from vlp.data.embedded import Embeddings, mapped
 from vlp.data.index import located
 
-_MOST_MAPPED = 1024  # files of a process
+_MOST_MAPPED = 256  # files of a process; each stays open
 
 
 class Rows:

@@ -238,6 +238,7 @@ class Compare:
         return rows
 
 
-@lru_cache(maxsize=4096)
+# Each keeps a file open.
+@lru_cache(maxsize=256)
 def _mapped(path: Path, mtime_ns: int) -> np.ndarray:
     return arrays.load(path)

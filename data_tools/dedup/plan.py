@@ -18,7 +18,6 @@ from vlp.data_tools.dedup.bands import Bands
 from vlp.data_tools.dedup.near import Limits
 from vlp.files import write_atomically
 
-FOLDER = "_search"  # in the output's folder, until all shards are written
 BYTES_A_ROW = 250  # of any stage, at most
 _JOBS = 64  # of a stage, where memory allows as many rows in each
 _LEAST_ROWS = 100_000  # a job of fewer costs more to begin than to do

@@ -85,7 +85,8 @@ class Search:
     def _similar(self, rows: Rows) -> np.ndarray | None:
         """SIMILAR pairs of all cells."""
         folder, plan, n_runs = self.folder, self.plan, len(self.runs)
-        cells.fit_centres(folder, rows, plan)
+        if self._carry_out("centres", cells.FitCentres(folder, plan, rows), [(None, 1)]) is None:
+            return None
         assign = cells.Assign(folder, plan, rows)
         if self._carry_out("assign", assign, self._run_jobs()) is None:
             return None

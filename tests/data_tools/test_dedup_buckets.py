@@ -5,6 +5,8 @@ bounded size.
 from __future__ import annotations
 
 import errno
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,8 @@ def search(
         rows = Rows(files, sizes, embeddings.shape[1])
 
     division = Division(rows_at_once * BYTES_A_ROW, n_cells, probes)
-    made = planned(folder / "search", len(prints), n_fixed, limits, division)
-    stages = Search(folder / "search", paths, sizes, made, pool or Pool())
+    made = planned(folder / arrays.SEARCH_FOLDER, len(prints), n_fixed, limits, division)
+    stages = Search(folder / arrays.SEARCH_FOLDER, paths, sizes, made, pool or Pool())
     return stages.copies(rows), stages
 
 
@@ -197,10 +199,10 @@ def test_a_crowd_of_one_hash_is_compared_with_those_that_stay(
 ) -> None:
     """Blank pictures in many shades: the same is dropped, from far fewer pairs."""
     rng = np.random.default_rng(0)
-    n = 1500
+    n = 1000
     prints = np.zeros(n, FINGERPRINT)
     prints["seen"] = True
-    prints["grid"] = np.repeat(rng.integers(0, 100, (n, 3)), 16, 1)
+    prints["grid"] = np.repeat(rng.integers(0, 90, (n, 3)), 16, 1)
     limits = Limits(4, 1.0, False)
     monkeypatch.setattr(alike, "MOST_ALIKE", n)
     every, _ = search(tmp_path / "every", prints, [n], limits)
@@ -247,7 +249,7 @@ def test_a_crowd_of_similar_embeddings_keeps_few_pairs(
 
 def outputs(folder: Path) -> dict[str, bytes]:
     """What the stages wrote, by name."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("search/*"))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("_search/*"))}
 
 
 def material(seed: int = 0) -> dict[str, Any]:
@@ -275,14 +277,14 @@ def test_a_search_that_stops_at_any_file_goes_on(
     def stop(path: Path, array: np.ndarray) -> None:
         # The search's files only, in the order in which it writes them.
         nonlocal n_left
-        if path.parent.name == "search":
+        if path.parent.name == arrays.SEARCH_FOLDER:
             n_left -= 1
             if n_left < 0:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save(path, array)
 
     n_files = sum(name.endswith(".npy") for name in expected)
-    for n_left in range(0, n_files, 5):
+    for n_left in range(0, n_files, 6):
         folder = tmp_path / f"stopped{n_left}"
         monkeypatch.setattr(arrays, "save", stop)
         with pytest.raises(OSError, match="No space left on device"):
@@ -314,8 +316,8 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     assert outputs(tmp_path / "two") == outputs(tmp_path / "whole")
 
 
-STAGES = ["sort", "group", "compare", "assign", "cells"]
-KINDS = [("run", "sort"), ("near", "compare"), ("cells", "assign"), ("centres", "sort")]
+STAGES = ["sort", "group", "compare", "centres", "assign", "cells"]
+KINDS = [("run", "sort"), ("near", "compare"), ("cells", "assign"), ("centres", "centres")]
 KINDS += [("similar", "cells")]
 
 
@@ -326,7 +328,7 @@ def stage_of(path: Path) -> str:
 
 def test_a_damaged_file_of_the_search_is_named(tmp_path: Path) -> None:
     search(tmp_path, **material())
-    folder = tmp_path / "search"
+    folder = tmp_path / arrays.SEARCH_FOLDER
     n_damaged = 0
     for path in sorted(folder.glob("*.npy")):
         whole = path.read_bytes()
@@ -344,3 +346,35 @@ def test_a_damaged_file_of_the_search_is_named(tmp_path: Path) -> None:
             mark.write_bytes(content)
         n_damaged += 1
     assert n_damaged > 10
+
+
+@pytest.mark.parametrize("n_samples, n_opening", [([1], 1), ([0, 0], 0), ([3, 0, 2], 0), ([2], 2)])
+def test_next_to_nothing_is_searched_as_well(
+    tmp_path: Path, n_samples: list[int], n_opening: int
+) -> None:
+    n = sum(n_samples)
+    prints = np.zeros(n, FINGERPRINT)
+    prints["seen"][:n_opening] = True
+    rows = np.zeros((n, 4), np.float16)
+    rows[:n_opening, 0] = 1
+    limits = Limits(4, 0.95, False)
+    copies, _ = search(tmp_path, prints, n_samples, limits, embeddings=rows)
+    assert as_exact(copies, n, 0, limits).tolist() == [-1, 0, 0][:n_opening] + [-1] * (
+        n - n_opening
+    )
+
+
+def test_many_files_are_not_open_at_once(tmp_path: Path) -> None:
+    n_shards = 60
+    prints = random_prints(np.random.default_rng(0), 2 * n_shards)
+    limits = Limits(1, 1.0, False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 12, hard))
+    try:
+        # 60 files of fingerprints, and 20 or so of each kind between the stages.
+        copies, _ = search(tmp_path, prints, [2] * n_shards, limits, rows_at_once=6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    expected, _ = decide_exactly(prints, [], 0, limits)
+    assert as_exact(copies, len(prints), 0, limits).tolist() == expected.tolist()
