@@ -365,16 +365,20 @@ def test_next_to_nothing_is_searched_as_well(
 
 
 def test_many_files_are_not_open_at_once(tmp_path: Path) -> None:
-    n_shards = 60
-    prints = random_prints(np.random.default_rng(0), 2 * n_shards)
-    limits = Limits(1, 1.0, False)
+    paths = [tmp_path / f"{i}.npy" for i in range(30)]
+    for i, path in enumerate(paths):
+        arrays.save_divided(path, np.array([0, 1, 1]), 2, np.array([i, 100 + i, 200 + i]))
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 12, hard))
+    opened = set(map(int, os.listdir("/proc/self/fd")))
+    limit = next(n for n in range(10**6) if len(set(range(n)) - opened) == 12)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
-        # 60 files of fingerprints, and 20 or so of each kind between the stages.
-        copies, _ = search(tmp_path, prints, [2] * n_shards, limits, rows_at_once=6)
+        whole = arrays.joined(paths)
+        parts = [arrays.part(path, 1, 2) for path in paths]
+        sizes = arrays.sizes(paths)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    expected, _ = decide_exactly(prints, [], 0, limits)
-    assert as_exact(copies, len(prints), 0, limits).tolist() == expected.tolist()
+    assert whole.reshape(30, 3).tolist() == [[i, 100 + i, 200 + i] for i in range(30)]
+    assert [part.tolist() for part in parts] == [[100 + i, 200 + i] for i in range(30)]
+    assert sizes.tolist() == [30, 60]
