@@ -75,25 +75,25 @@ def _with_leaders(
     """The pairs of some fingerprints, by their places in order, with those before them that are no
     copies of one before; returns the places of the copies.
     """
+    # Sums of the 16 cells, [n, 3]: what differs in these by more, differs by more in all 48.
+    sums = grids.reshape(len(grids), -1, 3).sum(1, np.int16)
     leaders = np.empty(0, np.int64)
     copies = [leaders]
     for start in range(0, len(in_order), _BLOCK):
         block = in_order[start : start + _BLOCK]
-        of_block = grids[block].astype(np.int16)
         is_copy = np.zeros(len(block), bool)
         for low in range(0, len(leaders), _AT_ONCE // _BLOCK):
             others = leaders[low : low + _AT_ONCE // _BLOCK]
-            alike = alike_colors(of_block[:, None], grids[others][None])
-            row, column = np.nonzero(alike)
+            row, column = _between(grids, sums, block, others)
             yield others[column], block[row]
-            is_copy |= alike.any(1)
+            is_copy[row] = True
 
         # Within the block a leader must be known before those behind it are compared.
-        within = np.tril(alike_colors(of_block[:, None], of_block[None]), -1)
-        row, column = np.nonzero(within)
+        row, column = _between(grids, sums, block, block)
+        row, column = row[column < row], column[column < row]
         yield block[column], block[row]
-        for place in range(len(block)):
-            is_copy[place] |= bool((within[place] & ~is_copy)[:place].any())
+        for place, earlier in zip(row.tolist(), column.tolist()):
+            is_copy[place] |= not is_copy[earlier]
 
         copies.append(block[is_copy])
         new = block[~is_copy]
@@ -101,6 +101,14 @@ def _with_leaders(
         counts[PASSED_OVER] += len(new[n_free:]) * (len(in_order) - start - len(block))
         leaders = np.concatenate([leaders, new[:n_free]])
     return np.concatenate(copies)
+
+
+def _between(grids: np.ndarray, sums: np.ndarray, block: np.ndarray, others: np.ndarray) -> Pairs:
+    """(places in `block`, places in `others`) of alike fingerprints, by rising places."""
+    apart = np.abs(sums[block][:, None] - sums[others]).sum(-1, np.int16)
+    row, column = np.nonzero(apart <= COLORS * grids.shape[-1])
+    alike = alike_colors(grids[block[row]].astype(np.int16), grids[others[column]])
+    return row[alike], column[alike]
 
 
 def of_two_hashes(

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
 EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
 COMPARED = 1_000_000  # samples for which all pairs are compared as well, or all of some rows
-N_ROWS = 20_000
+N_ROWS = 10_000
 EXTRAPOLATED = [400_000_000, 5_000_000_000]
 A_SHARD = 100_000
 WIDTH = 64
@@ -84,7 +84,9 @@ def line(kind: str, n: int) -> dict[str, Any]:
     """The table's line of so many samples, measured in a process of its own."""
     command = [sys.executable, __file__, "--one", kind, str(n)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    text = done.stdout.splitlines()[-1]
+    print(text, file=sys.stderr, flush=True)
+    result: dict[str, Any] = json.loads(text)
     return result
 
 
@@ -226,7 +228,7 @@ def fabricate_prints(folder: Path, n: int) -> tuple[list[int], list[Path]]:
             prints["hash"][near] ^= np.uint64(1) << rng.integers(0, 64, len(near), np.uint64)
         prints["grid"][near] ^= rng.integers(0, 4, (len(near), 48), np.uint8)
         prints["hash"][blank] = 1 << 63
-        prints["grid"][blank] = np.repeat(rng.integers(0, 256, (len(blank), 3), np.uint8), 16, 1)
+        prints["grid"][blank] = np.tile(rng.integers(0, 256, (len(blank), 3), np.uint8), 16)
 
         paths.append(prints_file(folder, number))
         np.save(paths[-1], prints)

@@ -202,7 +202,7 @@ def test_a_crowd_of_one_hash_is_compared_with_those_that_stay(
     n = 1000
     prints = np.zeros(n, FINGERPRINT)
     prints["seen"] = True
-    prints["grid"] = np.repeat(rng.integers(0, 90, (n, 3)), 16, 1)
+    prints["grid"] = np.tile(rng.integers(0, 90, (n, 3)), 16)
     limits = Limits(4, 1.0, False)
     monkeypatch.setattr(alike, "MOST_ALIKE", n)
     every, _ = search(tmp_path / "every", prints, [n], limits)
