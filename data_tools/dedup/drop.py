@@ -16,6 +16,7 @@ from vlp.data.index import index, located
 from vlp.data.index_file import load
 from vlp.data.members import open_sample
 from vlp.data.rows import Shard, read_extents
+from vlp.data.stored import source
 from vlp.data_tools._belonging import merge, settle
 from vlp.data_tools._run.shards import Changed
 from vlp.data_tools.dedup import arrays
