@@ -15,7 +15,7 @@ import pytest
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import joined, same, take
 from vlp.config import Captions
-from vlp.data import fetch
+from vlp.data import asking
 from vlp.data.fetch import Cache
 from vlp.data.loader import DataError
 from vlp.data.sources import remote as module
@@ -25,7 +25,7 @@ from vlp.data.sources import remote as module
 def bucket(tmp_path, monkeypatch):
     """40 shards of 10 samples behind an address, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     return write_shards(tmp_path / "bucket", 400, 10)
 
 

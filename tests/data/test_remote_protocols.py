@@ -11,7 +11,7 @@ import pytest
 from tests.data.loopback_store import store
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import same, take
-from vlp.data import fetch
+from vlp.data import asking, fetch
 from vlp.data.loader import DataError
 from vlp.data.sources import shards as shard_files
 
@@ -20,7 +20,7 @@ from vlp.data.sources import shards as shard_files
 def server(tmp_path, monkeypatch):
     """20 shards of 10 samples on a server, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     write_shards(tmp_path / "root" / "train", 200, 10)
     with store(tmp_path / "root") as running:
         yield running

@@ -5,30 +5,25 @@ atomic, checked by digest, oldest out first.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import fsspec
 
 from vlp import caches, log
 from vlp.caches import cache_folder
+from vlp.data.asking import TRIES, is_absent, tried
 from vlp.files import write_atomically
 from vlp.privacy import address
 
 _CHUNK = 8 << 20
-_TRIES = 4
-_PAUSE_S = 1.0  # before the second try; doubled before each further one
-_TOO_MANY = 429  # requests, says http: later ones are answered
-_FULL = "; the disk of {} is full, set cache_gb lower or VLP_CACHE elsewhere"
-_Result = TypeVar("_Result")
 
 
 # What a store says of a file's content, the surest first; names differ between stores.
@@ -63,7 +58,7 @@ class Cache:
         path = self.place(url)
         # What is read later must not be cleared away meanwhile.
         caches.hold(path.parent)
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             if self._take(path):
                 return str(path)
 
@@ -154,7 +149,7 @@ class Cache:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        tried(once, url, path.parent, is_final=lambda error: _absent(error, url))
+        tried(once, url, path.parent, is_final=lambda error: is_absent(error, url))
 
     def _fetch_once(self, url: str, path: Path, temporary: Path) -> None:
         """Fetch a file and its note in one try."""
@@ -199,31 +194,6 @@ class Cache:
             if copy != keep:
                 copy.unlink(missing_ok=True)
                 excess -= size
-
-
-def tried(
-    work: Callable[[], _Result], url: str, folder: Path, is_final: Callable[[Exception], bool]
-) -> _Result:
-    """What `work` returns, which asks a store for `url` and may write into `folder`; raises OSError
-    after several tries, and at once an error that `is_final`.
-    """
-    for attempt in range(_TRIES):
-        try:
-            return work()
-        # Each file system has errors of its own; all are tried again and then OSErrors.
-        except Exception as error:
-            if is_final(error):
-                raise
-
-            # Waiting frees no disk.
-            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            if is_full or attempt == _TRIES - 1:
-                hint = _FULL.format(folder) if is_full else ""
-                raise OSError(
-                    f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
-                ) from error
-            time.sleep(_PAUSE_S * 2**attempt)
-    raise AssertionError("the last try returns or raises")
 
 
 def folder_and_name(url: str) -> tuple[str, str]:
@@ -276,43 +246,6 @@ def _copy(source: BinaryIO, target: BinaryIO) -> str:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _told(error: Exception) -> str:
-    """An error in words. fsspec hides what http met behind a FileNotFoundError."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-    return f"{type(cause).__name__}: {cause}"
-
-
-def _absent(error: Exception, url: str) -> bool:
-    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused
-    connections, timeouts.
-    """
-    return isinstance(error, FileNotFoundError) and _status(error, url) == 404
-
-
-def is_refused(error: Exception, url: str) -> bool:
-    """Whether there is no such file, or no right to it, or no package for its kind of address."""
-    if isinstance(error, ImportError):
-        return True
-    status = _status(error, url) if isinstance(error, FileNotFoundError | PermissionError) else 0
-    return 400 <= status < 500 and status != _TOO_MANY
-
-
-def _status(error: Exception, url: str) -> int:
-    """What http answered, or 0 where it did not; 404 where a file system of another kind knows no
-    such file.
-    """
-    if not url.startswith(("http://", "https://")):
-        return 404
-
-    # fsspec hides one such error behind another where the address has a query.
-    cause: BaseException = error
-    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, FileNotFoundError | PermissionError):
-        return 404
-    return getattr(cause, "status", None) or 0
 
 
 @contextlib.contextmanager

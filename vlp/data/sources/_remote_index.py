@@ -16,7 +16,8 @@ from braceexpand import braceexpand
 
 from vlp import log
 from vlp.caches import cache_folder
-from vlp.data.fetch import Cache, folder_and_name, is_refused, tried
+from vlp.data.asking import is_refused, tried
+from vlp.data.fetch import Cache, folder_and_name
 from vlp.data.index import alone
 from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
 from vlp.data.paths import is_packed

@@ -1,0 +1,77 @@
+"""Asking a store again: how often, and which of its errors are final."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+TRIES = 4
+_PAUSE_S = 1.0  # before the second try; doubled before each further one
+_TOO_MANY = 429  # requests, says http: later ones are answered
+_FULL = "; the disk of {} is full, set cache_gb lower or VLP_CACHE elsewhere"
+_Result = TypeVar("_Result")
+
+
+def tried(
+    work: Callable[[], _Result], url: str, folder: Path, is_final: Callable[[Exception], bool]
+) -> _Result:
+    """What `work` returns, which asks a store for `url` and may write into `folder`; raises OSError
+    after several tries, and at once an error that `is_final`.
+    """
+    for attempt in range(TRIES):
+        try:
+            return work()
+        # Each file system has errors of its own; all are tried again and then OSErrors.
+        except Exception as error:
+            if is_final(error):
+                raise
+
+            # Waiting frees no disk.
+            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+            if is_full or attempt == TRIES - 1:
+                hint = _FULL.format(folder) if is_full else ""
+                raise OSError(
+                    f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
+                ) from error
+            time.sleep(_PAUSE_S * 2**attempt)
+    raise AssertionError("the last try returns or raises")
+
+
+def _told(error: Exception) -> str:
+    """An error in words. fsspec hides what http met behind a FileNotFoundError."""
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def is_absent(error: Exception, url: str) -> bool:
+    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused
+    connections, timeouts.
+    """
+    return isinstance(error, FileNotFoundError) and _status(error, url) == 404
+
+
+def is_refused(error: Exception, url: str) -> bool:
+    """Whether there is no such file, or no right to it, or no package for its kind of address."""
+    if isinstance(error, ImportError):
+        return True
+    status = _status(error, url) if isinstance(error, FileNotFoundError | PermissionError) else 0
+    return 400 <= status < 500 and status != _TOO_MANY
+
+
+def _status(error: Exception, url: str) -> int:
+    """What http answered, or 0 where it did not; 404 where a file system of another kind knows no
+    such file.
+    """
+    if not url.startswith(("http://", "https://")):
+        return 404
+
+    # fsspec hides one such error behind another where the address has a query.
+    cause: BaseException = error
+    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, FileNotFoundError | PermissionError):
+        return 404
+    return getattr(cause, "status", None) or 0
