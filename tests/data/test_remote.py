@@ -19,6 +19,7 @@ from vlp.data import asking
 from vlp.data.fetch import Cache
 from vlp.data.loader import DataError
 from vlp.data.sources import remote as module
+from vlp.schema import ConfigError
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
     monkeypatch.setattr(
         Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1]
     )
-    loader = loader_of(data_of(remote(bucket)), 10)
+    loader = loader_of(data_of(remote(bucket), lanes=1), 10)
     assert loader.n_samples == 400 and not fetched  # the index beside the shards was enough
     next(loader)
     assert sum(fetched.values()) <= 8
@@ -57,13 +58,45 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
 
 def test_ranks_workers_and_resuming_change_nothing(bucket):
     data = data_of(remote(bucket), workers=2)
-    reference = take(loader_of(data_of(remote(bucket)), 8), 60)
+    reference = take(loader_of(data_of(remote(bucket)), 8), 25)
     loader = loader_of(data, 8)
-    assert all(same(next(loader), batch) for batch in reference[:20])
-    ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=4) for r in range(4)]
-    for rank in ranks:
-        rank.load_state_dict(loader.state_dict())
-    assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[20:])
+    assert all(same(next(loader), batch) for batch in reference[:5])
+    for world in (1, 2, 4):
+        ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=world) for r in range(world)]
+        for rank in ranks:
+            rank.load_state_dict(loader.state_dict())
+        assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[5:])
+
+
+def test_a_run_that_began_before_there_were_lanes_goes_on_in_its_order(bucket):
+    before = loader_of(data_of(remote(bucket), lanes=1), 8)
+    reference = take(before, 6)
+    state = loader_of(data_of(remote(bucket), lanes=1), 8).state_dict(3)
+    assert state.pop("lanes") == 1 and state.pop("windows") == [3]
+
+    loader = loader_of(data_of(remote(bucket)), 8)
+    assert not same(next(loader), reference[0])  # in as many lanes as its window has shards
+    loader.load_state_dict(state)
+    assert all(same(next(loader), batch) for batch in reference[3:])
+    assert loader.state_dict()["lanes"] == 1
+
+    with pytest.raises(DataError, match="lanes was 1, is 4"):
+        loader_of(data_of(remote(bucket), lanes=4), 8).load_state_dict(state)
+    state |= {"lanes": 3, "windows": [9]}
+    with pytest.raises(DataError, match=r"windows was \[9\], is \[3\]"):
+        loader_of(data_of(remote(bucket)), 8).load_state_dict(state)
+
+
+def test_lanes_that_no_shards_can_be_dealt_to_are_refused(bucket, tmp_path):
+    local = {"name": "shards", "path": str(bucket)}
+    for source, options, reason in (
+        (local, {}, "no source fetches its shards"),
+        (remote(bucket), {"shuffle": False}, "shuffle is false"),
+    ):
+        with pytest.raises(ValueError, match=f"data.lanes is 2, but .*{reason}"):
+            loader_of(data_of(source, lanes=2, **options), 8)
+    with pytest.raises(ConfigError, match="lanes is 0; expected at least 1"):
+        data_of(local, lanes=0)
 
 
 def test_braces_lists_mixing_and_local_sources(bucket, tmp_path):

@@ -94,7 +94,7 @@ class Loader:
             plugin.module.open(plugin.options, data.captions) for plugin in data.sources
         ]
         weights = [plugin.common.weight for plugin in data.sources]
-        drawing = sequence.drawing(data, batch // world, mixture)
+        drawing = sequence.drawing(data, self.sources, batch // world, mixture)
         self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)
         self.n_samples = self._mixture.n_samples
         self._data, self._seed, self._rank, self._world = data, seed, rank, world
@@ -315,10 +315,9 @@ class Loader:
         sequence would differ.
         """
         saved = {name: value for name, value in state.items() if name not in ("step", "content")}
-        identity = self._identity(int(state["step"]))
-        # Of a run that began earlier, it is compared as it was then.
-        before = str(saved.get("sources"))
-        identity["sources"] = sequence.sources_digest(self._mixture.sources, like=before)
+        identity, saved = sequence.comparable(
+            self._mixture, self._data, self._identity(int(state["step"])), saved
+        )
         differences = [
             f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
             for name in identity | saved
