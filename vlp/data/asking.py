@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,15 @@ _Result = TypeVar("_Result")
 
 
 def tried(
-    work: Callable[[], _Result], url: str, folder: Path, is_final: Callable[[Exception], bool]
+    work: Callable[[], _Result],
+    url: str,
+    folder: Path,
+    is_final: Callable[[Exception], bool],
+    until: float = math.inf,
 ) -> _Result:
     """What `work` returns, which asks a store for `url` and may write into `folder`; raises OSError
-    after several tries, and at once an error that `is_final`.
+    after several tries, none begun after `until` (of time.monotonic), and at once an error that
+    `is_final`.
     """
     for attempt in range(TRIES):
         try:
@@ -30,14 +36,26 @@ def tried(
                 raise
 
             # Waiting frees no disk.
-            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            if is_full or attempt == TRIES - 1:
-                hint = _FULL.format(folder) if is_full else ""
+            disk_is_full = is_full(error)
+            pause_s = _PAUSE_S * 2**attempt
+            is_last = attempt == TRIES - 1 or time.monotonic() + pause_s > until
+            if disk_is_full or is_last:
+                hint = _FULL.format(folder) if disk_is_full else ""
                 raise OSError(
                     f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
                 ) from error
-            time.sleep(_PAUSE_S * 2**attempt)
+            time.sleep(pause_s)
     raise AssertionError("the last try returns or raises")
+
+
+def cause_of(error: Exception) -> Exception:
+    """What a store answered to the last try, of an error that `tried` raised."""
+    return error.__cause__ if isinstance(error.__cause__, Exception) else error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether the disk is full."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 def _told(error: Exception) -> str:

@@ -197,18 +197,29 @@ class Mixture:
         s = self.source_of(sample_id)
         first = int(self.firsts[s])
         n = self.sources[s].reserve or len(self.sources[s])
+        in_source = sample_id - first
         key = derive(self.seed, "replace", step, s)
         present = set(batch.tolist())
 
-        of_origin = [first + int(i) for i in self.units[s].others(sample_id - first)]
+        of_origin = [first + int(i) for i in self.units[s].others(in_source)]
         absent = [candidate for candidate in of_origin if candidate not in present]
         # Rows of one unit try different ones, as those of the batch do below.
         yield from absent[row % self.together :: self.together]
 
-        positions = np.arange(row, min(n, row + _TRIED_AT_ONCE * len(batch)), len(batch))
-        for candidate in (first + permute(n, key, positions)).tolist():
-            if candidate not in present:
-                yield candidate
+        # (first sample, samples, rows that try different ones) of where stand-ins are looked for.
+        ranges = [(first, n, len(batch))]
+        # A shard that is fetched for one sample costs as much as for all of them. Only neighbouring
+        # lanes have rows of one shard.
+        if self.lanes > 1 and self.sources[s].window and not self.sources[s].is_lost(in_source):
+            start, n_of_shard = self._shard_of(s, in_source)
+            rows_of_two_lanes = 2 * -(-len(batch) // self.lanes)
+            ranges.insert(0, (first + start, n_of_shard, rows_of_two_lanes))
+
+        for start, n_samples, stride in ranges:
+            positions = np.arange(row % stride, n_samples, stride)[:_TRIED_AT_ONCE]
+            for candidate in (start + permute(n_samples, key, positions)).tolist():
+                if candidate not in present:
+                    yield candidate
 
         # A source hardly larger than the batch: share stand-ins with other rows, at last repeat.
         for may_be_present in (False, True):
@@ -216,6 +227,26 @@ class Mixture:
                 candidate = first + int(permute(n, key, np.array([i]))[0])
                 if (candidate in present) == may_be_present and candidate != sample_id:
                     yield candidate
+
+    def _shard_of(self, s: int, sample: int) -> tuple[int, int]:
+        """The first sample of the shard of a sample of source s, and how many it has."""
+        ends = np.cumsum(self.sources[s].runs)
+        shard = int(np.searchsorted(ends, sample, side="right"))
+        n = int(self.sources[s].runs[shard])
+        return int(ends[shard]) - n, n
+
+    def shards_at_once(self, rank: int, n_ranks: int, world: int) -> list[int]:
+        """Of each source, in how many shards the rows of some neighbouring ranks stand at once."""
+        first_lane = rank * self.lanes // world
+        end_lane = -(-(rank + n_ranks) * self.lanes // world)
+        return [(end_lane - first_lane) * self._width(source.window) for source in self.sources]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes fetched, and bytes of samples read, of sources with a window, since the last call,
+        by this process.
+        """
+        of_sources = [source.traffic() for source in self.sources if source.window]
+        return sum(fetched for fetched, _ in of_sources), sum(used for _, used in of_sources)
 
     def prepare(self, ids: np.ndarray) -> None:
         """Let the sources fetch what these samples need, without waiting."""

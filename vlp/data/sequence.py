@@ -81,6 +81,21 @@ def n_left_out(mixture: Mixture) -> int:
     return unusable + sum(units.n_left_out for units in mixture.units)
 
 
+def problems(mixture: Mixture) -> list[str]:
+    """Sentences on what the sources left out or found odd."""
+    sentences: list[str] = []
+    for source in mixture.sources:
+        sentences += source.problems()
+
+    for s, units in enumerate(mixture.units):
+        if units.n_left_out:
+            sentences.append(
+                f"source {s}: {units.n_left_out} samples of origins with fewer than "
+                f"data.together = {mixture.together}"
+            )
+    return sentences
+
+
 def identity(
     mixture: Mixture, data: Data, batch: int | list[list[int]], seed: int
 ) -> dict[str, Any]:
