@@ -75,21 +75,23 @@ def is_refused(error: Exception, url: str) -> bool:
     """Whether there is no such file, or no right to it, or no package for its kind of address."""
     if isinstance(error, ImportError):
         return True
-    status = _status(error, url) if isinstance(error, FileNotFoundError | PermissionError) else 0
+    status = _status(error, url)
     return 400 <= status < 500 and status != _TOO_MANY
 
 
 def _status(error: Exception, url: str) -> int:
-    """What http answered, or 0 where it did not; 404 where a file system of another kind knows no
-    such file.
+    """What http answered, or 0 where it did not; 404 where a file system knows no such file, or
+    gives no right to it.
     """
-    if not url.startswith(("http://", "https://")):
-        return 404
-
     # fsspec hides one such error behind another where the address has a query.
     cause: BaseException = error
-    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+    is_http = url.startswith(("http://", "https://"))
+    while is_http and isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
         cause = cause.__cause__
     if isinstance(cause, FileNotFoundError | PermissionError):
         return 404
-    return getattr(cause, "status", None) or 0
+
+    # aiohttp's errors have a status, those of the Hub's client a response that has one.
+    response = getattr(cause, "response", None)
+    status = getattr(cause, "status", None) or getattr(response, "status_code", None)
+    return status if isinstance(status, int) else 0

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlp import dist, log
 from vlp.config import Data
@@ -304,13 +305,14 @@ class Loader:
             "waited_s": self._waited_s,
         }
 
-    def traffic(self) -> dict[str, float]:
+    def traffic(self) -> dict[str, Tensor]:
         """Since the start or the last `go_to`: bytes of remote shards that this rank fetched, and
         of samples that it read of them; empty where no shards are remote.
         """
         if not any(source.window for source in self.sources):
             return {}
-        return {"fetched_bytes": self._fetched_bytes, "used_bytes": self._used_bytes}
+        counts = {"fetched_bytes": self._fetched_bytes, "used_bytes": self._used_bytes}
+        return {name: torch.tensor(float(n), dtype=torch.float64) for name, n in counts.items()}
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """The next step, or an earlier one to go on from, and what the sequence depends on;
