@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         root = Path(folder) / "store"
         write(root, args.shards)
         for lanes in (1, WINDOW):
@@ -82,7 +82,8 @@ def write(root: Path, n_shards: int) -> None:
 @contextmanager
 def caches(folder: Path, nodes: int) -> Iterator[list[Path]]:
     """A folder for the cache of each node, removed afterwards."""
-    with tempfile.TemporaryDirectory(dir=folder) as name:
+    # What is fetched for the next epoch may still be written meanwhile.
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
         yield [Path(name) / str(node) for node in range(nodes)]
 
 
@@ -108,8 +109,7 @@ def measured(server: Store, places: list[Path], lanes: int, n_shards: int) -> di
     for _ in range(loaders[0].steps_per_epoch):
         for loader in loaders:
             next(loader)
-        held = [sum(copy.stat().st_size for copy in place.rglob("*.tar")) for place in places]
-        most_bytes = max(most_bytes, *held)
+        most_bytes = max(most_bytes, *map(held_bytes, places))
 
     sent = sum(n for name, n in server.n_sent.items() if name.endswith(".tar"))
     used = sum(float(loader.traffic()["used_bytes"]) for loader in loaders)
@@ -122,6 +122,15 @@ def measured(server: Store, places: list[Path], lanes: int, n_shards: int) -> di
         "fetched ÷ used": sent / used,
         "most in a node's cache, shards": round(most_bytes / shard_bytes),
     }
+
+
+def held_bytes(place: Path) -> int:
+    """Bytes of the copies in a cache."""
+    n_bytes = 0
+    for copy in place.rglob("*.tar"):
+        with suppress(FileNotFoundError):  # it made room meanwhile
+            n_bytes += copy.stat().st_size
+    return n_bytes
 
 
 def loader_of(data: Data, node: int, nodes: int) -> Loader:

@@ -83,13 +83,18 @@ def _status(error: Exception, url: str) -> int:
     """What http answered, or 0 where it did not; 404 where a file system knows no such file, or
     gives no right to it.
     """
-    # fsspec hides one such error behind another where the address has a query.
+    status = status_of(error)
+    hidden = url.startswith(("http://", "https://")) and error.__cause__ is not None
+    is_final = isinstance(error, FileNotFoundError | PermissionError) and not hidden
+    return status or (404 if is_final else 0)
+
+
+def status_of(error: BaseException) -> int:
+    """What http answered; 0 where that is not known."""
+    # fsspec hides one such error behind another, which may name a file that is there.
     cause: BaseException = error
-    is_http = url.startswith(("http://", "https://"))
-    while is_http and isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
+    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
         cause = cause.__cause__
-    if isinstance(cause, FileNotFoundError | PermissionError):
-        return 404
 
     # aiohttp's errors have a status, those of the Hub's client a response that has one.
     response = getattr(cause, "response", None)

@@ -31,7 +31,7 @@ _CHUNK = 8 << 20
 # What a store says of a file's content, the surest first; names differ between stores.
 _VERSIONS = (
     "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c",
-    "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
+    "blob_id", "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
 )  # fmt: skip
 
 _LOOKS_S = 0.05  # between two looks at a lock that another process holds
