@@ -199,6 +199,7 @@ def _loader(
         augment=_MIDDLE,
         together=1,
         replacement=False,
+        lanes="auto",
         shuffle=True,
         workers=0,
     )

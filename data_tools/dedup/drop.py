@@ -81,13 +81,13 @@ class Decision:
         sources, places_in_source = self._sources_of(rows["sample"])
         places: dict[int, Place] = {}
         # A source's rows are read once, for all of its samples that are wanted.
-        for source in np.unique(sources).tolist():
-            here = np.flatnonzero(sources == source)
-            with_rows = self._with_rows(source)
+        for number in np.unique(sources).tolist():
+            here = np.flatnonzero(sources == number)
+            with_rows = self._with_rows(number)
             for row in here.tolist():
                 i = int(places_in_source[row])
                 extents, digest = with_rows.places(i), with_rows.digest(i)
-                places[row] = Place(self.sources[source], extents, digest)
+                places[row] = Place(self.sources[number], extents, digest)
             _forget_rows(with_rows)
 
         copies: dict[int, list[Place]] = {}

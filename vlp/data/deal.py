@@ -24,6 +24,7 @@ class Deal:
     """
 
     def __init__(self, shares: Sequence[Fraction], n_draws: int) -> None:
+        self.n_draws = n_draws
         total = sum(shares, Fraction())
 
         def fills_no_whole_draws(s: int) -> bool:
@@ -67,3 +68,35 @@ class Deal:
             before = before - taken_before
             after = after - taken_after
         return source, count
+
+    def in_lanes(self, draws: np.ndarray, n_lanes: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each draw [n], and which draw of its source it is [n], int64, where each
+        lane (`vlp.data.lanes`) deals its own draws.
+
+        draws: their numbers, those of a lane following one another. A batch of `n_draws`, which
+        the lanes divide, has each source's share to within one draw; all draws up to one have it to
+        within one a lane.
+        """
+        sources = np.empty_like(draws)
+        numbers = np.empty_like(draws)
+        turns, lanes = np.divmod(draws, n_lanes)
+        for lane in np.unique(lanes).tolist():
+            here = np.flatnonzero(lanes == lane)
+
+            # A lane begins where the one before it ends its first batch. So what the lanes deal for
+            # one batch is always consecutive.
+            begin = lane * self.n_draws // n_lanes
+            of_lane, count = self(begin + int(turns[here[0]]), len(here))
+            sources[here] = of_lane
+            # Numbered as draws are, so that no two lanes have one.
+            numbers[here] = (count - self._before(begin)[of_lane]) * n_lanes + lane
+        return sources, numbers
+
+    def _before(self, first: int) -> np.ndarray:
+        """How many of the first draws up to number `first` each source had, int64 [sources]."""
+        counts = np.empty(len(self.turns), np.int64)
+        left = first
+        for s, numerator, denominator in self.turns:
+            counts[s] = left * numerator // denominator
+            left -= int(counts[s])
+        return counts

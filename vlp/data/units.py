@@ -18,6 +18,8 @@ from vlp.seeds import derive
 
 _BLOCK = 64  # samples whose captions are counted together
 _AT_ONCE = 2**14  # units that are looked for at once
+# Units that a source without shards lets stand together, beside one with windows.
+_RUN = 10_000
 
 
 class Units(Protocol):
@@ -176,6 +178,24 @@ class Origins(Samples):
         start = int(starts[unit])
         count = int(self._counts[unit])
         return np.arange(start, start + count)
+
+
+def units_of(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:
+    """What is drawn from a source: groups of one origin, captions, or samples."""
+    if together > 1:
+        return Origins(source, together, shuffle)
+    return CaptionsOfSamples(source) if every_caption else Samples(source)
+
+
+def per_shard(source: Source, units: Units) -> np.ndarray:
+    """Units of each shard; a source without shards counts as runs of ten thousand."""
+    if source.window:
+        # A shard's units are those that begin between its first sample and the next one's.
+        shard_starts = np.cumsum([0, *source.runs])
+        return np.diff(units.before(shard_starts))
+
+    n_whole, rest = divmod(len(units), _RUN)
+    return np.array([_RUN] * n_whole + ([rest] if rest else []), np.int64)
 
 
 def _shared(values: np.ndarray) -> torch.Tensor:

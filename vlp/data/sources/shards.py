@@ -152,6 +152,7 @@ class Shards(Source):
         unknown = "-" * Contents.DIGITS
         self._contents = "".join((shard.content or unknown)[: Contents.DIGITS] for shard in shards)
 
+        self.n_bytes_read = 0  # of samples, by this process
         self._kinds = kinds
         self._shards = shards
         self._rows = StoredRows(shards, kinds.n, kinds.left_out)
@@ -259,8 +260,10 @@ class Shards(Source):
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
         places, digest = self._rows.members(i, path)
+        stored = b"".join(_read(path, *place) for place in places)
+        self.n_bytes_read += len(stored)
         # The digest tells a shard that changed since, and a damaged one.
-        content = open_sample(b"".join(_read(path, *place) for place in places), digest)
+        content = open_sample(stored, digest)
 
         own_captions = self.choice.captions(content.meta, content.text)
         captions = captions_of(own_captions, content.meta, self.captions)
