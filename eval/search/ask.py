@@ -1,7 +1,8 @@
 """`vlp search`: the pictures of a collection that are nearest to a text or to a picture.
 
 cosine(q, x_i) of unit rows, the embedding q of a query and x_i of each picture; exact up to a
-million pictures, above by an inverted file of FAISS where it is installed
+million pictures, above by an inverted file of FAISS where it is installed. With --stored-as the rows
+are held in a byte or a bit a number, and the best by those compared as floats.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+from vlp.eval import narrow
 from vlp.eval.search import options as shared
 
 if TYPE_CHECKING:
@@ -29,11 +31,24 @@ EXAMPLE = """examples:
   vlp search exported/demo photos "a red bicycle" "two dogs"
   vlp search ViT-B-32:laion2b_s34b_b79k "shards/{000..041}.tar" "a red bicycle" --html found.html
   vlp search runs/demo photos --image example.jpg --top 5
+  vlp search exported/demo photos "two dogs" --stored-as binary --rescore 8
   vlp search exported/demo photos                    asks for queries, a line each
 
 PHOTOS: a folder, a tar, a pattern of tars, a picture; several joined by ::. They are embedded once:
 the next call, and one that goes on where another was stopped, embeds what is new.
 """
+
+
+FLOAT = "float16"  # as a library's rows are
+RESCORE = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the rows are held while they are searched."""
+
+    kind: Literal["float16", "int8", "binary"] = FLOAT
+    rescore: int = RESCORE  # of the top·rescore nearest by int8 or binary the top by float
 
 
 class Match(NamedTuple):
@@ -60,6 +75,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("queries", nargs="*", metavar="QUERY", help="texts; none: lines of the standard input")
     add("--image", action="append", default=[], metavar="FILE", help="a picture as a query")
     add("--top", type=int, default=10, metavar="N", help="answers a query (default: %(default)s)")
+    stored_help = "hold a byte (int8) or a bit (binary) a number instead of two bytes"
+    add("--stored-as", choices=(FLOAT, "int8", "binary"), default=FLOAT, help=stored_help)
+    rescore_help = f"of --stored-as: compare M times as many as floats (default: {RESCORE})"
+    add("--rescore", type=int, metavar="M", help=rescore_help)
     add("--html", metavar="FILE", help="write the answers as one page with thumbnails")
     add("--json", metavar="FILE", help="write the answers as JSON")
     shared.arguments(parser)
@@ -87,8 +106,12 @@ def run(options: argparse.Namespace) -> int:
         n = len(opened.pictures)
         print(f"{n:,} pictures, embedded by {encoder.name} in {folder}", file=sys.stderr)
 
+    stored = Stored(options.stored_as, RESCORE if options.rescore is None else options.rescore)
+    if stored.kind != FLOAT and not options.quiet:
+        print(_sizes(opened, stored), file=sys.stderr)
+
     answers = []
-    for answer in _answers(opened, encoder, options.queries, examples, options.top):
+    for answer in _answers(opened, encoder, options.queries, examples, options.top, stored):
         print(_lines(answer), flush=True)
         answers.append(answer)
     _write(options, answers)
@@ -99,6 +122,11 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what could not be carried out to the end."""
     if options.top < 1:
         raise ValueError(f"--top is {options.top}; expected at least 1")
+    if options.rescore is not None and options.stored_as == FLOAT:
+        raise ValueError("--rescore belongs to --stored-as int8 or binary; name one of them")
+    if options.rescore is not None and options.rescore < 1:
+        raise ValueError(f"--rescore is {options.rescore}; expected at least 1")
+    narrow.check(options.width)
     for name in ("html", "json"):
         target = getattr(options, name)
         if target and Path(target).is_dir():
@@ -110,16 +138,21 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _answers(
-    opened: Library, encoder: Encoder, texts: list[str], examples: list[Picture], top: int
+    opened: Library,
+    encoder: Encoder,
+    texts: list[str],
+    examples: list[Picture],
+    top: int,
+    stored: Stored,
 ) -> Iterator[Answer]:
     """The answers in the order of the queries: pictures, texts, or else lines as they come."""
     for example in examples:
-        image = example.open(encoder.decoding)
-        yield Answer(example.name, nearest(opened, encoder.encode_images([image]), top), example)
+        row = encoder.encode_images([example.open(encoder.decoding)])
+        yield Answer(example.name, nearest(opened, row, top, stored), example)
 
     lines = texts if texts or examples else _typed()
     for text in lines:
-        yield Answer(text, nearest(opened, encoder.encode_texts([text]), top))
+        yield Answer(text, nearest(opened, encoder.encode_texts([text]), top, stored))
 
 
 def _typed() -> Iterator[str]:
@@ -135,13 +168,22 @@ def _typed() -> Iterator[str]:
             yield line.strip()
 
 
-def nearest(opened: Library, query: Tensor, top: int) -> list[Match]:
-    """The pictures nearest to a query [1, D], by falling cosine."""
+def nearest(opened: Library, query: Tensor, top: int, stored: Stored | None = None) -> list[Match]:
+    """The pictures nearest to a query [1, D], by falling cosine. stored: None is as the library's
+    rows are.
+    """
     import numpy as np
 
     from vlp.eval.search.nearest import EXACT_UP_TO, exact
 
     top = min(top, len(opened.pictures))
+    if stored is not None and stored.kind != FLOAT:
+        from vlp.eval.search import coded
+
+        rows = coded.of_library(opened, stored.kind)
+        answers = coded.nearest(opened, rows, query, top, stored.rescore)
+        return [Match(opened.pictures[number], score) for score, number in answers]
+
     row = query.cpu().numpy()
     index = _index(opened) if len(opened.pictures) > EXACT_UP_TO else None
     if index is None:
@@ -153,6 +195,19 @@ def nearest(opened: Library, query: Tensor, top: int) -> list[Match]:
         for score, number in zip(scores[0].tolist(), numbers[0].tolist())
         if number >= 0
     ]
+
+
+def _sizes(opened: Library, stored: Stored) -> str:
+    """What the rows take as they are searched, beside what they take as floats."""
+    from vlp.eval.search import coded
+
+    assert stored.kind != FLOAT
+    n_bytes = coded.of_library(opened, stored.kind).n_bytes
+    n_float = 2 * opened.width * len(opened.pictures)
+    return (
+        f"searched as {stored.kind}: {n_bytes:,} bytes instead of {n_float:,}; the "
+        f"{stored.rescore} × --top nearest are compared as {FLOAT}"
+    )
 
 
 def _index(opened: Library) -> Any:
