@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,35 +28,21 @@ _TILE = 2**24  # scores that are compared at a time
 _WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)  # of the bits of a byte, the first number highest
 
 
-class Code(Protocol):
-    """How rows [n, D] become stored bytes, and how queries are compared with these."""
-
-    kind: Kind
-    tie: float  # how far apart two scores may be and count as equal
-
-    def encode(self, rows: Tensor) -> Tensor:
-        """[n, D] unit rows -> [n, bytes a row] uint8."""
-        ...
-
-    def scores(self, queries: Tensor, stored: Tensor) -> Tensor:
-        """Queries [b, D] float32 against stored rows [n, bytes a row] -> [b, n] float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Int8:
     """A byte a number; see the module."""
 
     low: Tensor  # [D] float32
     step: Tensor  # [D] float32, (hi − lo)/255; 1 where all rows agree
-    kind: Kind = "int8"
     tie: float = 1e-5  # the rounding of a product with levels up to 255
 
     def encode(self, rows: Tensor) -> Tensor:
+        """[n, D] unit rows -> [n, D] uint8."""
         levels = ((rows - self.low) / self.step).round()
         return levels.clamp(0, _LEVELS).to(torch.uint8)
 
     def scores(self, queries: Tensor, stored: Tensor) -> Tensor:
+        """Queries [b, D] float32 against stored rows -> [b, n] float32."""
         # q·x̂ = (q∘step)·c + q·lo: the stored rows are never written out as floats of their own.
         return (queries * self.step) @ stored.float().T + (queries @ self.low).unsqueeze(1)
 
@@ -68,18 +54,22 @@ class Binary:
     """
 
     width: int  # D
-    kind: Kind = "binary"
     tie: float = 0.5  # scores are whole numbers
 
     def encode(self, rows: Tensor) -> Tensor:
-        n_bytes = bytes_a_row(self.kind, self.width)
+        """[n, D] unit rows -> [n, D/8, rounded up] uint8."""
+        n_bytes = bytes_a_row("binary", self.width)
         bits = torch.zeros(len(rows), n_bytes * 8, dtype=torch.uint8)
         bits[:, : self.width] = rows > 0
         weights = torch.tensor(_WEIGHTS, dtype=torch.uint8)
         return (bits.view(len(rows), n_bytes, 8) * weights).sum(2, dtype=torch.uint8)
 
     def scores(self, queries: Tensor, stored: Tensor) -> Tensor:
+        """Queries [b, D] float32 against stored rows -> [b, n] float32."""
         return _signs(self.encode(queries), self.width) @ _signs(stored, self.width).T
+
+
+Code = Int8 | Binary  # how rows become stored bytes, and how queries are compared with these
 
 
 def _signs(stored: Tensor, width: int) -> Tensor:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from vlp.eval import narrow
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vlp.eval.models import Encoder
     from vlp.eval.pictures import Picture
+    from vlp.eval.quantised import Kind
     from vlp.eval.search.library import Library
 
 HELP = "find the pictures of a folder or of shards that fit a text or a picture"
@@ -45,10 +46,10 @@ RESCORE = 4
 
 @dataclass(frozen=True)
 class Stored:
-    """How the rows are held while they are searched."""
+    """How rows of fewer bits are searched."""
 
-    kind: Literal["float16", "int8", "binary"] = FLOAT
-    rescore: int = RESCORE  # of the top·rescore nearest by int8 or binary the top by float
+    kind: Kind
+    rescore: int = RESCORE  # of the top·rescore nearest by them the top by float
 
 
 class Match(NamedTuple):
@@ -106,8 +107,8 @@ def run(options: argparse.Namespace) -> int:
         n = len(opened.pictures)
         print(f"{n:,} pictures, embedded by {encoder.name} in {folder}", file=sys.stderr)
 
-    stored = Stored(options.stored_as, RESCORE if options.rescore is None else options.rescore)
-    if stored.kind != FLOAT and not options.quiet:
+    stored = _stored(options)
+    if stored is not None and not options.quiet:
         print(_sizes(opened, stored), file=sys.stderr)
 
     answers = []
@@ -137,13 +138,20 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--image {example}: there is no such file")
 
 
+def _stored(options: argparse.Namespace) -> Stored | None:
+    """The rows of fewer bits that are asked for; None: the library's own."""
+    if options.stored_as == FLOAT:
+        return None
+    return Stored(options.stored_as, RESCORE if options.rescore is None else options.rescore)
+
+
 def _answers(
     opened: Library,
     encoder: Encoder,
     texts: list[str],
     examples: list[Picture],
     top: int,
-    stored: Stored,
+    stored: Stored | None,
 ) -> Iterator[Answer]:
     """The answers in the order of the queries: pictures, texts, or else lines as they come."""
     for example in examples:
@@ -169,15 +177,15 @@ def _typed() -> Iterator[str]:
 
 
 def nearest(opened: Library, query: Tensor, top: int, stored: Stored | None = None) -> list[Match]:
-    """The pictures nearest to a query [1, D], by falling cosine. stored: None is as the library's
-    rows are.
+    """The pictures nearest to a query [1, D], by falling cosine. stored: None: the library's own
+    rows are compared.
     """
     import numpy as np
 
     from vlp.eval.search.nearest import EXACT_UP_TO, exact
 
     top = min(top, len(opened.pictures))
-    if stored is not None and stored.kind != FLOAT:
+    if stored is not None:
         from vlp.eval.search import coded
 
         rows = coded.of_library(opened, stored.kind)
@@ -201,7 +209,6 @@ def _sizes(opened: Library, stored: Stored) -> str:
     """What the rows take as they are searched, beside what they take as floats."""
     from vlp.eval.search import coded
 
-    assert stored.kind != FLOAT
     n_bytes = coded.of_library(opened, stored.kind).n_bytes
     n_float = 2 * opened.width * len(opened.pictures)
     return (

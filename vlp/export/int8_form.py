@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 N_SAMPLES = 128  # that fix the ranges, and others that compare, where no number is given
 _LEAST = 2  # that compare: of one pair there is nothing to retrieve
+Both = tuple[Tensor, Tensor]  # [n, D] rows by float32 and by 8 bits
 _BATCH = 16  # rows a run of a session
 _WEIGHTS = ["MatMul", "Gemm", "Gather"]  # a text tower is mostly its table of tokens
 _STATIC = [*_WEIGHTS, "Conv"]
@@ -77,12 +78,14 @@ def write_int8(model: DualEncoder, folder: Path, int8: Int8) -> list[str]:
     compared = _examples(model) if pairs is None else pairs[int8.n_samples :]
     held_out = f"{len(compared.image)} held-out pairs" if pairs else "random inputs"
 
-    notes, rows = [], {}
+    notes: list[str] = []
+    rows: dict[str, Both] = {}
     for side in INPUTS:
         whole, small = folder / f"{side}.onnx", folder / f"{side}.int8.onnx"
         calibrated = None if pairs is None else pairs[: int8.n_samples].of(side)
         _quantise(whole, small, side, calibrated)
-        rows[side] = tuple(_embedded(path, side, compared.of(side)) for path in (whole, small))
+        given = compared.of(side)
+        rows[side] = _embedded(whole, side, given), _embedded(small, side, given)
         notes.append(_note(whole, small, rows[side], calibrated, held_out))
     if pairs is not None:
         notes += _agreements(rows["image"], rows["text"])
@@ -233,14 +236,15 @@ def _embedded(path: Path, side: str, inputs: np.ndarray) -> Tensor:
 def _note(
     whole: Path,
     small: Path,
-    rows: tuple[Tensor, ...],  # [n, D] of float32, of 8 bits
+    rows: Both,
     calibrated: np.ndarray | None,
     held_out: str,
 ) -> str:
     """How one file was made, how large it is, and the cosine of its rows with float32's."""
     kind = "dynamic" if calibrated is None else f"static, by {len(calibrated)} samples"
     share = _size(small) / _size(whole)
-    cosines = torch.nn.functional.cosine_similarity(*rows)
+    in_float, in_8_bits = rows
+    cosines = torch.nn.functional.cosine_similarity(in_float, in_8_bits)
     return (
         f"ONNX: {small.parent.name}/{small.name}, 8 bits ({kind}), {share:.0%} of the bytes; "
         f"cosine with float32's embeddings on {held_out}: mean {cosines.mean():.4f}, least "
@@ -253,7 +257,7 @@ def _size(path: Path) -> int:
     return sum(part.stat().st_size for part in path.parent.glob(f"{path.name}*"))
 
 
-def _agreements(image: tuple[Tensor, ...], text: tuple[Tensor, ...]) -> list[str]:
+def _agreements(image: Both, text: Both) -> list[str]:
     """Retrieval among the pairs by float32 and by 8 bits, and how often both answer alike."""
     from vlp.eval import metrics
 
