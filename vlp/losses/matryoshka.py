@@ -18,7 +18,8 @@ Papers:
 
 Needs: image, text, scale; in place of scale, and beside the three, what the terms of `of` need
 
-Cost: the terms' passes once a width, of m columns each; O(b·Σm) memory, 2·b·D for the default
+Cost: the terms' passes once a width, of m columns each; O(b·Σm) memory, 2·b·D for the default; rows
+of half precision are cut as float32
 
 Use: where embeddings are stored or searched: one model then serves every width (`vlp eval --width`,
 `vlp export --width`)
