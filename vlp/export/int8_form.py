@@ -27,6 +27,7 @@ from vlp.models.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
     from vlp.data.sources.shards import Shards
+    from vlp.types import ImageSpec, Sample
 
 N_SAMPLES = 128  # that fix the ranges, and others that compare, where no number is given
 _LEAST = 2  # that compare: of one pair there is nothing to retrieve
@@ -54,8 +55,13 @@ class Pairs:
     def of(self, side: str) -> np.ndarray:
         return self.image if side == "image" else self.text
 
-    def __getitem__(self, rows: slice) -> Pairs:
-        return Pairs(self.image[rows], self.text[rows])
+
+@dataclass(frozen=True)
+class Given:
+    """The pairs that fix ranges (None: nothing does), and those that compare."""
+
+    calibrated: Pairs | None
+    compared: Pairs
 
 
 def check(int8: Int8, onnx: bool) -> None:
@@ -68,26 +74,23 @@ def check(int8: Int8, onnx: bool) -> None:
         _opened(int8)
 
 
-def write_int8(model: DualEncoder, folder: Path, int8: Int8) -> list[str]:
+def write_int8(folder: Path, given: Given) -> list[str]:
     """Write image.int8.onnx and text.int8.onnx beside the float32 files in `folder`, with the same
     inputs and outputs; lines say how far apart they are.
 
     OnnxError where onnxruntime cannot, or an embedding is not finite.
     """
-    pairs = None if int8.calibrate is None else read(model, int8)
-    compared = _examples(model) if pairs is None else pairs[int8.n_samples :]
-    held_out = f"{len(compared.image)} held-out pairs" if pairs else "random inputs"
-
     notes: list[str] = []
     rows: dict[str, Both] = {}
     for side in INPUTS:
         whole, small = folder / f"{side}.onnx", folder / f"{side}.int8.onnx"
-        calibrated = None if pairs is None else pairs[: int8.n_samples].of(side)
+        calibrated = None if given.calibrated is None else given.calibrated.of(side)
         _quantise(whole, small, side, calibrated)
-        given = compared.of(side)
-        rows[side] = _embedded(whole, side, given), _embedded(small, side, given)
-        notes.append(_note(whole, small, rows[side], calibrated, held_out))
-    if pairs is not None:
+        compared = given.compared.of(side)
+        rows[side] = _embedded(whole, side, compared), _embedded(small, side, compared)
+        notes.append(_note(whole, small, rows[side], calibrated))
+
+    if given.calibrated is not None:
         notes += _agreements(rows["image"], rows["text"])
     return notes
 
@@ -95,20 +98,40 @@ def write_int8(model: DualEncoder, folder: Path, int8: Int8) -> list[str]:
 # --- what is given --------------------------------------------------------------------------------
 
 
-def read(model: DualEncoder, int8: Int8) -> Pairs:
-    """2·N pairs spread over the shards; each sample's first caption."""
-    from vlp.data import text
-    from vlp.data.decode import eval_transform
-
-    source = _opened(int8)
+def read(model: DualEncoder, int8: Int8) -> Given:
+    """What `int8` asks for: 2·N pairs spread over the shards, each with its sample's first caption,
+    or random inputs. OnnxError for a picture that does not open.
+    """
+    if int8.calibrate is None:
+        pixels, ids = model.example(2 * _BATCH)
+        return Given(None, Pairs(pixels.numpy(), ids.numpy()))
 
     # Odd ones fix the ranges and even ones compare: both are of all shards.
+    source = _opened(int8)
     places = np.linspace(0, len(source) - 1, 2 * int8.n_samples).round().astype(int)
-    samples = [source[int(place)] for place in (*places[1::2], *places[::2])]
-    pixels = torch.stack([eval_transform(sample.image, model.image_spec) for sample in samples])
+    return Given(_pairs(model, source, places[1::2]), _pairs(model, source, places[::2]))
+
+
+def _pairs(model: DualEncoder, source: Shards, places: np.ndarray) -> Pairs:
+    from vlp.data import text
+
+    samples = [source[int(place)] for place in places]
+    pixels = torch.stack([_pixels(sample, model.image_spec) for sample in samples])
     ids = text.build(model.text_spec)([sample.captions[0] for sample in samples])
     with torch.no_grad():
         return Pairs(model.pixels(pixels).numpy(), ids.numpy())
+
+
+def _pixels(sample: Sample, spec: ImageSpec) -> Tensor:
+    from vlp.data.decode import eval_transform
+
+    try:
+        return eval_transform(sample.image, spec)
+    except ValueError as error:
+        raise OnnxError(
+            f"--calibrate: the picture of sample {sample.key!r} does not open ({error}); remove it "
+            "(vlp data validate finds all such), or name other shards"
+        ) from error
 
 
 def _opened(int8: Int8) -> Shards:
@@ -128,11 +151,6 @@ def _opened(int8: Int8) -> Shards:
             f"{int8.n_samples} that fix the ranges and as many that compare; {way_out}"
         )
     return source
-
-
-def _examples(model: DualEncoder) -> Pairs:
-    pixels, ids = model.example(2 * _BATCH)
-    return Pairs(pixels.numpy(), ids.numpy())
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -238,16 +256,18 @@ def _note(
     small: Path,
     rows: Both,
     calibrated: np.ndarray | None,
-    held_out: str,
 ) -> str:
     """How one file was made, how large it is, and the cosine of its rows with float32's."""
-    kind = "dynamic" if calibrated is None else f"static, by {len(calibrated)} samples"
+    kind, compared = "dynamic", "random inputs"
+    if calibrated is not None:
+        kind = f"static, by {len(calibrated)} samples"
+        compared = f"{len(rows[0])} held-out pairs"
     share = _size(small) / _size(whole)
     in_float, in_8_bits = rows
     cosines = torch.nn.functional.cosine_similarity(in_float, in_8_bits)
     return (
         f"ONNX: {small.parent.name}/{small.name}, 8 bits ({kind}), {share:.0%} of the bytes; "
-        f"cosine with float32's embeddings on {held_out}: mean {cosines.mean():.4f}, least "
+        f"cosine with float32's embeddings on {compared}: mean {cosines.mean():.4f}, least "
         f"{cosines.min():.4f}"
     )
 
