@@ -87,6 +87,7 @@ def set_up(config: Config, engine: Engine) -> Run:
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model = initial_model(config)
+    losses.check_width(config.objective, model.embed_dim)
     optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
@@ -235,7 +236,9 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
 def labelled(config: Config) -> Data:
     """The section `data`, with the labels that terms read."""
     # One line of the objective is enough: positives: caption needs no key of the data.
-    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    read_labels = [
+        getattr(term.options, "positives", None) for term in losses.leaves(config.objective)
+    ]
     return replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
 
 
