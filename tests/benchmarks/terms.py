@@ -44,6 +44,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "koleo": {},
     "cacr": {},
     "kernel_mixture": {},
+    "mixup": {},
     "distill": {},
     "ranked": {},
     "sogclr": {},

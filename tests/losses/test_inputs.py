@@ -83,7 +83,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 3762
+N_SHAPES = 3902
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -108,7 +108,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 753
+N_DTYPES = 781
 
 
 @pytest.mark.parametrize(

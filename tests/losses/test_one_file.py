@@ -73,6 +73,42 @@ def test_several_teachers_give_the_mean_of_their_kernels():
     torch.testing.assert_close(value, (-2 * squares).exp().mean().log(), rtol=1e-9, atol=0)
 
 
+def test_unmixed_rows_are_compared_as_in_infonce():
+    d = data()
+    found = value_and_gradients({"mixup": {"share": 0, "temperature": 0.2}}, d)
+    expected = value_and_gradients(
+        {"infonce": {}}, d | {"scale": torch.tensor(5.0).requires_grad_()}
+    )
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_mixing_ends_where_the_run_says_so():
+    """A third of nine steps; and by default never where the length is not known."""
+    d, options = data(), {"mixup": {}}
+    soft = build({"mixup": {"until": 0}}, steps=9)(**d)[0]
+    is_soft = [bool(build(options, steps=9)(**d, step=step)[0] == soft) for step in range(9)]
+    assert is_soft == 2 * [False] + 7 * [True], "int(.33 · 9) steps are mixed"
+    assert build(options)(**d, step=8)[0] != soft
+    assert build({"mixup": {"until": 1}}, steps=9)(**d, step=8)[0] != soft
+
+
+def test_steps_and_modalities_mix_anew():
+    d, objective = data(), build({"mixup": {"share": 1, "alpha": 1}})
+    values = {objective(**d, step=step)[0].item() for step in (0, 0, 1, 2)}
+    turned = objective(**d | {"image": d["text"], "text": d["image"]}, step=0)[0].item()
+    assert len(values) == 3 and turned not in values
+
+
+def test_an_extrapolated_pair_is_harder():
+    d = data()
+    plain = {"mixed_pairs": 0, "mixed_queries": 0}
+    moved, stays = (
+        build({"mixing": plain | options})(**d)[0] for options in ({"extrapolate": 2.0}, {})
+    )
+    assert moved > stays
+
+
 def test_koleo_of_rows_that_are_equal_has_no_gradient_and_is_finite():
     rows = F.normalize(torch.randn(1, 6), dim=1).expand(4, -1).contiguous().requires_grad_()
     total, _ = build({"koleo": {}})(image=rows, text=rows.detach(), scale=1.0)
@@ -123,6 +159,9 @@ def test_without_a_candidate_there_is_nothing_to_push(name):
         ("decoupled_uniformity", {"kernel": "images"}, "did you mean 'image'"),
         ("cacr", {"negative_scale": -1}, "expected numbers >= 0"),
         ("cacr", {"ignore": {"queue": 0.5}}, "this term has no queue"),
+        ("mixup", {"alpha": 0}, "expected numbers > 0"),
+        ("mixup", {"share": 2}, "expected 0 to 1"),
+        ("mixing", {"interpolate": -1}, "expected numbers >= 0"),
         ("kernel_mixture", {"mix": 1.5}, "expected 0 <= λ <= 1"),
         ("kernel_mixture", {"ignore": {"queue": 0.5}}, "this term has no queue"),
     ],

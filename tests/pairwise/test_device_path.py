@@ -31,6 +31,7 @@ TERMS = [
     ("decoupled_uniformity", {}),
     ("cacr", {}),
     ("kernel_mixture", {}),
+    ("mixup", {}),
     ("momentum_queue", {}),
     ("infonce", {"positives": "label", "form": "decoupled", "ignore": {"margin": 0.2}}),
     ("infonce", {"ignore": {"teacher": {"above": 0.3}}, "hardest": 3}),
