@@ -73,6 +73,19 @@ def reference():
     return gradients, weights, loss
 
 
+def test_views_join_a_term_that_can_do_without_them():
+    """`mv_infonce` takes image and text alone, and further views where the batch carries them."""
+    for heads_of_run, n_learning in (({"views": {"width": 24}}, 9), ({}, 0)):
+        batch = rich_batch if heads_of_run else make_batch
+        length = {"length": LENGTH} if heads_of_run else {}
+        gradients, _, _ = gradients_and_weights(
+            2, batch=batch, heads=heads_of_run, objective={"mv_infonce": {}}, **length
+        )
+        of_heads = [name for name in gradients if name.startswith("heads.")]
+        assert len(of_heads) == n_learning
+        assert all(any(gradients[name]) for name in of_heads if "scaling" not in name)
+
+
 def test_micro_batches_change_nothing(reference):
     gradients, weights, _ = run(3)
     assert assert_close(gradients, reference[0], 1e-10) > 40

@@ -18,12 +18,13 @@ from vlp import dist, plugin
 from vlp.fields import supplier
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Objective, own_scale, reads
+from vlp.losses._objective import Objective, min_views, own_scale, reads
 from vlp.losses._table import Table
 from vlp.pairwise import Backend, Topology
 
 __all__ = [
-    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "own_scale", "reads", "supplier",
+    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "min_views",
+    "own_scale", "reads", "supplier",
 ]  # fmt: skip
 
 

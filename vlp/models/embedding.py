@@ -22,6 +22,8 @@ from vlp.types import Batch, Features
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
 # that of the outputs is the order in which autograd adds up gradients.
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
+# Fields of a batch that pass a tower and then a head of their own.
+VIEWS = [name for name, row in EMBEDDED.items() if row.head]
 NUMBERS = ("scale", "bias", "view_scale", "interactive_scale")
 
 
