@@ -61,7 +61,9 @@ class Captioner:
 
 @dataclass(frozen=True)
 class Heads:
-    """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
+    """Trained parts that only the objective reads (vlp.models.heads); exports leave them out, all
+    but `nonnegative`, which embeddings pass everywhere.
+    """
 
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
@@ -69,6 +71,9 @@ class Heads:
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
+    # embeddings are max(0, h), divided by the norm, of a tower's features h: no number is negative,
+    # many are 0 (arXiv 2403.12459)
+    nonnegative: bool = False
 
     def __post_init__(self) -> None:
         if self.concepts < 0:

@@ -23,7 +23,7 @@ from vlp import config
 from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
-from vlp.models.heads import Heads
+from vlp.models.heads import Heads, nonnegative
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
@@ -143,20 +143,26 @@ class DualEncoder(nn.Module):
         """Unit rows of the first rows of a tower's features; what follows are views, which pass the
         head of this modality.
         """
-        embeddings = {name: _unit(features[:n_rows])}
+        embeddings = {name: self._embedding(features[:n_rows])}
         if features.shape[0] == n_rows:
             return embeddings
 
         project = getattr(self.heads.views, name)
-        embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
+        embeddings[f"{name}_views"] = _unit(project(self._embedding(features[n_rows:])))
         return embeddings
+
+    def _embedding(self, features: Tensor) -> Tensor:
+        """Unit rows of a tower's features, [rows, D]."""
+        if self.heads_config.nonnegative:
+            features = nonnegative(features)
+        return _unit(features)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
         normalised here, on its device; a floating-point image is taken as normalised already. H, W
         must be `image_spec.size`.
         """
-        return _unit(self._image(image)[0])
+        return self._embedding(self._image(image)[0])
 
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
@@ -178,7 +184,7 @@ class DualEncoder(nn.Module):
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
         context length; where the tower's features do not depend on padding, it may be shorter.
         """
-        return _unit(self._text(text)[0])
+        return self._embedding(self._text(text)[0])
 
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""

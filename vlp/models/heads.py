@@ -11,6 +11,8 @@ leave with export.
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
+
+`nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
 
 from __future__ import annotations
@@ -146,6 +148,19 @@ class Captioner(nn.Module):
         logits, [b, L − 1, vocabulary], do not leave.
         """
         return self.decoder(self.bridge(image_tokens), text_tokens[:, :-1], ids[:, 1:])
+
+
+def nonnegative(features: Tensor) -> Tensor:
+    """max(0, h) of features h of any shape, with the gradient of GELU: a number that is 0 for all
+    samples can still come back (non-negative contrastive learning, arXiv 2403.12459).
+    """
+    values = features.relu()
+    if not torch.is_grad_enabled():
+        return values
+
+    # The value of the first and the gradient of the second, without rounding.
+    smooth = F.gelu(features)
+    return values.detach() + (smooth - smooth.detach())
 
 
 class Heads(nn.Module):
