@@ -85,7 +85,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 4527
+N_SHAPES = 4657
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -110,7 +110,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 887
+N_DTYPES = 911
 
 
 @pytest.mark.parametrize(
@@ -195,6 +195,7 @@ UNIT = [
     ("mixing", {}, ("queue_image", "queue_text")),
     ("multi_view", {}, ("image_views", "text_views")),
     ("captions", {}, ("captions",)),
+    ("siam", {}, ("predicted_image", "predicted_text")),
 ]
 
 
@@ -215,7 +216,7 @@ def test_rows_that_are_not_unit_are_refused_with_their_norm_or_normalised():
                 lenient(**given() | raw)[0], objective(**given())[0], rtol=1e-12, atol=0
             )
             n += 1
-    assert n == sum(row.unit for row in FIELDS.values()) == 17
+    assert n == sum(row.unit for row in FIELDS.values()) == 19
 
 
 def test_normalised_rows_have_the_gradient_of_a_normalisation():

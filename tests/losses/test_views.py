@@ -98,6 +98,15 @@ def test_many_views_do_not_overflow():
     assert total.isfinite() and torch.autograd.grad(total, views)[0].isfinite().all()
 
 
+def test_a_prediction_that_is_right_loses_nothing_and_its_target_does_not_move():
+    d = data()
+    right = d | {"predicted_text": d["text"].detach(), "predicted_image": d["image"].detach()}
+    assert build({"siam": {}})(**right)[0] == 0
+    total, _ = build({"siam": {}})(**d)
+    moved = torch.autograd.grad(total, [d["image"], d["text"]], materialize_grads=True)
+    assert total > 0 and not any(gradient.any() for gradient in moved)
+
+
 def test_features_that_agree_and_repeat_nothing_lose_nothing():
     """C = I: rows of ±1 whose columns are orthogonal, of mean 0 and variance 1."""
     signs = torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
@@ -168,6 +177,7 @@ def test_fewer_than_two_views_are_refused(name):
         ("mv_infonce", {"ignore": {"margin": 0.1}}, "none is the row's own"),
         ("poly_view", {"form": "harmonic"}, "form"),
         ("mv_dhel", {"views": "texts"}, "did you mean 'text'"),
+        ("siam", {"target": "average"}, "target"),
         ("barlow", {"off_diagonal": -1}, "expected a number >= 0"),
         ("swap", {"epsilon": 0}, "expected a number > 0"),
         ("swap", {"iterations": 0}, "at least 1"),

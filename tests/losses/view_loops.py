@@ -126,7 +126,23 @@ def swap(epsilon: float, iterations: int) -> Loop:
     return loop
 
 
+def siam(target: str) -> Loop:
+    prefix = {"model": "", "ema": "ema_"}[target]
+
+    def loop(d: Inputs) -> Tensor:
+        total = 0
+        for side in ("image", "text"):
+            for i in CANDIDATES:
+                gap = d[f"predicted_{side}"][i] - d[f"{prefix}{side}"][i].detach()
+                total = total + (gap**2).sum() / (2 * B)
+        return total
+
+    return loop
+
+
 CASES = [
+    ("siam", {}, siam("model")),
+    ("siam", {"target": "ema"}, siam("ema")),
     ("mv_infonce", {}, mv_infonce()),
     ("mv_infonce", {"views": "augmented"}, mv_infonce("augmented")),
     ("mv_dhel", {}, mv_dhel()),

@@ -22,10 +22,16 @@ from vlp.models.load import load
 from vlp.types import Batch
 
 LENGTH = 10
-HEADS = {"views": {"width": 24}, "concepts": 5, "captions": {"layers": 1}}
+HEADS = {
+    "views": {"width": 24},
+    "concepts": 5,
+    "captions": {"layers": 1},
+    "predictor": {"width": 24},
+}
 OBJECTIVE = {
     "multi_view": {},
     "slip": {},
+    "siam": {},
     "captioning": {"weight": 2},
     "distill": {"form": "concepts"},
     "infonce": {},

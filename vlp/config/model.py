@@ -34,6 +34,13 @@ class ViewHead:
 
 
 @dataclass(frozen=True)
+class PredictorHead:
+    """What an embedding says of the other side's, D → width → D, for images and for texts."""
+
+    width: int = 2048  # of the hidden layer
+
+
+@dataclass(frozen=True)
 class TeacherHead:
     """Linear maps of images and of texts to a teacher's width, with a scale of its own."""
 
@@ -71,6 +78,9 @@ class Heads:
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
+    # predictors of the text by the image and of the image by the text: predicted_text,
+    # predicted_image
+    predictor: PredictorHead | None = None
     # embeddings are max(0, h), divided by the norm, of a tower's features h: no number is negative,
     # many are 0 (arXiv 2403.12459)
     nonnegative: bool = False

@@ -105,8 +105,7 @@ class DualEncoder(nn.Module):
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. The heads for concepts, teachers and captions read the
-        first `pairs` rows.
+        Views go through the head for views. All other heads read the first `pairs` rows.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -129,6 +128,12 @@ class DualEncoder(nn.Module):
                 rows = outputs[side]
                 if rows is not None:
                     outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
+        if pairs and self.heads.predictor is not None:
+            for side, other in (("image", "text"), ("text", "image")):
+                rows = outputs[side]
+                if rows is not None:
+                    predicted = self.heads.predictor(side, rows[:pairs])
+                    outputs[f"predicted_{other}"] = _unit(predicted)
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]

@@ -11,6 +11,8 @@ leave with export.
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
+    predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
+              arXiv 2011.10566): predicted_text, predicted_image
 
 `nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
@@ -40,15 +42,26 @@ class Views(nn.Module):
         super().__init__()
         modalities = ("image", "text") if options.text else ("image",)
         for modality in modalities:
-            layers = (
-                nn.Linear(embed_dim, options.width),
-                nn.GELU(),
-                nn.Linear(options.width, embed_dim),
-            )
-            setattr(self, modality, nn.Sequential(*layers))
+            setattr(self, modality, _two_layers(embed_dim, options.width))
 
         # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
+
+
+def _two_layers(embed_dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, embed_dim))
+
+
+class Predictor(nn.Module):
+    """[rows, D] → [rows, D]: of images their texts, of texts their images."""
+
+    def __init__(self, embed_dim: int, options: config.PredictorHead) -> None:
+        super().__init__()
+        self.image, self.text = (_two_layers(embed_dim, options.width) for _ in range(2))
+
+    def forward(self, side: str, rows: Tensor) -> Tensor:
+        """What rows of one side, "image" or "text", say of the other; of any norm."""
+        return getattr(self, side)(rows)
 
 
 class TeacherMap(nn.Module):
@@ -176,6 +189,7 @@ class Heads(nn.Module):
         self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
+        self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
 
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that these heads give."""
