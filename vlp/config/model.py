@@ -124,6 +124,12 @@ class Model:
                 "text_tower is another; write text_tower.context"
             )
 
+        if self.text_tower is not None and _text_dropout_of(self.image_tower):
+            raise ValueError(
+                "image_tower.dropout is of the text tower that an image tower brings, and here "
+                "text_tower is another; write text_tower.dropout"
+            )
+
         text = self.text_tower
         if self.stored_texts is not None and text is not None:
             unusable = getattr(text.common, "locked", False), getattr(text.common, "lora", None)
@@ -150,6 +156,11 @@ class Model:
         return _context_of(self.text_tower or self.image_tower)
 
     @property
+    def text_dropout(self) -> float:
+        """The share of what enters each block of the text tower that training drops."""
+        return _text_dropout_of(self.text_tower or self.image_tower)
+
+    @property
     def precomputed(self) -> bool:
         """Whether the data hold the image tower's embeddings, and training does not run it."""
         common = self.image_tower.common
@@ -159,3 +170,7 @@ class Model:
 def _context_of(tower: Plugin) -> Any:
     # A plug-in of a caller's own may come without the keys of all towers.
     return getattr(tower.common, "context", None)
+
+
+def _text_dropout_of(tower: Plugin) -> float:
+    return getattr(tower.common, "dropout", 0.0)

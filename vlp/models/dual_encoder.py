@@ -7,6 +7,7 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -310,6 +311,16 @@ class DualEncoder(nn.Module):
                 self.lora_scalings[side] = options.alpha / options.r
         self.train(self.training)
 
+    def drop_text(self, share: float) -> None:
+        """Drop this share of what enters each block of the text tower, in training."""
+        if not isinstance(self.text, TextTransformer):
+            raise ValueError(
+                "text_tower.dropout is of open_clip's text transformer (transformer, open_clip), "
+                f"found {type(self.text).__name__}; leave it out"
+            )
+        for block in repeated(self.text):
+            block.register_forward_pre_hook(partial(_dropped, share))
+
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
@@ -385,6 +396,12 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
         getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(trunk, f"{word}_checkpointing_disable")()
+
+
+def _dropped(share: float, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a block: its first input with `share` of the numbers left out."""
+    rows, *others = inputs
+    return F.dropout(rows, share, block.training), *others
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
