@@ -111,8 +111,8 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
     if idle := sorted(by_heads - objective.reads):
         raise ValueError(
-            f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
-            "or add a term"
+            f"model.heads gives {idle}, which no term reads; drop that head (of views one side by "
+            "views.text: false or views.image: false), or add a term"
         )
 
 

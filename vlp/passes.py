@@ -85,8 +85,8 @@ def passed(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
 def _wanted(training: Training, part: Batch) -> frozenset[str]:
     """The fields of a batch that the towers embed."""
     by_tower = {"text"} if training.precomputed else {"image", "text"}
-    # What a term reads where it is there: the heads' outputs, and views that the batch carries.
-    views = [name for name in embedding.VIEWS if getattr(part, name) is not None]
+    # What a term reads where it is there.
+    views = embedding.further_views(training.engine.model, part)
     optional = training.objective.reads.intersection([*embedding.OF_PAIRS, *views])
     return training.objective.needs | optional | by_tower
 

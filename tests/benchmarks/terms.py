@@ -179,7 +179,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "sample_id": lambda: torch.arange(B, device=device),
         "label": lambda: torch.arange(B, device=device) // 4,
     }
-    given = {name: make() for name, make in others.items() if name in objective.needs}
+    given = {name: make() for name, make in others.items() if name in objective.reads}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()

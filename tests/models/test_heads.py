@@ -79,17 +79,23 @@ def reference():
     return gradients, weights, loss
 
 
-def test_views_join_a_term_that_can_do_without_them():
-    """`mv_infonce` takes image and text alone, and further views where the batch carries them."""
-    for heads_of_run, n_learning in (({"views": {"width": 24}}, 9), ({}, 0)):
-        batch = rich_batch if heads_of_run else make_batch
-        length = {"length": LENGTH} if heads_of_run else {}
-        gradients, _, _ = gradients_and_weights(
-            2, batch=batch, heads=heads_of_run, objective={"mv_infonce": {}}, **length
-        )
-        of_heads = [name for name in gradients if name.startswith("heads.")]
-        assert len(of_heads) == n_learning
-        assert all(any(gradients[name]) for name in of_heads if "scaling" not in name)
+@pytest.mark.parametrize(
+    "heads_of_run, n_learning",
+    [
+        ({"views": {"width": 24}}, 9),
+        ({"views": {"width": 24, "text": False}}, 5),
+        ({"views": {"width": 24, "image": False}}, 5),
+        ({}, 0),
+    ],
+)
+def test_views_join_a_term_that_can_do_without_them(heads_of_run, n_learning):
+    """`mv_infonce` takes image and text alone, and further views where they are embedded."""
+    gradients, _, _ = gradients_and_weights(
+        2, batch=rich_batch, heads=heads_of_run, objective={"mv_infonce": {}}, length=LENGTH
+    )
+    of_heads = [name for name in gradients if name.startswith("heads.")]
+    assert len(of_heads) == n_learning
+    assert all(any(gradients[name]) for name in of_heads if "scaling" not in name)
 
 
 def test_micro_batches_change_nothing(reference):

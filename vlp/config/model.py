@@ -29,8 +29,13 @@ class ViewHead:
     """Projection of further views, D → width → D, with a scale of its own."""
 
     width: int = 2048  # of the hidden layer
+    image: bool = True  # pictures have views; false where terms read those of captions alone
     text: bool = True  # captions have views too; false for slip alone
     scale: Scale = Scale()
+
+    def __post_init__(self) -> None:
+        if not (self.image or self.text):
+            raise ValueError("image and text are both false; expected one of them, or views: null")
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 
 class Views(nn.Module):
-    """[rows, D] → [rows, D] for images and, if they have views, texts."""
+    """[rows, D] → [rows, D] for images and texts, as far as they have views."""
 
     def __init__(self, embed_dim: int, options: config.ViewHead) -> None:
         super().__init__()
-        modalities = ("image", "text") if options.text else ("image",)
-        for modality in modalities:
-            setattr(self, modality, _two_layers(embed_dim, options.width))
+        for modality in ("image", "text"):
+            if getattr(options, modality):
+                setattr(self, modality, _two_layers(embed_dim, options.width))
 
         # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
@@ -199,7 +199,8 @@ class Heads(nn.Module):
             if row.head and row.tower and getattr(self, row.head) is not None
         }
 
-        # The head for views is there, but projects images alone.
-        if self.options.views is not None and not self.options.views.text:
-            names.discard("text_views")
+        # The head for views is there, but may project one side alone.
+        for modality in ("image", "text"):
+            if self.options.views is not None and not getattr(self.options.views, modality):
+                names.discard(f"{modality}_views")
         return frozenset(names)
