@@ -92,7 +92,7 @@ def cacr(
                 if positives:
                     squares = [((left[i] - p) ** 2).sum() for p in positives]
                     total = total + alpha * weighted(squares, attract)
-                negatives = [square(left[i], right[j]) for j in others(i, labels)]
+                negatives = [((left[i] - right[j]) ** 2).sum() for j in others(i, labels)]
                 total = total - beta * weighted(negatives, -repel)
         return total / (2 * B)
 

@@ -24,7 +24,7 @@ def draws(rows: Tensor, seed: int, n: int) -> Iterator[Tensor]:
 
 def beta(uniform: Tensor, alpha: float) -> Tensor:
     """Numbers of Beta(α, α) from uniform ones of any shape: the quantile function."""
-    steps, shares = (table.to(uniform.device) for table in _lower_half(alpha))
+    steps, shares = _lower_half(alpha, uniform.device)
 
     # The distribution is its own mirror image: the upper half is looked up in the lower.
     lower = torch.minimum(uniform, 1 - uniform)
@@ -36,13 +36,13 @@ def beta(uniform: Tensor, alpha: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _lower_half(alpha: float) -> tuple[Tensor, Tensor]:
+def _lower_half(alpha: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Points v = x^p of 0 <= x <= ½, p = min(α, 1), and the share of Beta(α, α) below each,
     float64.
     """
     # Below α = 1 the density of x has a pole at 0, and that of v has none.
     power = min(alpha, 1.0)
-    steps = torch.linspace(0, 0.5**power, TABLE, dtype=torch.float64)
+    steps = torch.linspace(0, 0.5**power, TABLE, dtype=torch.float64, device=device)
     x = steps ** (1 / power)
     density = x ** (alpha - power) * (1 - x) ** (alpha - 1)
     shares = torch.cumulative_trapezoid(density, steps)

@@ -5,8 +5,7 @@
 
 x, t: [b, D] images and texts. Positives and negatives compete among themselves alone, and gradients
 flow through both weights. The positive of a row is its pair; with `captions` an image has all
-valid ones of [b, K', D] for positives, and a sample without any counts 0 there. Unit rows are
-assumed: of negatives d² = 2 − 2 x_i·t_j.
+valid ones of [b, K', D] for positives, and a sample without any counts 0 there.
 
 `ignore` is that of `infonce`: which other samples are no negatives of a row. A row without any has
 no repulsion.
@@ -17,8 +16,8 @@ Relations:
 
 Papers:
 - CACR (arXiv 2105.03746), of images and texts: `objective: {cacr: {}}`
-- of several positives: `objective: {cacr: {captions: true}}`; the defaults of both scales could not
-  be confirmed
+- of several positives: `objective: {cacr: {captions: true}}`; weights and scales are 1, as in the
+  release, which repels in one direction
 
 Needs: image, text; with `captions` captions and captions_valid, with `ignore` what it names
 
@@ -39,7 +38,7 @@ from vlp.losses import _candidates
 from vlp.losses._candidate_options import Ignoring
 from vlp.losses._candidates import Masks
 from vlp.losses._inputs import Inputs
-from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Tile, number
+from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Tile, number, widened
 
 NEEDS = frozenset({"image", "text"})
 MIN_CANDIDATES = 2
@@ -93,12 +92,11 @@ def _attraction(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 def _repulsion(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """Σ_{j≠i} r_ij d²_ij, the mean of both directions, [b]."""
     chosen = _candidates.of_batch(inputs, pairs, options.candidates())
-
-    # e^{−τ d²} is e^{2τ s} but for a constant, which the softmax removes.
-    scale = number(2 * options.negative_scale, inputs.image)
+    scale = number(options.negative_scale, inputs.image)
+    norms = [widened(rows).square().sum(1) for rows in (inputs.image, inputs.text)]
 
     def exponents(tile: Tile, masks: Masks) -> tuple[Tensor, ...]:
-        z = tile.shared[0] * tile.scores[0]
+        z = -tile.shared[0] * _squares(tile)
         return tuple(z.masked_fill(~kept, -torch.inf) for kept in masks.kept)
 
     log_sums = chosen.reduce(
@@ -108,16 +106,21 @@ def _repulsion(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         inputs.text,
         rows=(LOGSUMEXP,),
         columns=(LOGSUMEXP,),
+        row_values=norms[:1],
+        column_values=norms[1:],
         shared=[scale],
     )
 
     # A row without negatives has none to weigh: its sum stays 0.
-    rows, columns = (log_sum.masked_fill(log_sum == -torch.inf, 0) for log_sum in log_sums)
+    rows, columns = (
+        log_sum.masked_fill(log_sum == -torch.inf, 0).to(scale.dtype) for log_sum in log_sums
+    )
 
     def expected(tile: Tile, masks: Masks) -> tuple[Tensor, ...]:
-        z, squares = tile.shared[0] * tile.scores[0], 2 - 2 * tile.scores[0]
-        by_row = (z - tile.row_values[0].unsqueeze(1)).masked_fill(~masks.kept[0], -torch.inf)
-        by_column = (z - tile.column_values[0]).masked_fill(~masks.kept[1], -torch.inf)
+        squares = _squares(tile)
+        z = -tile.shared[0] * squares
+        by_row = (z - tile.row_values[1].unsqueeze(1)).masked_fill(~masks.kept[0], -torch.inf)
+        by_column = (z - tile.column_values[1]).masked_fill(~masks.kept[1], -torch.inf)
         return by_row.exp() * squares, by_column.exp() * squares
 
     by_image, by_text = chosen.reduce(
@@ -127,8 +130,13 @@ def _repulsion(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         inputs.text,
         rows=(SUM,),
         columns=(SUM,),
-        row_values=[rows],
-        column_values=[columns],
+        row_values=[norms[0], rows],
+        column_values=[norms[1], columns],
         shared=[scale],
     )
     return (by_image + by_text) / 2
+
+
+def _squares(tile: Tile) -> Tensor:
+    """d² of the pairs of a tile, ‖x‖² + ‖t‖² − 2 x·t."""
+    return tile.row_values[0].unsqueeze(1) + tile.column_values[0] - 2 * tile.scores[0]

@@ -42,7 +42,7 @@ from vlp.losses import _soft_targets
 from vlp.losses._draws import beta, draws
 from vlp.losses._inputs import Inputs
 from vlp.losses._soft_targets import Targets
-from vlp.pairwise import Pairs, is_narrow, softplus, widened
+from vlp.pairwise import Pairs, is_narrow, number, softplus, widened
 from vlp.seeds import derive
 
 NEEDS = frozenset({"image", "text"})
@@ -146,12 +146,13 @@ def _soft(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     τ = options.target_temperature
     own = replace(
         inputs,
-        scale=torch.as_tensor(1 / τ, device=inputs.image.device),
+        scale=number(1 / τ, inputs.image),
         teacher_image=inputs.image.detach(),
         teacher_text=inputs.text.detach(),
     )
-    losses = []
-    for of in ("image", "text"):
-        targets = Targets(by="softmax", of=of, alpha=1.0, temperature=τ)
-        losses += _soft_targets.of_pairs(own, pairs, targets)
+    by_image = Targets(by="softmax", of="image", alpha=1.0, temperature=τ)
+    losses = [
+        *_soft_targets.of_pairs(own, pairs, by_image),
+        *_soft_targets.of_pairs(own, pairs, replace(by_image, of="text")),
+    ]
     return pairs.mean(torch.stack(losses, 1))
