@@ -8,7 +8,7 @@ A loss file holds
 and may hold
     OPTIONAL, or optional(options)   further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               it compares a row with others
-    MIN_VIEWS = 2                    further views of an image that it needs
+    MIN_VIEWS = 2, or min_views(options)    further views of an image that it needs
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
