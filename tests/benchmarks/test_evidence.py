@@ -4,7 +4,7 @@ exist.
 
 from dataclasses import replace
 
-from tests.benchmarks import evidence
+from tests.benchmarks import evidence, evidence_arms
 from vlp import config
 
 
@@ -30,7 +30,7 @@ def test_arms_of_a_table_are_runs_that_differ_in_objective_topology_or_teacher()
 def test_arms_of_the_first_tables_are_the_file_itself():
     base, found = config.load(evidence.BASE), 0
     for arm, settings in evidence.ARMS.items():
-        if evidence.SMALL[0] not in settings.settings:
+        if evidence_arms.SMALL[0] not in settings.settings:
             chosen = config.load(evidence.BASE, evidence.recipe(arm, 3)["overrides"])
             assert (chosen.data, chosen.model, chosen.train, chosen.eval) == (
                 base.data,
