@@ -31,8 +31,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from tests.benchmarks import evidence_data, report
 from tests.benchmarks.evidence_arms import ARMS, FIRST_SHARDS, MINER, TABLES, Column, Table
+from vlp.eval import confidence
+from vlp.eval.report.records import items_path
 
 BASE = Path(__file__).with_suffix(".yaml").resolve()
 COSTS = {"image_rows": "image rows", "text_rows": "text rows", "cpu_s": "CPU s", "wall_s": "wall s"}
@@ -79,22 +85,29 @@ def main() -> None:
         train(args.run[0], int(args.run[1]))
         return
     if not args.table:
-        evidence_data.make(out / "data")
-        arms = args.arms or list(
-            dict.fromkeys(arm for name in args.tables for arm in TABLES[name].arms)
-        )
-        if "mined" in arms:
-            if finished(out, *MINER) is None:
-                start(out, *MINER)
-            arm, seed = MINER
-            evidence_data.mine(out / "data", out / arm / str(seed), FIRST_SHARDS)
-        todo = [
-            (arm, seed) for seed in args.seeds for arm in arms if finished(out, arm, seed) is None
-        ]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: start(out, *job), todo))
+        of_tables = [arm for name in args.tables for arm in TABLES[name].arms]
+        train_all(out, args.arms or list(dict.fromkeys(of_tables)), args.seeds, args.jobs)
     for name in args.tables:
         show(out, name, TABLES[name], args)
+
+
+def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
+    """Make the data, and every run of these arms that has not finished."""
+    evidence_data.make(out / "data")
+    if "mined" in arms:
+        if finished(out, *MINER) is None:
+            start(out, *MINER)
+        arm, seed = MINER
+        evidence_data.mine(out / "data", out / arm / str(seed), FIRST_SHARDS)
+
+    # What others go on from comes first.
+    begun_with = {ARMS[arm].after or arm: None for arm in arms}
+    then = [arm for arm in arms if arm not in begun_with]
+    for of_wave in (begun_with, then):
+        runs = [(arm, seed) for seed in seeds for arm in of_wave]
+        missing = [run for run in runs if finished(out, *run) is None]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda run: start(out, *run), missing))
 
 
 def recipe(arm: str, seed: int) -> dict[str, Any]:
@@ -108,6 +121,8 @@ def recipe(arm: str, seed: int) -> dict[str, Any]:
         f"seed={seed}",
         f"out={arm}/{seed}",
     ]
+    if chosen.after:
+        overrides.append(f"init_from={chosen.after}/{seed}")
     base = hashlib.sha256(BASE.read_bytes()).hexdigest()[:16]
     return {
         "base": base,
@@ -133,6 +148,7 @@ def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:
     return {
         "cost": cost,
         "results": {r["label"]: r for r in json.loads((run / "results.json").read_text())},
+        "items": items_path(run / "results.json"),
     }
 
 
@@ -221,8 +237,9 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
         print(f"\n{table.title}: no run has finished")
         return
     first = next(iter(runs.values()))[0]
-    rows = [guessing(first["results"], table.columns)]
-    rows += [row(table.arms[arm], found, table.columns) for arm, found in runs.items()]
+    baseline = runs.get(next(iter(table.arms)), [])
+    rows = [guessing(first["results"], table)]
+    rows += [row(table.arms[arm], of_arm, baseline, table) for arm, of_arm in runs.items()]
     commits = ", ".join(sorted({run["cost"]["commit"] for found in runs.values() for run in found}))
     notes = (
         f"{table.notes} Mean ± standard deviation over seeds, {first['cost']['samples']:,} samples "
@@ -233,28 +250,64 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     report.publish(name, table.title, rows, args, notes)
 
 
-def guessing(results: dict[str, Any], columns: dict[str, Column]) -> dict[str, Any]:
+def guessing(results: dict[str, Any], table: Table) -> dict[str, Any]:
     """The row of scores under random guessing, where there is such a thing."""
-    found = {
-        heading: results[label]["chance"].get(score) for heading, (label, score) in columns.items()
+    scores = {}
+    for heading, (label, score) in table.columns.items():
+        chance = results[label]["chance"].get(score)
+        scores[heading] = None if chance is None else chance * unit(heading)
+
+    no_distance = dict.fromkeys(map(distance_heading, table.paired))
+    return {
+        "arm": "chance",
+        "seeds": None,
+        **scores,
+        **no_distance,
+        **dict.fromkeys(COSTS.values()),
     }
-    scores = {
-        heading: value if value is None else value * unit(heading)
-        for heading, value in found.items()
-    }
-    return {"arm": "chance", "seeds": None, **scores, **dict.fromkeys(COSTS.values())}
 
 
-def row(name: str, runs: list[dict[str, Any]], columns: dict[str, Column]) -> dict[str, Any]:
+def row(
+    name: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], table: Table
+) -> dict[str, Any]:
+    """An arm's scores over its seeds, how far they lie from the baseline's, and what it cost."""
     scores = {
         heading: spread([unit(heading) * run["results"][label]["metrics"][score] for run in runs])
-        for heading, (label, score) in columns.items()
+        for heading, (label, score) in table.columns.items()
+    }
+    distances = {
+        distance_heading(heading): distance(runs, baseline, table.columns[heading], unit(heading))
+        for heading in table.paired
     }
     costs = {
         heading: statistics.mean(run["cost"][name] for run in runs)
         for name, heading in COSTS.items()
     }
-    return {"arm": name, "seeds": len(runs), **scores, **costs}
+    return {"arm": name, "seeds": len(runs), **scores, **distances, **costs}
+
+
+def distance(
+    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], column: Column, unit: int
+) -> str | None:
+    """Score minus the baseline's with its 95 % interval, paired over items; None for the baseline,
+    and where not as many of its seeds have finished.
+    """
+    if runs is baseline or len(runs) != len(baseline):
+        return None
+    pair = (mean_outcomes(of_arm, column) for of_arm in (runs, baseline))
+    middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
+    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def distance_heading(heading: str) -> str:
+    return f"{heading.removesuffix(', %')}: distance"
+
+
+def mean_outcomes(runs: list[dict[str, Any]], column: Column) -> Tensor:
+    """What every item gives to a score, [items, 2], as the mean over the seeds."""
+    label, score = column
+    of_seeds = [load_file(run["items"])[f"{label}/{score}"] for run in runs]
+    return torch.stack(of_seeds).double().mean(0)
 
 
 def unit(heading: str) -> int:
