@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.data.stored import destination_file
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
 
@@ -43,7 +44,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or the name of an installed configuration, "
         "whose `data` section names the samples",
     )
-    add("--to", required=True, metavar="FILE", help="file to write, .safetensors")
+    add(
+        "--to",
+        required=True,
+        type=destination_file,
+        metavar="FILE",
+        help="file to write, .safetensors",
+    )
     add("--clusters", type=int, default=10, metavar="K", help="default: %(default)s")
     add(
         "--fit",
@@ -66,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     model = _encoder.Model.named(args)
 
     # One job: the centres are of samples from everywhere.
-    label = Label(args.clusters, args.fit, args.seed, model, Path(args.to))
+    label = Label(args.clusters, args.fit, args.seed, model, args.to)
     for _, report in pool.finished(label, [data]):
         print(report)
     return 0

@@ -83,9 +83,10 @@ def _view_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs
 
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     pool = pool.of_model(args.device)
 
     # A file is named after its shard, so two shards of one name would overwrite each other's.

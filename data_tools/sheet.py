@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlp.data.stored import destination_file
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -49,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--to",
         required=True,
-        type=Path,
+        type=destination_file,
         metavar="FILE",
         help=".html (all captions with their negatives, any script) or .png",
     )

@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from pathlib import Path
 from typing import TypeVar
 
+from vlp.data import stored
+from vlp.data.stored import StoredPath
 from vlp.data_tools._run import local
 from vlp.files import remove_leftovers
 from vlp.locks import held
@@ -168,12 +169,18 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
         if not args.to:
             return run(args)
 
-        folder = Path(args.to)
+        folder = stored.destination(args.to)
         advice = "Wait until it is done, or name another folder with --to"
         part, parts = 1, 1
         if hasattr(args, "part"):
             part, parts = _share(args)
             advice += "; to share the work, give each call its --part K/N"
+
+        if isinstance(folder, StoredPath):
+            from vlp.data_tools._run.writers import writing
+
+            with writing(folder, advice=advice, part=(part, parts)):
+                return run(args)
 
         with held(folder, advice=advice, part=(part, parts)):
             # Files that a killed call left half-written are nobody's, unless another part writes.

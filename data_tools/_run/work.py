@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from vlp.data import stored
 from vlp.data_tools._run.local import WorkerLost
 from vlp.data_tools._run.pool import (
     RANKS,
@@ -100,6 +101,7 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
         raise
 
     # The marks are read again: other machines may have finished theirs meanwhile.
+    stored.bring(job.mark for job in jobs)
     results = [_result(job) for job in jobs]
     n_missing = results.count(None)
     if n_missing:

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     why.
     """
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)

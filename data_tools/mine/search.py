@@ -4,6 +4,7 @@ index of FAISS.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlp.data_tools.mine.store import Store, save
+from vlp.data_tools._run.arrays import save
+from vlp.data_tools.mine.store import Store
 from vlp.eval.search import nearest
 
 if TYPE_CHECKING:
@@ -123,4 +125,4 @@ def _spread(store: Store, side: Side, n: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _read_index(path: Path) -> Any:
     """The index that `build_index` wrote, read once a process."""
-    return nearest.import_faiss().read_index(str(path))
+    return nearest.import_faiss().read_index(os.fspath(path))

@@ -128,6 +128,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
@@ -143,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     claim(folder, "negatives", sources, change.settings())
     results = transform(sources, folder, "negatives", change, pool)
     counts = work.total(results)
@@ -186,9 +187,10 @@ def _change(args: argparse.Namespace) -> AddNegatives:
 
 
 def _rewriter(args: argparse.Namespace) -> Rewriter:
+    from vlp.data.stored import destination
     from vlp.data_tools.negatives.rewriter import Rewriter
 
-    folder = Path(args.to) if args.to else None
+    folder = destination(args.to) if args.to else None
     return Rewriter(model.LanguageModel.of(args, args.rewriter), args.prompt, folder)
 
 

@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
+from vlp.data.stored import destination
 from vlp.data_tools._run import work
 from vlp.data_tools.scenes.folder import write
 from vlp.data_tools.scenes.render import PROOFS, Scene, generate
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
 
     for split, n in n_scenes.items():
-        print(f"{Path(args.to, split)}: {n} scenes")
+        print(f"{destination(args.to) / split}: {n} scenes")
     total = sum(n_scenes.values())
     print(f"{total} scenes in {seconds:.1f} s: {total / seconds:.0f} scenes/s")
     return 0

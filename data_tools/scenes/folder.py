@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vlp.data.stored import destination
 from vlp.data_tools._run.pool import Pool
 from vlp.data_tools.scenes.render import PROOFS, Scene, generate
 
@@ -44,7 +45,7 @@ def write(
     process the calling script needs the usual `if __name__ == "__main__":`, because processes are
     started afresh (a fork may hang once torch ran).
     """
-    folder = Path(folder)
+    folder = destination(folder)
     # Whole rounds: each class, each number and each form of a wrong caption as often as the others.
     n_zeroshot, n_proofs = _whole(n_zeroshot, 56), _whole(n_proofs, 27)
     n_scenes = {
@@ -158,12 +159,12 @@ def _class(scene: Scene, split: str) -> int:
 
 def _describe_sets(folder: Path, n_scenes: dict[str, int]) -> None:
     """The small text files of clip_benchmark's layout, and one index a folder of shards."""
-    from vlp.data.format import index
+    from vlp.data.format import index_written
     from vlp.files import write_atomically
 
     for split in n_scenes:
         if split not in BENCHMARKS:
-            index(sorted((folder / split).glob("*.tar")))
+            index_written(sorted((folder / split).glob("*.tar")))
             continue
 
         # The files that clip_benchmark looks for beside its tars.
