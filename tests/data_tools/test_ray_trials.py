@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ from vlp.data_tools import (
     validate,
 )
 from vlp.data_tools import filter as filtering
-from vlp.data_tools._run import cluster, nodes, on_ray, work
+from vlp.data_tools._run import nodes, on_ray, work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -221,8 +222,6 @@ def start_node(
 
 
 def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) -> None:
-    import ray
-
     # The package of this checkout, of another number.
     other = tmp_path / "other" / "vlp"
     other.mkdir(parents=True)
@@ -233,14 +232,19 @@ def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) ->
     text = (here / "__init__.py").read_text()
     (other / "__init__.py").write_text(text.replace(vlp.__version__, "0.0.9"))
 
-    environment = {**os.environ, "PYTHONPATH": str(other.parent)}
-    node = start_node(running, environment=environment)
+    # From a folder without a vlp of its own, which the nodes would import first.
+    command = [Path(sys.executable).parent / "vlp", "data", "stats", write(tmp_path / "in", 3, 4)]
+    command += ["--to", tmp_path / "out", "--ray", running.address]
+    node = start_node(running, environment={**os.environ, "PYTHONPATH": str(other.parent)})
     try:
-        with pytest.raises(nodes.ClusterError, match=r"node .*: vlp 0\.0\.9 \(code .*\(here 0"):
-            nodes.refuse_differing(nodes.versions(), cluster.versions_of_nodes(ray))
+        tool = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     finally:
         node.terminate()
         node.wait()
+    message = rf"^vlp: nodes .*: node \S+ \(.*\): vlp 0\.0\.9 \(code \w+\) \(here {vlp.__version__}"
+    assert tool.returncode == 1 and re.search(message, tool.stderr), tool.stderr
+    assert "node" in tool.stderr and tool.stderr.count("0.0.9") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_node_that_does_not_see_the_folder_is_named(running: Nodes, tmp_path: Path) -> None:
