@@ -20,16 +20,20 @@ import psutil
 import pytest
 
 import vlp
+from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
+from tests.data_tools import test_stores as stored
 from tests.data_tools.mining import store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
 from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
+from tests.data_tools.test_stores import server  # noqa: F401  # a fixture
 from tests.data_tools.test_work import write
 from tests.data_tools.tools import CAPTIONS, call
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data_tools import (
+    balance,
     counting,
     dedup,
     embed,
@@ -76,7 +80,9 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     rows = store(Path("rows"), *twins())
     clip = tiny_open_clip(Path("clip"))
     cpu = ["--device", "cpu"]
+    Path("queries.txt").write_text("car\ntruck\ndogs\ntable\n")
     trials: list[tuple[Any, Path, list[Any]]] = [
+        (balance, source, ["--queries", "queries.txt", "--cap", 2]),
         (dedup, source, []),
         (dedup, source, ["--against", "twins", "--keep-copies"]),
         (negatives, source, []),
@@ -109,7 +115,19 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     seen = ["--detector", detector, "--threshold", 0.01]
     with pytest.raises(ValueError, match="no caption in in counts anything"):
         call(counting, source, "--to", "seen", *seen, "--ray", running.address)
-    assert len(trials) == 13
+    assert len(trials) == 14
+
+
+def test_a_cluster_reads_and_writes_a_store(
+    running: Nodes,
+    server: Store,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The nodes need see no folder of the machine of the call."""
+    here = stored.local(tmp_path, "filter", tmp_path / "root" / "in", *stored.FILTER)
+    there = ["filter", "s3://bucket/in", *stored.FILTER, "--to", "s3://bucket/out"]
+    assert stored.vlp(*there, "--ray", running.address) == 0
+    assert stored.content(server.root / "out") == here and len(here) > 10
 
 
 def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_path: Path) -> None:
