@@ -159,7 +159,8 @@ class _Workers:
             if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
                 raise WorkerLost(
                     "no process stays alive on the cluster; its logs (/tmp/ray/session_latest/logs "
-                    "on each node) say why. The shards that are finished stay"
+                    "on each node) say why. One without tokens wants RAY_AUTH_MODE=disabled here, "
+                    "too. The shards that are finished stay"
                 )
             return
 

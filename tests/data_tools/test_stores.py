@@ -26,7 +26,7 @@ from tests.data_tools import mining
 from tests.data_tools.tools import CAPTIONS
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
-from vlp.data import asking, fetch, stored, stores
+from vlp.data import asking, stored, stores
 from vlp.data.format import ShardWriter
 from vlp.data.index_file import NAME, open_index
 from vlp.data.paths import expand
