@@ -52,7 +52,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
     monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
-    monkeypatch.setattr(writers, "BEAT_S", 0.02)
+    # The call before is of this process, which lives; it has ended all the same.
+    monkeypatch.setattr(writers, "is_alive", lambda pid: False)
     write_shards(tmp_path / "root" / "in", 6, 2)
     monkeypatch.setattr(stores, "options", {})
     forget_all(monkeypatch)
@@ -151,6 +152,9 @@ TOOLS = {
 }
 
 
+QUICK = ("dedup by cosine", "reshard", "pack")
+
+
 @pytest.fixture
 def material(server: Store) -> Path:
     """What the tools read, in the store."""
@@ -173,7 +177,12 @@ def material(server: Store) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", TOOLS)
+def of_tools() -> list:
+    """All tools, most of them among the slow tests."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TOOLS]
+
+
+@pytest.mark.parametrize("name", of_tools())
 def test_every_tool(name, material, server, tmp_path):
     def called(folder: str, out: str) -> None:
         arguments = [str(word).format(**{"in": folder, "out": out}) for word in TOOLS[name]]
@@ -215,7 +224,10 @@ def walk(server: Store, call: tuple, here: dict[str, bytes], faults: list[list[s
             if status:
                 n_ended += 1
                 assert vlp(*call, f"s3://bucket/{folder}") == 0
-            assert content(server.root / folder) == here, (fault, number)
+            # A note whose removal failed stays, and the call says so.
+            there = content(server.root / folder)
+            there.pop(".writer-1-of-1.json", None)
+            assert there == here, (fault, number)
             n_walked += 1
     assert n_walked >= n_requests
     return n_ended
@@ -243,11 +255,11 @@ def test_every_request_may_fail_in_every_way(server, tmp_path):
 # ---- two calls, several processes, other addresses
 
 
-def test_processes_and_parts_share_the_work(server, tmp_path):
+def test_parts_share_the_work(server, tmp_path):
     here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
     call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
     assert vlp(*call, "--part", "1/2") == 0  # surveys its part
-    assert vlp(*call, "--part", "2/2", "--processes", 2) == 0
+    assert vlp(*call, "--part", "2/2") == 0
     assert vlp(*call, "--part", "1/2") == 0
     assert content(server.root / "out") == here
 
@@ -290,6 +302,7 @@ def test_a_living_call_is_left_alone_and_a_dead_one_is_not(server, monkeypatch, 
     call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
     folder = StoredPath("s3://bucket/out")
     advice = "Wait"
+    monkeypatch.setattr(writers, "BEAT_S", 0.05)
 
     # Another process of another machine: its note changes as long as it lives.
     note = server.root / "out" / ".writer-1-of-1.json"
@@ -344,11 +357,16 @@ def dead_process() -> int:
 # ---- what is refused
 
 
-def test_credentials_that_end_in_mid_run_lose_nothing(server, tmp_path, capsys):
+def test_credentials_that_end_in_mid_run_lose_nothing(server, tmp_path, monkeypatch, capsys):
     here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
     call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
+    forget_all(monkeypatch)
     server.requests.clear()
-    server.refused_from = 40
+    assert vlp(*call[:-1], "s3://bucket/dry") == 0
+    marks = [i for i, one in enumerate(server.requests) if "PUT" in one and "captions.json" in one]
+    forget_all(monkeypatch)
+    server.requests.clear()
+    server.refused_from = marks[-1] + 1
     assert vlp(*call) == 1
     said = capsys.readouterr().err
     assert (
@@ -541,7 +559,7 @@ def test_a_pack_that_was_stopped_while_it_was_sent_is_not_made_again(
     server.refused_from = None
     before = len(server.requests)
     assert vlp(*call, *to) == 0 and "goes on sending" in capsys.readouterr().out
-    put = [request for request in server.requests[before:] if request.startswith("PUT")]
+    put = [one for one in server.requests[before:] if "PUT" in one and ".writer" not in one]
     assert sum(request.endswith(".tar") for request in put) == 4 - n_sent
     assert put[-1].endswith("_index.bin")
 
