@@ -214,8 +214,13 @@ def put(local: Path, place: str) -> None:
         folder, _, last = name.rpartition("/")
         temporary = f"{folder}/.{last}.{uuid4().hex[:12]}.tmp"
         file_system.makedirs(folder, exist_ok=True)
-        file_system.put_file(str(local), temporary)
-        file_system.mv(temporary, name)
+        try:
+            file_system.put_file(str(local), temporary)
+            file_system.mv(temporary, name)
+        except Exception:
+            with contextlib.suppress(Exception):
+                file_system.rm_file(temporary)
+            raise
 
     try:
         _tried(once, "written", place)
