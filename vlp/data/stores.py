@@ -116,9 +116,10 @@ def options_of(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
         key, equals, text = setting.partition("=")
         scheme, colon, name = key.rpartition(":")
         if not (equals and name) or (colon and not scheme):
-            # Without its value, which may be a secret.
+            # Without its value, which may be a secret; without = the whole may be one.
+            shown = f"--storage {key}" if equals else "--storage without ="
             raise ValueError(
-                f"--storage {key}: expected KEY=VALUE or SCHEME:KEY=VALUE, such as "
+                f"{shown}: expected KEY=VALUE or SCHEME:KEY=VALUE, such as "
                 "endpoint_url=http://localhost:9000 or s3:anon=true"
             )
         place = chosen.setdefault(scheme, {})
