@@ -17,6 +17,7 @@ from vlp.data.stored import destination_file
 HELP = "show counts, picture sizes, caption lengths and reading speed of shards"
 EXAMPLE = """vlp data inspect data/train
   vlp data inspect "data/{00000..00041}.tar" --samples 5000 --json summary.json
+                                       (reads a few samples, here: there is no --ray)
 """
 
 

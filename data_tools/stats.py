@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "plots and numbers about pictures and captions of all shards"
 EXAMPLE = """vlp data stats data/train --to stats/train --processes 8
-  srun --ntasks=16 vlp data stats "data/{00000..09999}.tar" --to stats/train
+  vlp data stats "data/{00000..09999}.tar" --to stats/train --ray head:6379
 """
 # What is counted, in the page's order, with what it is on the page.
 PICTURES = {

@@ -50,8 +50,8 @@ DEMO_EXAMPLE = """example:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 128 + n
-    stopped by signal n.
+    """Run one command; returns the exit status: 0 done, 1 refused or failed, 2 wrong usage, 75 put
+    off until data can be had again, 128 + n stopped by signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = build_parser(arguments)
@@ -76,10 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _leave_others()
         return status
     except Stopped as stopped:
-        # As shells and schedulers read a status.
         log.say(f"vlp: {stopped}")
         _leave_others()
-        return 128 + stopped.signum
+        return stopped.status
     except KeyboardInterrupt:
         print("\nvlp: interrupted", file=sys.stderr)
         _fail_others(128 + signal.SIGINT)

@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools.mine.write import AddMined
 
     sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
+    # An exact search multiplies matrices on the device of a model.
+    model_pool = pool.of_model(args.device)
     rules = options.rules(args)
     store = Store(sources, args.embeddings)
     _check(args, store)
@@ -114,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     searches = jobs(sources, folder, "neighbours")
     if not all(job.mark.exists() for job in searches):
         build_index(search)
-    searched = work.carry_out("search", searches, search, pool)
+    search_pool = model_pool if search.method == "exact" else pool
+    searched = work.carry_out("search", searches, search, search_pool)
     if not work.all_done(searched):
         return 0
     (folder / INDEX_FILE).unlink(missing_ok=True)
@@ -125,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     decide = Decide(store, folder, rules, args.find, judge, args.delta)
-    decided = work.carry_out("choose", jobs(sources, folder, "chosen"), decide, pool)
+    judge_pool = model_pool if judge else pool
+    decided = work.carry_out("choose", jobs(sources, folder, "chosen"), decide, judge_pool)
     change = AddMined(store, folder, args.images, judge is not None)
     results = transform(sources, folder, "mine", change, pool)
     counts = work.total(decided) | work.total(results) | _without(searched)

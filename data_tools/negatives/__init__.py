@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
             "nothing to do: name --to DIR to write shards, or --print N to look at negatives"
         )
     sources, pool = expand(args.source), work.pool(args)
+    if args.rewriter:
+        pool = pool.of_model(args.device, alone=True)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
@@ -145,8 +146,6 @@ def run(args: argparse.Namespace) -> int:
 
     folder = destination(args.to)
     claim(folder, "negatives", sources, change.settings())
-    if args.rewriter:
-        pool = replace(pool, processes=1)  # the model takes all cores
     results = transform(sources, folder, "negatives", change, pool)
     counts = work.total(results)
 

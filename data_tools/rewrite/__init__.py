@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             "nothing to do: name --to DIR to write shards, or --print N to look at answers"
         )
     sources, pool = expand(args.source), work.pool(args)
+    pool = pool.of_model(args.device, alone=True)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
@@ -119,7 +120,6 @@ def run(args: argparse.Namespace) -> int:
 
     folder = destination(args.to)
     claim(folder, "rewrite", sources, change.settings())
-    pool = replace(pool, processes=1)  # the model takes all cores
     results = transform(sources, folder, "rewrite", replace(change, folder=folder), pool)
     print(work.report(work.total(results), f"{folder}:"))
     return 0

@@ -25,9 +25,10 @@ STALL_S = 5
 
 class Store(ThreadingHTTPServer):
     """`faults`: how the next bodies of tars, or of files of another `ending`, go wrong, one each:
-    "error", "drop", "stall" or "away".
+    "error", "drop", "stall", "away" or "denied" (401).
 
-    While "away" is the next one, HEAD fails too. `served`: bodies sent whole.
+    While "away" is the next one, HEAD fails too. `served`: bodies sent whole; `n_sent`: bytes of
+    bodies, cut ones included.
 
     `faulty`: how a request of any kind goes wrong, by its number from 0: "error", "drop" before it
     is carried out, "late" after, "stall", or "cut" in the middle of what is sent.
@@ -45,6 +46,7 @@ class Store(ThreadingHTTPServer):
         self.ending = ".tar"
         self.suffered: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
+        self.n_sent: Counter[str] = Counter()
 
         # Of every request, whatever it asks for.
         self.requests: list[str] = []
@@ -224,6 +226,8 @@ class Handler(BaseHTTPRequestHandler):
             fault = "drop"
         if fault == "error":
             status, data = 500, b"try again"
+        elif fault == "denied":
+            status, data = 401, b""
         elif fault == "away" or (not body and self.server.away(name)):
             status, data = 503, b""
         self.send_response(status)
@@ -237,12 +241,14 @@ class Handler(BaseHTTPRequestHandler):
         if not body:
             return
         if fault in ("drop", "stall"):
+            self.server.n_sent[name] += len(data) // 2
             self.wfile.write(data[: len(data) // 2])
             self.wfile.flush()
             if fault == "stall":
                 time.sleep(STALL_S)
             self.close_connection = True
             return
+        self.server.n_sent[name] += len(data)
         self.wfile.write(data)
         self.server.served[name] += status < 300
 
