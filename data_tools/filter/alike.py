@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp.data.stored import source
 from vlp.data_tools._run.arrays import load, save
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Alike:
 
     def files(self) -> list[Path]:
         """The files of the other set's embeddings; raises ValueError where there are none."""
-        files = sorted(Path(self.other).expanduser().glob("*.safetensors"))
+        files = sorted(source(self.other).glob("*.safetensors"))
         if not files:
             raise ValueError(
                 f"--like {self.other} holds no embeddings; make them with `vlp data embed`"

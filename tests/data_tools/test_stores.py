@@ -26,7 +26,7 @@ from tests.data_tools import mining
 from tests.data_tools.tools import CAPTIONS
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
-from vlp.data import fetch, stored, stores
+from vlp.data import asking, stored, stores
 from vlp.data.format import ShardWriter
 from vlp.data.index_file import NAME, open_index
 from vlp.data.paths import expand
@@ -50,7 +50,7 @@ STATE = {
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Three shards of two samples in a store, and here."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
     # The call before is of this process, which lives; it has ended all the same.
     monkeypatch.setattr(writers, "is_alive", lambda pid: False)
@@ -142,6 +142,7 @@ TOOLS = {
     "mine an order": [
         *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--order", 2),
     ],
+    "balance": ["{in}/train", "--queries", "{words}", "--cap", 3, "--to", "{out}"],
     "validate": ["{in}/train", "--json", "{out}/report.json", "--notes", "{out}"],
     "sheet": ["{in}/train", "--to", "{out}/sheet.html", "--samples", 3],
     "scenes": [
@@ -184,8 +185,13 @@ def of_tools() -> list:
 
 @pytest.mark.parametrize("name", of_tools())
 def test_every_tool(name, material, server, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("caption\none\n")
+
     def called(folder: str, out: str) -> None:
-        arguments = [str(word).format(**{"in": folder, "out": out}) for word in TOOLS[name]]
+        arguments = [
+            str(word).format(**{"in": folder, "out": out, "words": words}) for word in TOOLS[name]
+        ]
         status = vlp(name.split()[0], *arguments)
         assert status == 0
 
