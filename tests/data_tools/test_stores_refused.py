@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import shutil
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +22,9 @@ from tests.data_tools.in_stores import (
 )
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
-from vlp.data import stores
+from vlp.data import stored, stores
 from vlp.data.paths import expand
+from vlp.files import write_atomically
 
 # ---- what is refused
 
@@ -133,6 +136,18 @@ class Fixed(Plain):
         raise NotImplementedError("no rename")
 
 
+class Azure(Plain):
+    """One that replaces nothing unless told so, as adlfs."""
+
+    protocol = "abfs"
+
+    def put_file(self, lpath: str, rpath: str, overwrite: bool = False, **_: object) -> None:
+        if Path(rpath).exists() and not overwrite:
+            raise FileExistsError(rpath)
+        Path(rpath).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(lpath, rpath)
+
+
 @pytest.fixture
 def plain(server: Store, monkeypatch: pytest.MonkeyPatch) -> type[Plain]:
     monkeypatch.setattr(Plain, "root", str(server.root))
@@ -148,6 +163,18 @@ def test_a_store_that_shows_parts_is_given_whole_files(plain, server, tmp_path):
     assert content(server.root / "deep" / "out") == here
     named = [Path(path).name for path in plain.renamed]
     assert len(named) > len(here) and all(name.endswith(".tmp") for name in named)
+
+
+def test_what_is_there_is_replaced_in_every_store(plain, server, monkeypatch):
+    # As if adlfs were installed.
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.setitem(registry._registry, "abfs", Azure)
+    for scheme in ("abfs", "plain", "s3"):
+        folder = stored.destination(f"{scheme}://bucket/out")
+        for data in (b"one", b"two"):
+            write_atomically(folder / "a.json", data)
+        kept = server.root / ("out" if scheme == "s3" else "bucket/out") / "a.json"
+        assert kept.read_bytes() == b"two", scheme
 
 
 def test_a_store_without_rename_is_refused_before_work_starts(plain, server, capsys):

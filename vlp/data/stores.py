@@ -19,11 +19,12 @@ from vlp.privacy import address, remember, scrubbed
 
 # Stores that show an object only when all of it is there.
 _AT_ONCE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf")
+_AZURE = ("abfs", "abfss", "az")
 HTTP = ("http", "https")
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a", *HTTP), "'vlp[remote]'"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+    **dict.fromkeys(_AZURE, "adlfs"),
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _TRIES = 4
@@ -208,7 +209,9 @@ def put(local: Path, place: str) -> None:
     def once() -> None:
         file_system, name = _file_system(place)
         if scheme_of(place) in _AT_ONCE:
-            file_system.put_file(str(local), name)
+            # adlfs alone refuses to replace unless told so (0.x `_put_file`).
+            replacing = {"overwrite": True} if scheme_of(place) in _AZURE else {}
+            file_system.put_file(str(local), name, **replacing)
             return
 
         # A reader must not meet a part.
