@@ -127,7 +127,7 @@ def read(path: str, ignore_case: bool = False) -> Queries:
     """
     expected = "expected a .json with a list of texts, or a .txt with a query a line"
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--queries {path} cannot be read ({error}); {expected}") from None
 
