@@ -38,8 +38,8 @@ GRAMMAR = (
 )
 _LEAST_INSIDE = 4  # letters: shorter words stand inside others by chance
 _MAX_NEW_TOKENS = 256
-# RapidOCR brings pictures down to so many pixels, and their shorter side up to 736: a thin one would
-# take gigabytes, or fail.
+# RapidOCR brings the longer side down to so many pixels, and the shorter one up to 736: a thin
+# picture would take gigabytes, or fail.
 _LARGEST = 2000
 _LONGEST = 8  # shorter sides
 _LEAST_LEGIBLE = 6  # pixels
