@@ -38,6 +38,7 @@ HELP = "keep what rules, a list or a model's score let pass; count the rest by r
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3
   vlp data filter data/raw --to data/clean --min-words 3 --languages en
   vlp data filter data/raw --to data/clean --max-repeats 10 --processes 8
+  vlp data filter data/raw --to data/clean --min-side 200 --ray
   vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5"
   vlp data filter data/raw --to data/clean --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
@@ -54,17 +55,19 @@ EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspec
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     rules = rules_of(args)
     tops = tuple(Top.of(text) for text in args.top)
     _refuse_idle(args, rules)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     without_heads = args.like is not None or args.cells is not None
     stored = Stored.of(args.embeddings, args.head, sources, without_heads=without_heads)
     alike = Alike.of(args, stored, len(sources))
     _refuse_fields_nobody_has(rules, tops, stored, args, sources)
     # The dear ones last, so that no weights are read for a command with a mistake in it.
+    model_pool = pool.of_model(args.device) if args.model or args.ocr else pool
     spotter = Spotter.of(args.ocr, args.device, args.max_overlap, args.ocr_field)
     model = _encoder.Model.of(args)
 
@@ -87,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
     shares = None
     if tops:
         asked = model if _asks_cosines(tops) else None
-        shares = surveyed(Survey(folder, tops, stored, asked), sources, pool)
+        survey = Survey(folder, tops, stored, asked)
+        shares = surveyed(survey, sources, model_pool if asked else pool)
         if shares is None:
             return 0
         print(shares.lines())
@@ -97,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Every shard by itself, now that all that is shared is known.
     change = Filter(rules, model, repeated, stored, shares, chosen, spotter)
-    results = transform(sources, folder, "filter", change, pool)
+    results = transform(sources, folder, "filter", change, model_pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
     if work.all_done(results) and not counts["samples written"]:
