@@ -137,6 +137,11 @@ TOOLS = {
     "dedup by cosine": [
         *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--distance", -1),
     ],
+    "filter by a share": [
+        *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded"),
+        *("--head", "near=cosine", "--top", "near=50%"),
+    ],
+    "balance": ["{in}/mined", "--to", "{out}", "--queries", "{in}/queries.txt", "--cap", 5],
     "mine": ["{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--images"],
     "mine an order": [
         *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--order", 2),
@@ -166,6 +171,7 @@ def material(server: Store) -> Path:
         path.unlink()
     mining.write(root / "mined")
     mining.store(root / "embedded", *mining.twins())
+    (root / "queries.txt").write_text("caption\nalso\n7\n")
     write_tar(root / "photos.tar", [(f"{i}.png", encoded(picture(i))) for i in range(4)])
     (root / "photos.csv").write_text(
         "image,caption\n" + "".join(f"{i}.png,a {i}\n" for i in range(4))
