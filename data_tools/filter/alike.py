@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp.data.stored import source
 from vlp.data_tools._run.arrays import load, save
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ class Alike:
 
     def files(self) -> list[Path]:
         """The files of the other set's embeddings; raises ValueError where there are none."""
+        from vlp.data.stored import source
+
         files = sorted(source(self.other).glob("*.safetensors"))
         if not files:
             raise ValueError(

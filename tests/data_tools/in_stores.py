@@ -111,6 +111,7 @@ def material(server: Store) -> Path:
         path.unlink()
     mining.write(root / "mined")
     mining.store(root / "embedded", *mining.twins())
+    (root / "queries.txt").write_text("caption\nalso\n7\n")
     write_tar(root / "photos.tar", [(f"{i}.png", encoded(picture(i))) for i in range(4)])
     (root / "photos.csv").write_text(
         "image,caption\n" + "".join(f"{i}.png,a {i}\n" for i in range(4))

@@ -52,7 +52,11 @@ TOOLS = {
     "mine an order": [
         *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded", "--order", 2),
     ],
-    "balance": ["{in}/train", "--queries", "{words}", "--cap", 3, "--to", "{out}"],
+    "filter by a share": [
+        *("{in}/mined", "--to", "{out}", "--embeddings", "{in}/embedded"),
+        *("--head", "near=cosine", "--top", "near=50%"),
+    ],
+    "balance": ["{in}/mined", "--to", "{out}", "--queries", "{in}/queries.txt", "--cap", 5],
     "validate": ["{in}/train", "--json", "{out}/report.json", "--notes", "{out}"],
     "sheet": ["{in}/train", "--to", "{out}/sheet.html", "--samples", 3],
     "scenes": [
@@ -73,13 +77,8 @@ def of_tools() -> list:
 
 @pytest.mark.parametrize("name", of_tools())
 def test_every_tool(name, material, server, tmp_path):
-    words = tmp_path / "words.txt"
-    words.write_text("caption\none\n")
-
     def called(folder: str, out: str) -> None:
-        arguments = [
-            str(word).format(**{"in": folder, "out": out, "words": words}) for word in TOOLS[name]
-        ]
+        arguments = [str(word).format(**{"in": folder, "out": out}) for word in TOOLS[name]]
         status = vlp(name.split()[0], *arguments)
         assert status == 0
 
