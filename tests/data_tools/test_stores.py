@@ -26,7 +26,7 @@ from tests.data_tools import mining
 from tests.data_tools.tools import CAPTIONS
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
-from vlp.data import fetch, stored, stores
+from vlp.data import asking, stored, stores
 from vlp.data.format import ShardWriter
 from vlp.data.index_file import NAME, open_index
 from vlp.data.paths import expand
@@ -50,7 +50,7 @@ STATE = {
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Three shards of two samples in a store, and here."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
     monkeypatch.setattr(writers, "BEAT_S", 0.02)
     write_shards(tmp_path / "root" / "in", 6, 2)
