@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.losses.family_data import CANDIDATES, CONCEPTS, B, K, L, V
-from vlp.losses.mixing import draws
+from vlp.losses._draws import draws
 from vlp.seeds import derive
 
 

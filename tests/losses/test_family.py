@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import captions_loops, distill_loops
+from tests.losses import captions_loops, distill_loops, one_file_loops, view_loops
 from tests.losses.family_data import (
     CANDIDATES,
     LEAVES,
@@ -132,12 +132,14 @@ FAMILY = [
     ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
     ("hard_negatives", {"form": "intra"}, intra),
     *captions_loops.CASES,
+    *one_file_loops.CASES,
+    *view_loops.CASES,
     ("hard_negatives", {"form": "sigmoid"}, sigmoid),
     ("hard_negatives", {"form": "sigmoid", "negatives": "images"}, mmclip_images),
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 198  # inputs that have a gradient, over all cases
+N_LIVE = 272  # inputs that have a gradient, over all cases
 
 
 def on_rank() -> list[list]:
@@ -176,7 +178,7 @@ def test_objectives_equal_loops(n_ranks):
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
 
-    assert n_cases == 4 * len(FAMILY) == 4 * 65 and n_live == 4 * N_LIVE, (
+    assert n_cases == 4 * len(FAMILY) == 4 * 91 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
 

@@ -114,7 +114,7 @@ def resized(model: DualEncoder, size: int) -> DualEncoder:
     """
     described = copy.deepcopy(model.description())
     described["model_cfg"]["vision_cfg"]["image_size"] = size
-    described["vlp"]["heads"] = {}
+    described["vlp"]["heads"] = {"nonnegative": model.heads_config.nonnegative}
     trained_as = {"model_cfg": model.open_clip_config}
 
     with TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ A loss file holds
 and may hold
     OPTIONAL, or optional(options)   further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               it compares a row with others
-    MIN_VIEWS = 2                    further views of an image that it needs
+    MIN_VIEWS = 2, or min_views(options)    further views of an image that it needs
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
@@ -21,7 +21,7 @@ and may hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -173,7 +173,7 @@ class Objective:
             for name, value in state.items():
                 yield f"{label}/{name}", value
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole.
 
         Collective. ValueError for the state of another objective.

@@ -64,6 +64,15 @@ def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
     return keywords
 
 
+def min_views(plugin: Plugin) -> int:
+    """How many further views of each image a term needs."""
+    module = plugin.module
+    if hasattr(module, "min_views"):
+        n_views: int = module.min_views(plugin.options)
+        return n_views
+    return getattr(module, "MIN_VIEWS", 0)
+
+
 def leaves(plugins: Iterable[Plugin]) -> Iterator[Plugin]:
     """The terms; in place of one that wraps others, those, as WRAPPER.LABEL."""
     for plugin in plugins:
