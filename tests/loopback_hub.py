@@ -21,10 +21,13 @@ TOKEN = "hf_loopbackloopbackloopback"
 class Hub:
     """The state behind the server. `drop`: so many of the next uploads of large files end in a
     closed connection.
+
+    Models and data sets share one set of names.
     """
 
     def __init__(self):
         self.repos, self.blobs, self.uploads, self.drop, self.url = {}, {}, [], 0, ""
+        self.private = set()  # names of repositories that only TOKEN reads
 
     def listing(self, name):
         for path, data in sorted(self.repos[name].items()):
@@ -44,6 +47,16 @@ def git_sha(data):
 
 def is_large(path):
     return path.endswith((".safetensors", ".onnx"))
+
+
+def children(entries, below):
+    """Of files below a folder those that lie in it, and its folders."""
+    direct = {}
+    for entry in entries:
+        name, slash, _ = entry["path"].removeprefix(below).partition("/")
+        folder = {"type": "directory", "path": below + name, "size": 0, "oid": git_sha(b"")}
+        direct[name] = folder if slash else entry
+    return list(direct.values())
 
 
 def revision(files):
@@ -135,14 +148,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         hub, path = self.server.hub, self.path.partition("?")[0]
+        path = path.replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
+        name = re.match(r"(?:/api/models)?/([^/]+/[^/]+)", path)
+        if name and name[1] in hub.private and not self.may_write():
+            return self.answer(401, {"error": "Invalid username or password."})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+(?:/(.+))?", path):
             if match[1] not in hub.repos:
                 return self.missing("RepoNotFound")
-            inside = [
-                e
-                for e in hub.listing(match[1])
-                if not match[2] or e["path"].startswith(f"{match[2]}/")
-            ]
+            below = f"{match[2]}/" if match[2] else ""
+            inside = [e for e in hub.listing(match[1]) if e["path"].startswith(below)]
+            if "recursive=true" not in self.path.lower():
+                inside = children(inside, below)
             return self.answer(200, inside) if inside else self.missing("EntryNotFound")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path):
             if match[1] not in hub.repos:
@@ -156,7 +172,11 @@ class Handler(BaseHTTPRequestHandler):
             if match[2] not in files:
                 return self.missing("EntryNotFound")
             data = files[match[2]]
-            return self.answer(200, data, ETag=f'"{git_sha(data)}"', X_Repo_Commit=revision(files))
+            about = {"ETag": f'"{git_sha(data)}"', "X_Repo_Commit": revision(files)}
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if part is None:
+                return self.answer(200, data, **about)
+            return self.answer(206, data[int(part[1]) : int(part[2]) + 1], **about)
         return self.missing("RepoNotFound")
 
     do_HEAD = do_GET

@@ -134,7 +134,7 @@ def check_use(objective: losses.Objective, config: Config, loader: Loader) -> No
 
     # Terms that compare views with one another need several.
     n_views = loader.widths.get("image_views", 0)
-    for term in objective.plugins:
+    for term in losses.leaves(objective.plugins):
         least = losses.min_views(term)
         if n_views < least:
             raise ValueError(
@@ -151,7 +151,7 @@ def through_queue(objective: losses.Objective) -> set[str]:
 def check_roles(objective: losses.Objective, config: Config) -> None:
     """Refuse weights of captions that are not those of the roles, in the order of their columns."""
     roles = config.data.captions.roles
-    for term in objective.plugins:
+    for term in losses.leaves(objective.plugins):
         weights = list(term.options.weights) if term.name == "captions" else []
         if weights and weights != roles:
             raise ValueError(

@@ -1,4 +1,6 @@
-"""How a run ends before its last step: on a signal that asks it to stop, and on NaN or infinity."""
+"""How a run ends before its last step: on a signal that asks it to stop, for want of data, and on
+NaN or infinity.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,28 @@ import torch
 
 from vlp import checkpoint, dist
 from vlp.config import Config
-from vlp.lifetime import Stopped, StopRequest
+from vlp.data.loader import Loader
+from vlp.data.steps import DataAway
+from vlp.lifetime import PutOff, Stopped, StopRequest
 from vlp.step import NonFiniteError, Training
+
+
+def wait_for_rows(loader: Loader, stop: StopRequest) -> bool:
+    """Whether the next batch is here. It is not where the process is asked to stop meanwhile, or
+    the data are out of reach: this rank then asks all to stop.
+    """
+    try:
+        return loader.wait(lambda: stop.received != 0)
+    except DataAway as error:
+        stop.lacks = str(error)
+        return False
 
 
 def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], None]) -> None:
     """`leave` on every rank if any rank was asked to stop. Collective, and the host waits: for
     moments at which it waits anyway.
     """
-    asked = stop.received != 0
+    asked = stop.asked
     # A signal reaches ranks at different moments; they have to stop at the same step.
     if dist.world_size() > 1:
         vote = torch.full((), float(asked), device=training.engine.device)
@@ -31,13 +46,22 @@ def leave_if_asked(stop: StopRequest, training: Training, save: Callable[[], Non
 
 def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> NoReturn:
     """Save and raise Stopped. Collective."""
-    signum = max(dist.gather_objects(int(stop.received)))
+    requests = dist.gather_objects((int(stop.received), stop.lacks))
     save()
     outcome = "before the first step; there is nothing to save"
     if training.step:
         outcome = f"after step {training.step}; saved"
-    name = signal.Signals(signum).name
-    raise Stopped(signum, f"stopped by {name} {outcome}. Continue with resume=auto")
+
+    # A signal first: where data stall, somebody may have asked because of that.
+    signum = max(signum for signum, _ in requests)
+    if signum:
+        name = signal.Signals(signum).name
+        raise Stopped(signum, f"stopped by {name} {outcome}. Continue with resume=auto")
+    lacks = next(lacks for _, lacks in requests if lacks)
+    raise PutOff(
+        f"{lacks}\nStopped {outcome}. No sample is lost: once the data can be had again, continue "
+        "with resume=auto"
+    )
 
 
 @contextmanager

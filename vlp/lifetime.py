@@ -29,6 +29,17 @@ class Stopped(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+        self.status = 128 + signum  # as shells and schedulers read it
+
+
+class PutOff(Stopped):
+    """A run lacked something that will come again, such as a store, and was saved; the same command
+    goes on later.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(0, message)
+        self.status = os.EX_TEMPFAIL
 
 
 class Interrupted(Exception):
@@ -62,6 +73,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = 0
+        self.lacks = ""  # what the run cannot go on without, in words
         self.may_interrupt = False  # whether a signal ends what the main thread is doing now
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -84,6 +96,11 @@ class StopRequest:
         _pending = None
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process is to stop: by a signal, or for want of something."""
+        return self.received != 0 or self.lacks != ""
 
     @contextmanager
     def console(self) -> Iterator[None]:

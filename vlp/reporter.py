@@ -20,7 +20,7 @@ from vlp.measurements import peak_memory
 
 LARGEST_IGNORED = 0.2  # share of pairs that a term's masks leave out, above which a run is warned
 # what a line of the console leaves to metrics.jsonl
-_UNSHOWN = ("log_n", "text_tokens_s", "peak_resident_gib", "peak_device_gib")
+_UNSHOWN = ("log_n", "text_tokens_s", "peak_resident_gib", "peak_device_gib", "fetched_gb")
 
 
 class Reporter:
@@ -69,6 +69,7 @@ class Reporter:
         now = time.perf_counter()
         scalars = dict(scalars)
         speed = self._speed(step, now, scalars.pop("pictures"), scalars.pop("text_tokens"))
+        speed |= _traffic(scalars)
 
         if self.main:
             speed |= peak_memory()
@@ -169,6 +170,20 @@ class Reporter:
         if self.main:
             self.metrics.close()
             self.trackers.close()
+
+
+def _traffic(scalars: dict[str, float]) -> dict[str, float]:
+    """What all ranks fetched of remote shards, and how many times the bytes of the samples read
+    that is; taken out of `scalars`, the means of all ranks.
+    """
+    fetched_bytes = scalars.pop("fetched_bytes", None)
+    used_bytes = scalars.pop("used_bytes", None)
+    if fetched_bytes is None or not used_bytes:
+        return {}
+    return {
+        "fetched_gb": fetched_bytes * dist.world_size() / 1e9,
+        "read_amplification": fetched_bytes / used_bytes,
+    }
 
 
 def scores_of(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from vlp.assembly import Part, Run, begin, set_up
 from vlp.checks import check_batch, check_teacher
 from vlp.config import Config
 from vlp.data import server
-from vlp.leaving import explained, leave, leave_if_asked
+from vlp.leaving import explained, leave, leave_if_asked, wait_for_rows
 from vlp.lifetime import Interrupted, StopRequest
 from vlp.measurements import means_over_ranks
 from vlp.midway import Evaluate, Midway
@@ -124,7 +124,7 @@ def loop(
     with explained(config), closing(saver):
         while training.step < plan.end and watch.reason() is None:
             with report.waiting():
-                ready = loader.wait(lambda: stop.received != 0)
+                ready = wait_for_rows(loader, stop)
 
             # A rank alone stops at once. Among several the vote travels with a step, for which a
             # rank that got no rows takes part with its last ones; before it had any, all meet here.
@@ -136,7 +136,7 @@ def loop(
             logged = training.step == 0 or plan.due(config.log.every, training.step + 1)
             with fitting(config.train):
                 scalars = train_step(
-                    training, batch, measure=logged, stop=stop.received != 0, void=not ready
+                    training, batch, measure=logged, stop=stop.asked, void=not ready
                 )
             scalars |= selection_scalars
 
@@ -149,7 +149,7 @@ def loop(
                 settle(training)
 
             if logged and training.step == step:
-                values = means_over_ranks(scalars)
+                values = means_over_ranks(scalars | loader.traffic())
                 if training.may_skip:
                     values["skipped"] = float(training.skipped)
                 with stop.console():

@@ -66,6 +66,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "hard_negatives.intra": {"form": "intra"},
     "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
     "captions.decoupled": {"form": "decoupled"},
+    "matryoshka": {},
 }
 
 

@@ -15,17 +15,18 @@ import pytest
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import joined, same, take
 from vlp.config import Captions
-from vlp.data import fetch
+from vlp.data import asking
 from vlp.data.fetch import Cache
 from vlp.data.loader import DataError
 from vlp.data.sources import remote as module
+from vlp.schema import ConfigError
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """40 shards of 10 samples behind an address, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     return write_shards(tmp_path / "bucket", 400, 10)
 
 
@@ -41,9 +42,11 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
     fetched: Counter[str] = Counter()
     real = Cache._fetch
     monkeypatch.setattr(
-        Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1]
+        Cache,
+        "_fetch",
+        lambda self, url, *rest: (fetched.update([url]), real(self, url, *rest))[1],
     )
-    loader = loader_of(data_of(remote(bucket)), 10)
+    loader = loader_of(data_of(remote(bucket), lanes=1), 10)
     assert loader.n_samples == 400 and not fetched  # the index beside the shards was enough
     next(loader)
     assert sum(fetched.values()) <= 8
@@ -57,13 +60,45 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
 
 def test_ranks_workers_and_resuming_change_nothing(bucket):
     data = data_of(remote(bucket), workers=2)
-    reference = take(loader_of(data_of(remote(bucket)), 8), 60)
+    reference = take(loader_of(data_of(remote(bucket)), 8), 25)
     loader = loader_of(data, 8)
-    assert all(same(next(loader), batch) for batch in reference[:20])
-    ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=4) for r in range(4)]
-    for rank in ranks:
-        rank.load_state_dict(loader.state_dict())
-    assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[20:])
+    assert all(same(next(loader), batch) for batch in reference[:5])
+    for world in (1, 2, 4):
+        ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=world) for r in range(world)]
+        for rank in ranks:
+            rank.load_state_dict(loader.state_dict())
+        assert all(same(joined([next(rank) for rank in ranks]), batch) for batch in reference[5:])
+
+
+def test_a_run_that_began_before_there_were_lanes_goes_on_in_its_order(bucket):
+    before = loader_of(data_of(remote(bucket), lanes=1), 8)
+    reference = take(before, 6)
+    state = loader_of(data_of(remote(bucket), lanes=1), 8).state_dict(3)
+    assert state.pop("lanes") == 1 and state.pop("windows") == [3]
+
+    loader = loader_of(data_of(remote(bucket)), 8)
+    assert not same(next(loader), reference[0])  # in as many lanes as its window has shards
+    loader.load_state_dict(state)
+    assert all(same(next(loader), batch) for batch in reference[3:])
+    assert loader.state_dict()["lanes"] == 1
+
+    with pytest.raises(DataError, match="lanes was 1, is 4"):
+        loader_of(data_of(remote(bucket), lanes=4), 8).load_state_dict(state)
+    state |= {"lanes": 3, "windows": [9]}
+    with pytest.raises(DataError, match=r"windows was \[9\], is \[3\]"):
+        loader_of(data_of(remote(bucket)), 8).load_state_dict(state)
+
+
+def test_lanes_that_no_shards_can_be_dealt_to_are_refused(bucket, tmp_path):
+    local = {"name": "shards", "path": str(bucket)}
+    for source, options, reason in (
+        (local, {}, "no source fetches its shards"),
+        (remote(bucket), {"shuffle": False}, "shuffle is false"),
+    ):
+        with pytest.raises(ValueError, match=f"data.lanes is 2, but .*{reason}"):
+            loader_of(data_of(source, lanes=2, **options), 8)
+    with pytest.raises(ConfigError, match="lanes is 0; expected at least 1"):
+        data_of(local, lanes=0)
 
 
 def test_braces_lists_mixing_and_local_sources(bucket, tmp_path):
@@ -109,13 +144,14 @@ def test_the_cache_stays_within_its_bound(bucket, tmp_path):
 
 
 class Flaky:
-    """Fails every address `failures` times with `error`, then works."""
+    """Fails every address with this ending `failures` times with `error`, then works."""
 
-    def __init__(self, failures: int, error: Exception) -> None:
+    def __init__(self, failures: int, error: Exception, ending: str = ".tar") -> None:
         self.failures, self.error, self.seen, self.real = failures, error, Counter(), fsspec.open
+        self.ending = ending
 
     def __call__(self, url, *args, **kwargs):
-        if str(url).endswith(".tar"):
+        if str(url).endswith(self.ending):
             self.seen[url] += 1
             if self.seen[url] <= self.failures:
                 raise self.error
@@ -137,7 +173,7 @@ def test_failures_are_tried_again(bucket, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (TimeoutError("timed out"), r"cannot fetch .*tar \(4 tries\): TimeoutError: timed out"),
+        (TimeoutError("timed out"), r"gave no shard for .*cannot fetch .*TimeoutError: timed out"),
         (
             OSError(errno.ENOSPC, "No space left on device"),
             r"is full, set cache_gb lower or VLP_CACHE elsewhere",
@@ -149,12 +185,12 @@ def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(
 ):
     monkeypatch.setattr(fsspec, "open", Flaky(10**6, error))
     with pytest.raises(DataError, match=message):
-        next(loader_of(data_of(remote(bucket)), 10))
+        next(loader_of(data_of(remote(bucket, patience_s=0.1)), 10))
 
 
 def test_a_shard_that_failed_rests_before_it_is_tried_again(bucket, monkeypatch):
     source = module.open(module.Options(f"file://{bucket}/"), Captions())
-    flaky = Flaky(4, ConnectionResetError("connection reset"))
+    flaky = Flaky(4, ConnectionResetError("connection reset"), "00000.tar")
     monkeypatch.setattr(fsspec, "open", flaky)
     for i in range(10):
         with pytest.raises(OSError, match=r"cannot fetch .*00000.tar \(4 tries\)"):
@@ -168,7 +204,9 @@ def test_a_shard_is_fetched_by_one_of_many_at_a_time(bucket, monkeypatch):
     fetched: Counter[str] = Counter()
     real = Cache._fetch
     monkeypatch.setattr(
-        Cache, "_fetch", lambda self, url, path: (fetched.update([url]), real(self, url, path))[1]
+        Cache,
+        "_fetch",
+        lambda self, url, *rest: (fetched.update([url]), real(self, url, *rest))[1],
     )
     cache = Cache(10**9)
     with ThreadPool(8) as pool:

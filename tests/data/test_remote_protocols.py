@@ -11,16 +11,18 @@ import pytest
 from tests.data.loopback_store import store
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import same, take
-from vlp.data import fetch
+from tests.loopback_hub import TOKEN, loopback_hub
+from vlp.data import asking, fetch
 from vlp.data.loader import DataError
 from vlp.data.sources import shards as shard_files
+from vlp.data.steps import DataAway
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """20 shards of 10 samples on a server, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fetch, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
     write_shards(tmp_path / "root" / "train", 200, 10)
     with store(tmp_path / "root") as running:
         yield running
@@ -92,12 +94,71 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
 
 
 def test_a_server_that_never_recovers_ends_the_run_with_its_name(server):
-    loader = loader_of(data_of(http(server)), 10)
+    loader = loader_of(data_of({**http(server), "patience_s": 0.2}), 10)
     server.faults = ["error"] * 1000
     with pytest.raises(
-        DataError, match=r"cannot fetch http://127.0.0.1:\d+/train/\d+.tar \(4 tries\): .*500"
+        DataError, match=r"gave no shard for .*http://127.0.0.1:\d+/train/\d+.tar \(.*500"
     ):
         take(loader, 5)
+
+
+# ---- the Hub
+
+
+@pytest.fixture
+def hub(server):
+    """The shards in a data set of a Hub, where one repository is private."""
+    with loopback_hub() as running:
+        folder = server.root / "train"
+        files = {f"train/{path.name}": path.read_bytes() for path in folder.iterdir()}
+        running.repos |= {"me/pairs": files, "me/secret": files}
+        running.private.add("me/secret")
+        yield running
+
+
+def on_hub(hub, path: str, token: str | bool = False) -> dict:
+    storage = {"endpoint": hub.url, "token": token}
+    return {"name": "remote", "path": f"hf://datasets/{path}", "window": 2, "storage": storage}
+
+
+@pytest.mark.parametrize(
+    ("path", "token"),
+    [
+        ("me/pairs/train/", False),
+        ("me/pairs@main/train/{00000..00019}.tar", False),
+        ("me/secret/train/", TOKEN),
+    ],
+)
+def test_shards_of_the_hub_are_those_of_the_same_files_here(server, hub, path, token):
+    here = {"name": "remote", "path": f"file://{server.root}/train/", "window": 2}
+    reference = take(loader_of(data_of(here), 10), 3)
+    loader = loader_of(data_of(on_hub(hub, path, token)), 10)
+    # The index beside the shards was enough to know them.
+    assert loader.n_samples == 200
+    assert all(same(next(loader), batch) for batch in reference)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("me/secret/train/", "no shard at .*401.*; the server refuses it: .* such as a token"),
+        ("me/secret/train/{00000..00019}.tar", "no shard at .*401.* such as a token"),
+        ("me/none/train/", "no shard at .*repository not found"),
+        ("me/pairs/none/", "names no shards"),
+        ("me/pairs/train/00020.tar", r"no shard at datasets/me/pairs/train/00020.tar$"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_told_before_anything_starts(hub, path, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(data_of(on_hub(hub, path)), 10)
+
+
+def test_a_token_that_expires_in_mid_run_is_told(hub):
+    loader = loader_of(data_of(on_hub(hub, "me/pairs/train/")), 10)
+    take(loader, 2)
+    hub.private.add("me/pairs")
+    with pytest.raises(DataAway, match=r"step \d+: hf://.*/train refuses what it gave before.*401"):
+        take(loader, 30)
 
 
 # ---- the cache

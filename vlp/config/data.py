@@ -187,6 +187,9 @@ class Data:
     together: int = 1
     # independent uniform draws (within a source's share) instead of whole epochs
     replacement: bool = False
+    # V: parts of every batch that fetch shards of their own, where shards are remote. A multiple of
+    # the nodes lets each node fetch its share only; auto: as many as the widest window has shards
+    lanes: int | Literal["auto"] = "auto"
     shuffle: bool = True  # a new order every epoch; false: the order of the data
     # what pairs share that are of one kind: caption (but for case, blanks and the stop at its end),
     # origin, or a field of the JSON such as class; None: what the terms' `positives` say
@@ -203,6 +206,8 @@ class Data:
             )
         if self.negative_images < 1:
             raise ValueError(f"negative_images is {self.negative_images}; expected at least 1")
+        if self.lanes != "auto" and self.lanes < 1:
+            raise ValueError(f"lanes is {self.lanes}; expected at least 1, or auto")
         negative = self.workers != "auto" and self.workers < 0
         if negative or self.together < 1 or not 0 <= self.bad_share <= 1:
             raise ValueError(

@@ -13,16 +13,18 @@ _INT64_MAX = 2**63 - 1
 
 
 class Deal:
-    """Draws dealt so evenly that among any first n each source has its share, to within one draw a
-    source.
+    """Draws dealt so evenly that of any first n no source lacks a whole draw of its share; one that
+    takes what others left has less than a draw too many for each of them.
 
     The sources take turns: each takes its part of what those before it left, ⌊x · share / left⌋ of
     the first x draws. So its count is a chain of floors, and draw x belongs to the source whose
     count grows with it. Sources whose share of a batch of `n_draws` is a whole number come first,
-    because only what whole numbers leave is exact: they have as many in every batch.
+    because only what whole numbers leave is exact: they have as many in every batch. So the order
+    is one of the batch's size, too.
     """
 
     def __init__(self, shares: Sequence[Fraction], n_draws: int) -> None:
+        self.n_draws = n_draws
         total = sum(shares, Fraction())
 
         def fills_no_whole_draws(s: int) -> bool:
@@ -66,3 +68,35 @@ class Deal:
             before = before - taken_before
             after = after - taken_after
         return source, count
+
+    def in_lanes(self, draws: np.ndarray, n_lanes: int) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each draw [n], and which draw of its source it is [n], int64, where each
+        lane (`vlp.data.lanes`) deals its own draws.
+
+        draws: their numbers, those of a lane following one another. A batch of `n_draws`, which
+        the lanes divide, has each source's share to within one draw; all draws up to one have it to
+        within one a lane.
+        """
+        sources = np.empty_like(draws)
+        numbers = np.empty_like(draws)
+        turns, lanes = np.divmod(draws, n_lanes)
+        for lane in np.unique(lanes).tolist():
+            here = np.flatnonzero(lanes == lane)
+
+            # A lane begins where the one before it ends its first batch. So what the lanes deal for
+            # one batch is always consecutive.
+            begin = lane * self.n_draws // n_lanes
+            of_lane, count = self(begin + int(turns[here[0]]), len(here))
+            sources[here] = of_lane
+            # Numbered as draws are, so that no two lanes have one.
+            numbers[here] = (count - self._before(begin)[of_lane]) * n_lanes + lane
+        return sources, numbers
+
+    def _before(self, first: int) -> np.ndarray:
+        """How many of the first draws up to number `first` each source had, int64 [sources]."""
+        counts = np.empty(len(self.turns), np.int64)
+        left = first
+        for s, numerator, denominator in self.turns:
+            counts[s] = left * numerator // denominator
+            left -= int(counts[s])
+        return counts

@@ -5,40 +5,61 @@ atomic, checked by digest, oldest out first.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import fsspec
 
 from vlp import caches, log
 from vlp.caches import cache_folder
+from vlp.data.asking import TRIES, is_absent, tried
 from vlp.files import write_atomically
 from vlp.privacy import address
 
 _CHUNK = 8 << 20
-_TRIES = 4
-_PAUSE_S = 1.0  # before the second try; doubled before each further one
-_TOO_MANY = 429  # requests, says http: later ones are answered
-_FULL = "; the disk of {} is full, set cache_gb lower or VLP_CACHE elsewhere"
-_Result = TypeVar("_Result")
 
 
 # What a store says of a file's content, the surest first; names differ between stores.
 _VERSIONS = (
     "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "crc32c",
-    "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
+    "blob_id", "LastModified", "last_modified", "Last-Modified", "updated", "mtime",
 )  # fmt: skip
+
+_LOOKS_S = 0.05  # between two looks at a lock that another process holds
+_ABANDONED_S = 86400  # age at which an unfinished file has lost its writer
 
 # Copies that this process has seen to be whole: inode, size and time of change, by path and run.
 _sound: dict[tuple[Path, float], tuple[int, int, int]] = {}
+
+
+class Traffic:
+    """Counts the bytes that this process got from stores, in all of its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_bytes = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Traffic, ()  # each process counts by itself
+
+    def add(self, n_bytes: int) -> None:
+        with self._lock:
+            self._n_bytes += n_bytes
+
+    def take(self) -> int:
+        """The bytes since the last call."""
+        with self._lock:
+            n_bytes, self._n_bytes = self._n_bytes, 0
+        return n_bytes
 
 
 @dataclass(frozen=True)
@@ -57,27 +78,46 @@ class Cache:
     versions: dict[str, str] = field(default_factory=dict)  # of the files, by `privacy.address`
     since: float = field(default_factory=time.time)  # when the run began
     folder: Path = field(default_factory=lambda: cache_folder() / "shards")
+    traffic: Traffic = field(default_factory=Traffic)
 
-    def get(self, url: str) -> str:
-        """The path of a whole copy, fetched if need be; raises OSError after several tries."""
+    def get(self, url: str, until: float = math.inf, lock_until: float | None = None) -> str:
+        """The path of a whole copy, fetched if need be; raises OSError after several tries.
+
+        until: no try is begun later (of time.monotonic); lock_until: so long another process that
+        fetches the file is waited for, if not until then.
+        """
+        lock_until = until if lock_until is None else lock_until
         path = self.place(url)
         # What is read later must not be cleared away meanwhile.
         caches.hold(path.parent)
-        for _ in range(_TRIES):
-            if self._take(path):
+        for _ in range(TRIES):
+            if self.at_hand(url):
                 return str(path)
 
             path.parent.mkdir(parents=True, exist_ok=True)
             # Others wait here for the one that checks or fetches.
-            with _locked(path.with_suffix(".lock")):
+            with _locked(path.with_suffix(".lock"), lock_until):
                 if not self._check(path):
-                    self._fetch(url, path)
+                    self._fetch(url, path, until)
 
         # Each time another process made room between the fetch and the use.
         raise OSError(
             f"the cache {path.parent} is too small: copies vanish before they are read; "
             "set cache_gb higher"
         )
+
+    def fetch_ahead(self, url: str) -> None:
+        """Fetch a copy that will be needed, unless another process does so already."""
+        self.get(url, lock_until=0)
+
+    def answers(self, url: str) -> bool:
+        """Whether the store gives the first byte of a file, or says that there is none."""
+        try:
+            with fsspec.open(url, "rb", **self.storage) as source:
+                return len(source.read(1)) == 1
+        # Each file system has errors of its own.
+        except Exception as error:
+            return is_absent(error, url)
 
     def drop_if_changed(self, url: str, size: int, version: str) -> bool:
         """Remove the copy of a file that has another size now, or another version where the store
@@ -105,10 +145,11 @@ class Cache:
         folder, name = folder_and_name(url)
         return self.folder / hashlib.sha256(folder.encode()).hexdigest()[:16] / name
 
-    def _take(self, path: Path) -> bool:
+    def at_hand(self, url: str) -> bool:
         """Whether a copy is there that this process has seen to be whole; if so, it counts as used
         now.
         """
+        path = self.place(url)
         try:
             status = path.stat()
             if _sound.get((path, self.since)) != _identity(status):
@@ -143,7 +184,7 @@ class Cache:
         _sound[path, self.since] = _identity(status)
         return True
 
-    def _fetch(self, url: str, path: Path) -> None:
+    def _fetch(self, url: str, path: Path, until: float) -> None:
         """Fetch a file, in several tries; raises OSError. The lock of its copy is held."""
         # Whoever holds the lock overwrites what a killed process left.
         temporary = path.with_name(f".{path.name}.tmp")
@@ -154,14 +195,16 @@ class Cache:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        tried(once, url, path.parent, is_final=lambda error: _absent(error, url))
+        tried(once, url, path.parent, lambda error: is_absent(error, url), until)
 
     def _fetch_once(self, url: str, path: Path, temporary: Path) -> None:
         """Fetch a file and its note in one try."""
         with fsspec.open(url, "rb", **self.storage) as source, open(temporary, "wb") as target:
             expected = getattr(source, "size", None)
-            self._make_room(expected or 0, keep=path)
-            digest = _copy(source, target)
+            # Its whole size at once, so that others which make room count it.
+            target.truncate(expected or 0)
+            self._make_room(keep=path)
+            digest = self._copy(source, target)
 
             # A connection that breaks off may end like a file.
             if expected is not None and target.tell() != expected:
@@ -179,51 +222,43 @@ class Cache:
         write_atomically(_note(path), json.dumps(note).encode())
         _sound[path, self.since] = _identity(status)
 
-    def _make_room(self, n_bytes: int, keep: Path) -> None:
-        """Remove the copies unused for longest until `n_bytes` more fit. Processes that have one
-        open keep reading it.
+    def _copy(self, source: BinaryIO, target: BinaryIO) -> str:
+        """Copy a file and return its SHA-256."""
+        digest = hashlib.sha256()
+        for chunk in iter(lambda: source.read(_CHUNK), b""):
+            # Also what is thrown away, where the rest does not come.
+            self.traffic.add(len(chunk))
+            digest.update(chunk)
+            target.write(chunk)
+        return digest.hexdigest()
+
+    def _make_room(self, keep: Path) -> None:
+        """Remove the copies unused for longest until all fit, those that are being fetched
+        included. Processes that have one open keep reading it.
         """
         copies = []
-        for copy in self.folder.glob("*/*"):
-            if copy.name.startswith(".") or copy.suffix == ".lock":
+        n_bytes = 0
+        for file in self.folder.glob("*/*"):
+            is_unfinished = file.name.startswith(".") and file.suffix == ".tmp"
+            if file.suffix == ".lock" or (file.name.startswith(".") and not is_unfinished):
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process removed it meanwhile
-                status = copy.stat()
-                copies.append((status.st_atime, status.st_size, copy))
+                status = file.stat()
+                if is_unfinished and status.st_mtime < time.time() - _ABANDONED_S:
+                    file.unlink()
+                    continue
+                n_bytes += status.st_size
+                if not is_unfinished:
+                    copies.append((status.st_atime, status.st_size, file))
 
-        # Files that are being written, notes and locks are not counted.
-        excess = sum(size for _, size, _ in copies) + n_bytes - self.limit_bytes
+        # Notes and locks are not counted.
+        excess = n_bytes - self.limit_bytes
         for _, size, copy in sorted(copies):
             if excess <= 0:
                 break
             if copy != keep:
                 copy.unlink(missing_ok=True)
                 excess -= size
-
-
-def tried(
-    work: Callable[[], _Result], url: str, folder: Path, is_final: Callable[[Exception], bool]
-) -> _Result:
-    """What `work` returns, which asks a store for `url` and may write into `folder`; raises OSError
-    after several tries, and at once an error that `is_final`.
-    """
-    for attempt in range(_TRIES):
-        try:
-            return work()
-        # Each file system has errors of its own; all are tried again and then OSErrors.
-        except Exception as error:
-            if is_final(error):
-                raise
-
-            # Waiting frees no disk.
-            is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            if is_full or attempt == _TRIES - 1:
-                hint = _FULL.format(folder) if is_full else ""
-                raise OSError(
-                    f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
-                ) from error
-            time.sleep(_PAUSE_S * 2**attempt)
-    raise AssertionError("the last try returns or raises")
 
 
 def folder_and_name(url: str) -> tuple[str, str]:
@@ -264,60 +299,21 @@ def _read_note(path: Path) -> dict[str, Any] | None:
     return note if whole else None
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> str:
-    """Copy a file and return its SHA-256."""
-    digest = hashlib.sha256()
-    for chunk in iter(lambda: source.read(_CHUNK), b""):
-        digest.update(chunk)
-        target.write(chunk)
-    return digest.hexdigest()
-
-
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _told(error: Exception) -> str:
-    """An error in words. fsspec hides what http met behind a FileNotFoundError."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
-    return f"{type(cause).__name__}: {cause}"
-
-
-def _absent(error: Exception, url: str) -> bool:
-    """Whether there is no such file. fsspec's http says so of every failure to open: 503, refused
-    connections, timeouts.
-    """
-    return isinstance(error, FileNotFoundError) and _status(error, url) == 404
-
-
-def is_refused(error: Exception, url: str) -> bool:
-    """Whether there is no such file, or no right to it, or no package for its kind of address."""
-    if isinstance(error, ImportError):
-        return True
-    status = _status(error, url) if isinstance(error, FileNotFoundError | PermissionError) else 0
-    return 400 <= status < 500 and status != _TOO_MANY
-
-
-def _status(error: Exception, url: str) -> int:
-    """What http answered, or 0 where it did not; 404 where a file system of another kind knows no
-    such file.
-    """
-    if not url.startswith(("http://", "https://")):
-        return 404
-
-    # fsspec hides one such error behind another where the address has a query.
-    cause: BaseException = error
-    while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, FileNotFoundError | PermissionError):
-        return 404
-    return getattr(cause, "status", None) or 0
-
-
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that vanishes with the process."""
+def _locked(path: Path, until: float) -> Iterator[None]:
+    """Hold a lock that vanishes with the process; OSError where another has it `until` then."""
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise OSError(f"another process still fetches {path.stem}") from None
+                time.sleep(_LOOKS_S)
         yield

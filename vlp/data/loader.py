@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlp import dist, log
 from vlp.config import Data
@@ -94,7 +95,7 @@ class Loader:
             plugin.module.open(plugin.options, data.captions) for plugin in data.sources
         ]
         weights = [plugin.common.weight for plugin in data.sources]
-        drawing = sequence.drawing(data, batch // world, mixture)
+        drawing = sequence.drawing(data, self.sources, batch // world, mixture)
         self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)
         self.n_samples = self._mixture.n_samples
         self._data, self._seed, self._rank, self._world = data, seed, rank, world
@@ -124,6 +125,7 @@ class Loader:
             )
         self._pixels = pixels
         self._make(batch, image, text)
+        self._check_room()
         self._batches: list[tuple[int, int]] = [(0, batch)]
         self._content = [source.contents() for source in self._mixture.sources]
 
@@ -133,6 +135,9 @@ class Loader:
         self._made: list[tuple[Batch, Report]] = []  # parts of the next step
         self._next: tuple[Batch, Report] | None = None  # made, not yet taken
         self._bad_share = data.bad_share
+        # A source that waits longer ends the wait by itself, and says for what.
+        patience_s = max(source.patience_s for source in self.sources)
+        self._stall_s = max(_STALL_S, 2 * patience_s)
         # The first hundred bad samples: id, key, reason.
         self.bad: list[tuple[int, str, str]] = []
         self.n_left_out = sequence.n_left_out(self._mixture)
@@ -222,19 +227,17 @@ class Loader:
         check_shared_memory(steps.nbytes, n_workers, n_ranks, parts=steps.parts)
         return n_workers
 
+    def _check_room(self) -> None:
+        """ValueError where the shards that this machine reads at once do not fit into its cache."""
+        n_ranks = min(self._world, dist.local_world_size())
+        first_rank = self._rank // n_ranks * n_ranks
+        at_once = self._mixture.shards_at_once(first_rank, n_ranks, self._world)
+        for source, n_shards in zip(self._mixture.sources, at_once):
+            source.check_room(n_shards)
+
     def problems(self) -> list[str]:
         """Sentences on what the sources left out or found odd."""
-        problems: list[str] = []
-        for source in self._mixture.sources:
-            problems += source.problems()
-
-        for s, units in enumerate(self._mixture.units):
-            if units.n_left_out:
-                problems.append(
-                    f"source {s}: {units.n_left_out} samples of origins with fewer than "
-                    f"data.together = {self._mixture.together}"
-                )
-        return problems
+        return sequence.problems(self._mixture)
 
     def __iter__(self) -> Loader:
         return self
@@ -263,9 +266,9 @@ class Loader:
                 self._next, self._made = joined(self._made), []
 
             waited_s = time.perf_counter() - started
-            if self._next is None and waited_s > _STALL_S:
+            if self._next is None and waited_s > self._stall_s:
                 raise DataError(
-                    f"step {self._position} took more than {_STALL_S} s to load: "
+                    f"step {self._position} took more than {self._stall_s:g} s to load: "
                     "a stalled disk, mount or server?"
                 )
         self._waited_s += time.perf_counter() - started
@@ -286,6 +289,8 @@ class Loader:
         self._position += 1
         self._n_truncated += report.n_truncated
         self._n_texts += report.n_texts
+        self._fetched_bytes += report.fetched_bytes
+        self._used_bytes += report.used_bytes
         self._count_bad(report)
         if self._n_texts >= _CUT_TOLD_AFTER:
             self._warn_of_cut()
@@ -299,6 +304,15 @@ class Loader:
             "left_out_samples": self.n_left_out,
             "waited_s": self._waited_s,
         }
+
+    def traffic(self) -> dict[str, Tensor]:
+        """Since the start or the last `go_to`: bytes of remote shards that this rank fetched, and
+        of samples that it read of them; empty where no shards are remote.
+        """
+        if not any(source.window for source in self.sources):
+            return {}
+        counts = {"fetched_bytes": self._fetched_bytes, "used_bytes": self._used_bytes}
+        return {name: torch.tensor(float(n), dtype=torch.float64) for name, n in counts.items()}
 
     def state_dict(self, step: int | None = None) -> dict[str, Any]:
         """The next step, or an earlier one to go on from, and what the sequence depends on;
@@ -315,10 +329,9 @@ class Loader:
         sequence would differ.
         """
         saved = {name: value for name, value in state.items() if name not in ("step", "content")}
-        identity = self._identity(int(state["step"]))
-        # Of a run that began earlier, it is compared as it was then.
-        before = str(saved.get("sources"))
-        identity["sources"] = sequence.sources_digest(self._mixture.sources, like=before)
+        identity, saved = sequence.comparable(
+            self._mixture, self._data, self._identity(int(state["step"])), saved
+        )
         differences = [
             f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
             for name in identity | saved
@@ -338,6 +351,8 @@ class Loader:
                 "restore it, or start a new run with init_from=CHECKPOINT"
             )
 
+        # Of a run that began without lanes, a machine reads more at once.
+        self._check_room()
         self.go_to(int(state["step"]))
 
     def go_to(self, step: int) -> None:
@@ -356,6 +371,7 @@ class Loader:
     def _reset_counters(self) -> None:
         self._n_bad = self._n_truncated = self._n_texts = 0
         self._waited_s = 0.0
+        self._fetched_bytes = self._used_bytes = 0
 
     def _warn_of_cut(self) -> None:
         """Say once a run which share of the captions does not fit the text tower."""

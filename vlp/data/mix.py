@@ -6,13 +6,12 @@ one origin, which stand next to each other in their batch. Units of all steps ar
 step · B/G + position. Without weights an epoch is one pseudo-random permutation of all N units of
 all sources, cut into whole batches; what remains at its end is left out (other units each epoch).
 With weights every source runs through permutations of its own, one after another, and the draws are
-dealt to the sources so evenly that among any first n draws each source has its share, to within one
-draw a source. A source whose share of a batch is a whole number of draws has exactly that many in
-every batch: 8 of 256 for 1/32. With `replacement` a draw is any unit (of its source, with weights),
-independent of all others.
+dealt to the sources by their shares (`vlp.data.deal`). A source whose share of a batch is a whole
+number of draws has exactly that many in every batch: 8 of 256 for 1/32. With `replacement` a draw
+is any unit (of its source, with weights), independent of all others.
 
 Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time
-(`Windows`).
+(`Windows`), and with lanes (`vlp.data.lanes`) each part of a batch to windows of its own.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlp.data.deal import Deal
+from vlp.data.lanes import draws_at
 from vlp.data.permutation import Windows, permute, permute_each, uniform
 from vlp.data.sources import Source
-from vlp.data.units import CaptionsOfSamples, Origins, Samples, Units
+from vlp.data.units import per_shard, units_of
 from vlp.seeds import derive
 from vlp.types import Sample
 
 _TRIED_AT_ONCE = 64  # stand-ins that are computed together, for each row of a batch
-# Units that a source without shards lets stand together, beside one with windows.
-_RUN = 10_000
 _SMALLEST_ROUNDED = 1e-6  # of the weights, which are fractions of denominators up to 10⁶
 
 
@@ -79,6 +77,7 @@ class Mixture:
         together: int = 1,
         every_caption: bool = False,
         replacement: bool = False,
+        lanes: int = 1,
     ) -> None:
         weighted = [weight is not None for weight in weights]
         if any(weighted) and not all(weighted):
@@ -102,7 +101,7 @@ class Mixture:
         # Sample ids: where each source begins.
         self.firsts = np.cumsum([0, *map(len, sources)])
         self.n_samples = int(self.firsts[-1])
-        self.units = [_units(source, together, every_caption, shuffle) for source in sources]
+        self.units = [units_of(source, together, every_caption, shuffle) for source in sources]
         # Here, where the source is known by its number: at the first step it would be too late.
         self._check()
         self.n_units = sum(map(len, self.units))
@@ -112,9 +111,14 @@ class Mixture:
         self._first_units = np.cumsum([0, *n_of_sources])[:-1]
         self._stream_sizes = np.array([self.n_units, *n_of_sources])
         self._deals: dict[int, Deal] = {}
+        self.lay_out(lanes)
+        self._begin = Begin(0, 0)
+
+    def lay_out(self, lanes: int) -> None:
+        """Let batches have so many lanes from here on."""
+        self.lanes = lanes
         self._shards = self._shards_of_streams()
         self._windows: dict[int, Windows] = {}
-        self._begin = Begin(0, 0)
 
     def read(self, sample_id: int) -> Sample:
         """The sample with this number; raises OSError or ValueError where it cannot be read."""
@@ -149,7 +153,11 @@ class Mixture:
         """What the order depends on besides sources, weights, seed and shuffle; JSON-able. A
         resumed run compares it.
         """
-        return {"together": self.together, "replacement": self.replacement}
+        drawing: dict[str, Any] = {"together": self.together, "replacement": self.replacement}
+        windows = [source.window for source in self.sources]
+        if any(windows):
+            drawing |= {"lanes": self.lanes, "windows": windows}
+        return drawing
 
     def batch(self, step: int, size: int) -> np.ndarray:
         """Sample ids [size] of one step's global batch, int64; size is a multiple of G."""
@@ -188,18 +196,29 @@ class Mixture:
         s = self.source_of(sample_id)
         first = int(self.firsts[s])
         n = self.sources[s].reserve or len(self.sources[s])
+        in_source = sample_id - first
         key = derive(self.seed, "replace", step, s)
         present = set(batch.tolist())
 
-        of_origin = [first + int(i) for i in self.units[s].others(sample_id - first)]
+        of_origin = [first + int(i) for i in self.units[s].others(in_source)]
         absent = [candidate for candidate in of_origin if candidate not in present]
         # Rows of one unit try different ones, as those of the batch do below.
         yield from absent[row % self.together :: self.together]
 
-        positions = np.arange(row, min(n, row + _TRIED_AT_ONCE * len(batch)), len(batch))
-        for candidate in (first + permute(n, key, positions)).tolist():
-            if candidate not in present:
-                yield candidate
+        # (first sample, samples, rows that try different ones) of where stand-ins are looked for.
+        ranges = [(first, n, len(batch))]
+        # A shard that is fetched for one sample costs as much as for all of them. Only neighbouring
+        # lanes have rows of one shard.
+        if self.lanes > 1 and self.sources[s].window and not self.sources[s].is_lost(in_source):
+            start, n_of_shard = self._shard_of(s, in_source)
+            rows_of_two_lanes = 2 * -(-len(batch) // self.lanes)
+            ranges.insert(0, (first + start, n_of_shard, rows_of_two_lanes))
+
+        for start, n_samples, stride in ranges:
+            positions = np.arange(row % stride, n_samples, stride)[:_TRIED_AT_ONCE]
+            for candidate in (start + permute(n_samples, key, positions)).tolist():
+                if candidate not in present:
+                    yield candidate
 
         # A source hardly larger than the batch: share stand-ins with other rows, at last repeat.
         for may_be_present in (False, True):
@@ -207,6 +226,26 @@ class Mixture:
                 candidate = first + int(permute(n, key, np.array([i]))[0])
                 if (candidate in present) == may_be_present and candidate != sample_id:
                     yield candidate
+
+    def _shard_of(self, s: int, sample: int) -> tuple[int, int]:
+        """The first sample of the shard of a sample of source s, and how many it has."""
+        ends = np.cumsum(self.sources[s].runs)
+        shard = int(np.searchsorted(ends, sample, side="right"))
+        n = int(self.sources[s].runs[shard])
+        return int(ends[shard]) - n, n
+
+    def shards_at_once(self, rank: int, n_ranks: int, world: int) -> list[int]:
+        """Of each source, in how many shards the rows of some neighbouring ranks stand at once."""
+        first_lane = rank * self.lanes // world
+        end_lane = -(-(rank + n_ranks) * self.lanes // world)
+        return [(end_lane - first_lane) * self._width(source.window) for source in self.sources]
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes fetched, and bytes of samples read, of sources with a window, since the last call,
+        by this process.
+        """
+        of_sources = [source.traffic() for source in self.sources if source.window]
+        return sum(fetched for fetched, _ in of_sources), sum(used for _, used in of_sources)
 
     def prepare(self, ids: np.ndarray) -> None:
         """Let the sources fetch what these samples need, without waiting."""
@@ -221,7 +260,7 @@ class Mixture:
         """
         # A window's units follow one another, so that many rows pass until the next window.
         rows_of_windows = [
-            source.window * len(units) * self.together / len(source.runs)
+            self.lanes * self._width(source.window) * len(units) * self.together / len(source.runs)
             for source, units in zip(self.sources, self.units)
             if source.window
         ]
@@ -263,28 +302,36 @@ class Mixture:
             return [(None, 0)] * (1 + len(self.sources))
 
         # One source with windows makes all of them stand in runs, so that it is not read apart.
-        runs = [_runs(source, units) for source, units in zip(self.sources, self.units)]
+        runs = [per_shard(source, units) for source, units in zip(self.sources, self.units)]
         together = np.concatenate(runs) if self.shares is None else None
-        streams = [(together, width)]
+        streams = [(together, self._width(width))]
 
         for source, own_runs in zip(self.sources, runs):
-            streams.append((own_runs if source.window else None, source.window))
+            streams.append((own_runs if source.window else None, self._width(source.window)))
         return streams
+
+    def _width(self, window: int) -> int:
+        """Shards in the window of a lane, where all lanes together read `window` at a time."""
+        return -(-window // self.lanes)
 
     def _draws(self, step: int, n_of_step: int, first: int, n: int) -> _Draws:
         """The n draws from number `first` on of a step of `n_of_step`."""
-        first_draw = self._first_draw(step, n_of_step) + first
+        first_draw = self._first_draw(step, n_of_step)
+        positions = first + np.arange(n)
         if self.shares is None:
-            count = first_draw + np.arange(n)
+            # Lanes are counted from the epoch's first draw on, and no step has draws of two epochs.
+            epoch, place = divmod(first_draw, self.n_units)
+            places = draws_at(positions, place, n_of_step, self.lanes)
             all_together = np.zeros(n, np.int64)
-            numbers, rounds = self._order(all_together, count)
+            numbers, rounds = self._order(all_together, epoch * self.n_units + places)
             sources = np.searchsorted(self._first_units, numbers, side="right") - 1
             return _Draws(sources, numbers - self._first_units[sources], rounds)
 
         # Made once for a size of batch: its fractions cost more than dealing some rows.
         if n_of_step not in self._deals:
             self._deals[n_of_step] = Deal(self.shares, n_of_step)
-        sources, count = self._deals[n_of_step](first_draw, n)
+        draws = draws_at(positions, first_draw, n_of_step, self.lanes)
+        sources, count = self._deals[n_of_step].in_lanes(draws, self.lanes)
         units, rounds = self._order(sources + 1, count)
         return _Draws(sources, units, rounds)
 
@@ -351,7 +398,7 @@ class Mixture:
                 self._windows.clear()
             runs, width = self._shards[stream]
             assert runs is not None
-            self._windows[key] = Windows(runs, width, key)
+            self._windows[key] = Windows(runs, width, key, self.lanes)
         return self._windows[key]
 
 
@@ -360,20 +407,3 @@ def _share(weight: float) -> Fraction:
     if weight < _SMALLEST_ROUNDED:  # rounded, it would be another share, or none
         return Fraction(str(weight))
     return Fraction(weight).limit_denominator(10**6)
-
-
-def _units(source: Source, together: int, every_caption: bool, shuffle: bool) -> Units:
-    if together > 1:
-        return Origins(source, together, shuffle)
-    return CaptionsOfSamples(source) if every_caption else Samples(source)
-
-
-def _runs(source: Source, units: Units) -> np.ndarray:
-    """Units of each shard; a source without shards counts as runs of ten thousand."""
-    if source.window:
-        # A shard's units are those that begin between its first sample and the next one's.
-        shard_starts = np.cumsum([0, *source.runs])
-        return np.diff(units.before(shard_starts))
-
-    n_whole, rest = divmod(len(units), _RUN)
-    return np.array([_RUN] * n_whole + ([rest] if rest else []), np.int64)

@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from vlp.data.lanes import Stretches
 from vlp.seeds import derive
 
 _ROUNDS = 6
@@ -107,10 +108,11 @@ class Windows:
     """A permutation that keeps to a few shards at a time, for data whose shards are fetched whole.
 
     Shards are permuted; each `width` of them in that order are a window; samples are permuted
-    within their window. `runs` [n shards] is the number of samples of each shard.
+    within their window. `runs` [n shards] is the number of samples of each shard. With lanes
+    (`vlp.data.lanes`) each has windows of its own, in its stretch of the shards.
     """
 
-    def __init__(self, runs: np.ndarray, width: int, key: int) -> None:
+    def __init__(self, runs: np.ndarray, width: int, key: int, n_lanes: int = 1) -> None:
         order = permute(len(runs), derive(key, "shards"), np.arange(len(runs)))
 
         # All of these [n shards], in the order of reading: the first sample's number, the number of
@@ -119,13 +121,13 @@ class Windows:
         self.sizes = runs[order]
         self.ends = np.cumsum(self.sizes)
 
-        last = len(runs) - 1
-        last_shards = [*range(width - 1, last, width), last]  # of each window
-        self.window_ends = self.ends[last_shards]
+        self.stretches = Stretches(int(self.ends[-1]), n_lanes)
+        self.window_ends = self.stretches.window_ends(self.ends, width)
         self.key = key
 
     def __call__(self, i: np.ndarray) -> np.ndarray:
         """Elements `i` of the permutation."""
+        i = self.stretches.positions(i)
         window = np.searchsorted(self.window_ends, i, side="right")
         result = np.empty_like(i)
         for w in np.unique(window):

@@ -15,7 +15,9 @@ from vlp.schema import plain
 _FINGERPRINTS = "2:"  # before a digest of fingerprints that are made of the shards' digests
 
 
-def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str, Any]:
+def drawing(
+    data: Data, sources: Sequence[Source], rows: int, mixture: Callable[..., Mixture]
+) -> dict[str, Any]:
     """How `mixture` is to draw, as far as it differs from whole epochs of single samples."""
     if rows % data.together:
         # The nearest size below, for a larger one may not fit into memory.
@@ -32,14 +34,37 @@ def drawing(data: Data, rows: int, mixture: Callable[..., Mixture]) -> dict[str,
         options["every_caption"] = True
     if data.replacement:
         options["replacement"] = True
+    lanes = _lanes(data, sources)
+    if lanes > 1:
+        options["lanes"] = lanes
 
     # A selection is a mixture of its own, which knows none of these.
     if options and mixture is not Mixture:
         raise ValueError(
             "a selection decides which samples a step holds; leave out data.together, "
-            "data.replacement and captions.choose: all"
+            "data.replacement, data.lanes and captions.choose: all"
         )
     return options
+
+
+def _lanes(data: Data, sources: Sequence[Source]) -> int:
+    """The lanes of each batch (`vlp.data.lanes`): `data.lanes`, or as many as the widest window has
+    shards. ValueError for lanes that no shards could be dealt to.
+    """
+    widest = max(source.window for source in sources)
+    needless = ""
+    if not widest:
+        needless = "no source fetches its shards (name: remote)"
+    elif not data.shuffle:
+        needless = "data.shuffle is false: samples stay in the order of the data"
+    elif any(source.reserve for source in sources):
+        needless = "a source is a stream, which is read in its own order"
+
+    if data.lanes == "auto":
+        return 1 if needless else widest
+    if needless and data.lanes > 1:
+        raise ValueError(f"data.lanes is {data.lanes}, but {needless}; leave it out")
+    return data.lanes
 
 
 def too_few(mixture: Mixture, batch: int, together: int, batch_key: str) -> str:
@@ -54,6 +79,21 @@ def n_left_out(mixture: Mixture) -> int:
     """Samples that no batch will hold: unusable ones, and those of origins that are too small."""
     unusable = sum(source.n_left_out for source in mixture.sources)
     return unusable + sum(units.n_left_out for units in mixture.units)
+
+
+def problems(mixture: Mixture) -> list[str]:
+    """Sentences on what the sources left out or found odd."""
+    sentences: list[str] = []
+    for source in mixture.sources:
+        sentences += source.problems()
+
+    for s, units in enumerate(mixture.units):
+        if units.n_left_out:
+            sentences.append(
+                f"source {s}: {units.n_left_out} samples of origins with fewer than "
+                f"data.together = {mixture.together}"
+            )
+    return sentences
 
 
 def identity(
@@ -76,6 +116,27 @@ def identity(
         "captions": _short_digest(json.dumps(plain(data.captions))),
         **mixture.identity(),
     }
+
+
+def comparable(
+    mixture: Mixture, data: Data, identity: dict[str, Any], saved: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An `identity`, and that of a checkpoint, `saved`, in one form, also of earlier versions.
+
+    What the configuration leaves open, `mixture` does from here on as the saved run did.
+    """
+    identity, saved = dict(identity), dict(saved)
+    before = str(saved.get("sources"))
+    identity["sources"] = sources_digest(mixture.sources, like=before)
+
+    if "lanes" in identity:
+        # Before there were lanes, every batch was of one window, whose size was not kept.
+        saved.setdefault("lanes", 1)
+        saved.setdefault("windows", identity["windows"])
+        if data.lanes == "auto":
+            mixture.lay_out(saved["lanes"])
+            identity["lanes"] = saved["lanes"]
+    return identity, saved
 
 
 def sources_digest(sources: Sequence[Source], like: str | None = None) -> str:

@@ -21,6 +21,7 @@ from vlp.data.mix import Mixture
 from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
+from vlp.data.sources import StoreAway
 from vlp.fields import CARRIED, EMBEDDED, LABELS
 from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
@@ -34,6 +35,10 @@ class DataError(RuntimeError):
     """
 
 
+class DataAway(DataError):
+    """The data cannot be had now; a run goes on with them later."""
+
+
 @dataclass
 class Report:
     """Counts and problems of one batch while it was made."""
@@ -41,6 +46,9 @@ class Report:
     bad: list[tuple[int, str, str]]  # sample id, key where known, reason
     n_truncated: int  # texts that are cut to the context
     n_texts: int  # of all that are tokenized and count
+    # Bytes of remote shards that were fetched meanwhile, and those of samples that were read.
+    fetched_bytes: int = 0
+    used_bytes: int = 0
 
 
 class Steps(Dataset):
@@ -73,7 +81,6 @@ class Steps(Dataset):
         self.size = batch
         self.rows = range(rank * batch // world, (rank + 1) * batch // world)
         self.parts = 1  # P
-        self.ahead = mixture.ahead(batch)
         self._tokenizer: Any = None
         # The last step that lost a sample, and all of its samples.
         self._whole_step: tuple[int, np.ndarray] | None = None
@@ -90,9 +97,11 @@ class Steps(Dataset):
 
         # Only the rows of this part: the whole step of many ranks has a million.
         drawn = self.mixture.rows(step, self.size, numbers)
-        # Shards of later rows are fetched meanwhile.
-        if self.ahead:
-            later = self.mixture.rows(step + self.ahead, self.size, numbers)
+        # Shards of later rows are fetched meanwhile, and at the start several at once.
+        ahead = self.mixture.ahead(self.size)
+        if ahead:
+            later = self.mixture.rows(step + ahead, self.size, numbers)
+            self.mixture.prepare(drawn.samples)
             self.mixture.prepare(later.samples)
 
         report = Report([], 0, len(numbers))
@@ -101,7 +110,12 @@ class Steps(Dataset):
         for i, number in enumerate(numbers):
             out = {name: values[i] for name, values in pictures.items()}
             caption = None if drawn.captions is None else int(drawn.captions[i])
-            rows.append(self._row(step, number, int(drawn.samples[i]), caption, out, report))
+            try:
+                row = self._row(step, number, int(drawn.samples[i]), caption, out, report)
+            except StoreAway as error:
+                raise DataAway(f"step {step}: {error}") from error
+            rows.append(row)
+        report.fetched_bytes, report.used_bytes = self.mixture.traffic()
 
         # Tokenized together: once the pictures are drawn, no sample is replaced any more.
         tokens, report.n_truncated = self._tokenizer.tokenize([row.caption for row in rows])
@@ -352,7 +366,10 @@ def joined(parts: list[tuple[Batch, Report]]) -> tuple[Batch, Report]:
     bad = itertools.chain.from_iterable(report.bad for _, report in parts)
     n_truncated = sum(report.n_truncated for _, report in parts)
     n_texts = sum(report.n_texts for _, report in parts)
-    return Batch(key=list(keys), **whole), Report(list(bad), n_truncated, n_texts)
+    fetched_bytes = sum(report.fetched_bytes for _, report in parts)
+    used_bytes = sum(report.used_bytes for _, report in parts)
+    report = Report(list(bad), n_truncated, n_texts, fetched_bytes, used_bytes)
+    return Batch(key=list(keys), **whole), report
 
 
 def _mask(name: str, of_rows: list[Texts]) -> Tensor:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from vlp.types import Sample
 
 
+class StoreAway(RuntimeError):
+    """A store that gave nothing for as long as it was to be waited for, or refuses the credentials.
+
+    Not a bad sample: others of the store could not be had either.
+    """
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a source's shards hold, as a checkpoint keeps it to notice shards that changed."""
@@ -80,6 +87,7 @@ class Source(Protocol):
     # any time
     reserve: int = 0
     runs: Any = None  # with a window: the samples of each shard, int64
+    patience_s: float = 0.0  # how long a sample may be waited for, before StoreAway
 
     def __len__(self) -> int: ...
 
@@ -87,8 +95,25 @@ class Source(Protocol):
         """Begin to fetch the shards of these samples, without waiting."""
         assert not self.window, "a source with a window fetches its shards"
 
+    def check_room(self, n_shards: int) -> None:
+        """Raise ValueError where `n_shards` at once, those that this machine reads, find no room
+        here.
+        """
+
+    def is_lost(self, i: int) -> bool:
+        """Whether the shard of sample i could not be fetched lately."""
+        return False
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that this process fetched, and bytes of samples that it read, since the last
+        call; for a source with a window.
+        """
+        return 0, 0
+
     def __getitem__(self, i: int) -> Sample:
-        """Sample i with sample_id = i; raises OSError or ValueError where it cannot be read."""
+        """Sample i with sample_id = i; raises OSError or ValueError where it cannot be read, and
+        StoreAway where nothing of its source can.
+        """
         ...
 
     def fingerprint(self) -> str:
@@ -118,7 +143,7 @@ class Source(Protocol):
         self.n_counterfactuals = max(self.n_counterfactuals, counterfactuals)
 
     def n_captions(self) -> np.ndarray:
-        """How many captions each sample has, int64 [n]."""
+        """How many captions each sample has, whole numbers [n]."""
         raise ValueError(
             f"{type(self).__name__} does not know how many captions its samples have; "
             "pack it into shards"

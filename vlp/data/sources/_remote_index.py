@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,8 @@ from braceexpand import braceexpand
 
 from vlp import log
 from vlp.caches import cache_folder
-from vlp.data.fetch import Cache, folder_and_name, is_refused, tried
+from vlp.data.asking import is_refused, status_of, tried
+from vlp.data.fetch import Cache, folder_and_name
 from vlp.data.index import alone
 from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
 from vlp.data.paths import is_packed
@@ -39,9 +41,8 @@ def list_shards(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dic
     urls: list[str] = []
     for part in path.split("::"):
         if part.endswith("/"):
-            file_system, root = fsspec.url_to_fs(part, **storage)
-            entries = file_system.glob(root.rstrip("/") + "/*.tar", detail=True)
-            by_url = {file_system.unstrip_protocol(name): entries[name] for name in entries}
+            with _explained(part):
+                by_url = _in_folder(part, storage)
             urls += sorted(by_url)
             infos |= {url: info for url, info in by_url.items() if info.get("size") is not None}
         else:
@@ -60,17 +61,40 @@ def list_shards(path: str, storage: dict[str, Any]) -> tuple[list[str], list[dic
         )
 
     # One look at each shard now: a missing one would be met hours later.
-    try:
+    with _explained(urls[0]):
         infos |= _asked([url for url in urls if url not in infos], storage)
-    except ImportError as error:
-        raise ValueError(f"{urls[0]}: {error}") from None  # fsspec names the package to install
-    except FileNotFoundError as error:
-        refused = getattr(error.__cause__, "status", None) in (401, 403)
-        hint = (
-            "; the server refuses it: is its signature too old, or does it need `storage` options?"
-        )
-        raise ValueError(f"no shard at {error}{hint if refused else ''}") from None
     return urls, [infos[url] for url in urls]
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Around questions to a store: ValueError for what is not there, or not for us."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from None  # fsspec names the package to install
+    except Exception as error:
+        if not is_refused(error, url):
+            raise
+        hint = ""
+        if status_of(error) in (401, 403) or isinstance(error, PermissionError):
+            hint = "; the server refuses it: is its signature too old, or does it need `storage` "
+            hint += "options, such as a token?"
+        # The first line says what: further ones are advice on the client that was used.
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no shard at {reason or address(url)}{hint}") from None
+
+
+def _in_folder(folder: str, storage: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the store says of each tar of a folder, by address."""
+    file_system, root = fsspec.url_to_fs(folder, **storage)
+    entries = tried(
+        lambda: file_system.glob(root.rstrip("/") + "/*.tar", detail=True),
+        address(folder),
+        cache_folder(),
+        is_final=lambda error: is_refused(error, folder),
+    )
+    return {file_system.unstrip_protocol(name): entries[name] for name in entries}
 
 
 def _asked(urls: list[str], storage: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,9 @@ that fsspec knows.
 
 Shards are fetched whole and once, ahead of their use, into a bounded cache (`VLP_CACHE`). The order
 keeps to a window of shards at a time: shards are permuted each epoch, samples within their window.
+With as many lanes as nodes, or a multiple (`data.lanes`), a node fetches its own shards only. A
+store that gives nothing is waited for `patience_s`; then the run ends, and goes on later.
+
 The index comes from an `_index.bin` beside the shards; where there is none, every shard is fetched
 once to make it.
 """
@@ -12,16 +15,18 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from vlp import log
 from vlp.config import Captions
+from vlp.data.ahead import Ahead
+from vlp.data.asking import cause_of, is_full, is_refused
 from vlp.data.captions import Texts
 from vlp.data.fetch import Cache, version_of
-from vlp.data.sources import Contents, Source
+from vlp.data.sources import Contents, Source, StoreAway
 from vlp.data.sources._remote_index import index_of, list_shards
 from vlp.data.sources.shards import Shards
 from vlp.privacy import address
@@ -35,18 +40,25 @@ class Options(Texts):
     """Where the shards are, how much of them is held here, and which texts are captions."""
 
     path: str  # addresses with braces, several joined by ::, or a folder's address ending in /
-    window: int = 8  # shards whose samples are shuffled together
-    cache_gb: float = 50.0  # of local disk; must hold three windows
+    # Shards whose samples are shuffled together: of all lanes, of which each has one at least.
+    window: int = 8
+    cache_gb: float = 50.0  # of local disk; must hold three windows of this node's lanes
+    fetchers: int = 4  # shards that a loader process fetches at once
     # http and s3: a connection silent for so long is given up, and the shard tried again.
     stall_s: float = 60.0
+    # A store that gives no shard for so long ends the run. Below train.timeout_minutes, or the
+    # other ranks give up first.
+    patience_s: float = 900.0
     # fsspec's options for this kind of address.
     storage: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window < 1 or min(self.cache_gb, self.stall_s) <= 0:
+        spans = (self.cache_gb, self.stall_s, self.patience_s)
+        if min(self.window, self.fetchers) < 1 or min(spans) <= 0:
             raise ValueError(
-                f"window is {self.window}, cache_gb {self.cache_gb}, stall_s {self.stall_s}; "
+                f"window is {self.window}, fetchers {self.fetchers}, cache_gb {self.cache_gb}, "
+                f"stall_s {self.stall_s}, patience_s {self.patience_s}; "
                 "expected at least 1, and more than 0"
             )
 
@@ -66,14 +78,7 @@ def open(options: Options, captions: Captions) -> Remote:
             changed.add(url)
     shards = index_of(urls, sizes, changed, cache)
 
-    # This window, the next, and the one that slower processes still read.
-    needed = 3 * options.window * max(sizes)
-    if needed > cache.limit_bytes:
-        raise ValueError(
-            f"cache_gb is {options.cache_gb:g}, but three windows of {options.window} shards need "
-            f"{needed / 1e9:.2g}"
-        )
-    return Remote(Shards(urls, shards, captions, options), cache, options.window)
+    return Remote(Shards(urls, shards, captions, options), cache, options, max(sizes))
 
 
 def _storage(options: Options) -> dict[str, Any]:
@@ -99,11 +104,13 @@ def _storage(options: Options) -> dict[str, Any]:
 class Remote(Source):
     """Samples of remote shards through the cache."""
 
-    def __init__(self, shards: Shards, cache: Cache, window: int) -> None:
+    def __init__(self, shards: Shards, cache: Cache, options: Options, largest_bytes: int) -> None:
         self.shards = shards
         self.cache = cache
-        self.window = window
+        self.window = options.window
+        self.patience_s = options.patience_s
         self.runs = shards.counts()
+        self._largest_bytes = largest_bytes
 
         # What the samples offer.
         self.n_left_out = shards.n_left_out
@@ -112,48 +119,98 @@ class Remote(Source):
         self.n_negatives = shards.n_negatives
         self.n_counterfactuals = shards.n_counterfactuals
 
-        self._fetcher: ThreadPoolExecutor | None = None
-        self._asked: dict[str, None] = {}  # lately asked for, in order
+        self._ahead = Ahead(cache.fetch_ahead, options.fetchers)
         self._failed: dict[str, tuple[float, str]] = {}  # when and why a shard could not be had
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fetcher": None}  # threads stay behind
+        self._n_used_told = 0  # bytes of samples, as `traffic` told
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, i: int) -> Sample:
-        url = self.shards.paths[self.shards.shard_of(i)]
-        return self.shards.sample(i, self._copy(url))
+        return self.shards.sample(i, self._copy(self._url_of(i)))
 
-    def _copy(self, url: str) -> str:
-        """The local copy of a shard. One that failed rests, or each of its samples would wait for
-        all tries anew.
-        """
-        since, reason = self._failed.get(url, (-math.inf, ""))
-        if time.monotonic() < since + _REST_S:
-            raise OSError(reason)
+    def check_room(self, n_shards: int) -> None:
+        # This window, the next, and the one that slower processes still read.
+        needed = 3 * n_shards * self._largest_bytes
+        if needed > self.cache.limit_bytes:
+            raise ValueError(
+                f"cache_gb is {self.cache.limit_bytes / 1e9:g}, but three windows of {n_shards} "
+                f"shards need {needed / 1e9:.2g}; set it higher, or window or data.lanes lower"
+            )
 
-        try:
-            return self.cache.get(url)
-        except OSError as error:
-            self._failed[url] = (time.monotonic(), str(error))
-            raise
+    def is_lost(self, i: int) -> bool:
+        return self._resting(self._url_of(i)) is not None
+
+    def traffic(self) -> tuple[int, int]:
+        used = self.shards.n_bytes_read - self._n_used_told
+        self._n_used_told = self.shards.n_bytes_read
+        return self.cache.traffic.take(), used
 
     def prepare(self, ids: np.ndarray) -> None:
         """Begin to fetch the shards of these samples in the background. What fails is tried again
         when it is read.
         """
-        self._fetcher = self._fetcher or ThreadPoolExecutor(1, "fetch")
         for shard in np.unique(self.shards.shards_of(ids)).tolist():
             url = self.shards.paths[shard]
-            if url not in self._asked:
-                self._asked[url] = None
-                self._fetcher.submit(self.cache.get, url)
+            if not self.cache.at_hand(url) and self._resting(url) is None:
+                self._ahead.ask(url)
 
-        # Old addresses are forgotten, so that a shard is fetched again in a later epoch.
-        while len(self._asked) > 4 * self.window:
-            self._asked.pop(next(iter(self._asked)))
+    def _url_of(self, i: int) -> str:
+        return self.shards.paths[self.shards.shard_of(i)]
+
+    def _resting(self, url: str) -> str | None:
+        """Why a shard is not asked for just now: it failed all tries lately, and each of its
+        samples would wait for all of them anew. None for all others.
+        """
+        since, reason = self._failed.get(url, (-math.inf, ""))
+        return reason if time.monotonic() < since + _REST_S else None
+
+    def _copy(self, url: str) -> str:
+        """The local copy of a shard. OSError where it alone cannot be had, StoreAway where nothing
+        can.
+        """
+        reason = self._resting(url)
+        if reason is not None:
+            raise OSError(reason)
+
+        started = time.monotonic()
+        told = False
+        while True:
+            try:
+                return self.cache.get(url, until=started + self.patience_s)
+            except OSError as error:
+                if self._is_alone(url, error):
+                    self._failed[url] = (time.monotonic(), str(error))
+                    raise
+
+                store = address(url).rpartition("/")[0]
+                if is_refused(cause_of(error), url):
+                    raise StoreAway(
+                        f"{store} refuses what it gave before: {error}. Renew the credentials, the "
+                        "signature in the addresses, or what `storage` names"
+                    ) from error
+                waited_s = time.monotonic() - started
+                if waited_s >= self.patience_s:
+                    raise StoreAway(
+                        f"{store} gave no shard for {waited_s:,.0f} s (patience_s is "
+                        f"{self.patience_s:g}): {error}"
+                    ) from error
+                if not told:
+                    told = True
+                    log.warn(
+                        f"{store} gives no shard; it is waited for up to {self.patience_s:,.0f} s: "
+                        f"{error}"
+                    )
+
+    def _is_alone(self, url: str, error: OSError) -> bool:
+        """Whether only this shard cannot be had, for the store gives another one or says that this
+        one is gone, or whether waiting could not help.
+        """
+        if isinstance(error, FileNotFoundError) or is_full(cause_of(error)):
+            return True
+        place = self.shards.paths.index(url)
+        other = self.shards.paths[place - 1]
+        return other != url and self.cache.answers(other)
 
     def n_captions(self) -> np.ndarray:
         return self.shards.n_captions()

@@ -1,0 +1,125 @@
+"""Whole runs on remote shards: a store that is away, or refuses, ends a run that goes on later, as
+if nothing had been; metrics say what was fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import fsspec
+import pytest
+
+from tests import ranks
+from tests.data.loopback_store import store
+from tests.data.material import write_shards
+from vlp import checkpoint, config
+from vlp.cli import main
+from vlp.data import asking
+from vlp.lifetime import PutOff
+from vlp.train import train
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """12 shards of 40 samples on a server, and an empty cache."""
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
+    write_shards(tmp_path / "root", 480, 40)
+    with store(tmp_path / "root") as running:
+        yield running
+
+
+def overrides(url: str, *more: str) -> list[str]:
+    """Of a run of nine steps of 48 rows, on shards of three lanes."""
+    path = f"{url}/{{00000..00011}}.tar"
+    source = f"{{name: remote, path: '{path}', window: 3, patience_s: 0.5}}"
+    return [f"data.sources=[{source}]", "data.workers=0", "objective={infonce: {}}", *more]
+
+
+def records(run) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def losses(run) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records(run)}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("error", r"gave no shard for .* \(patience_s is 0.5\): cannot fetch"),
+        pytest.param(
+            "denied",
+            r"refuses what it gave before: .*401.*. Renew the credentials",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_store_that_is_lost_puts_the_run_off(
+    settings, server, tmp_path, capsys, monkeypatch, fault, message
+):
+    whole = train(settings(*overrides(server.url), out="whole"))
+    # What the metrics say was fetched is what the server sent, each shard once.
+    last = records(whole)[-1]
+    assert last["fetched_gb"] * 1e9 == sum(server.n_sent[f"{i:05d}.tar"] for i in range(12))
+    assert 1 <= last["read_amplification"] < 1.25 and max(server.served.values()) == 1
+    assert last.keys().isdisjoint({"fetched_bytes", "used_bytes"})
+
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "another"))
+
+    # The first shards come, and then none.
+    settings(out="cut")
+    command = ["train", str(tmp_path / "cut.yaml"), *overrides(server.url)]
+    server.faults = [""] * 7 + [fault] * 10**4
+    assert main(command) == 75
+    said = capsys.readouterr().out
+    before = losses(tmp_path / "cut")
+    assert 0 < len(before) < 9 and f"Stopped after step {len(before)}; saved." in said
+    assert re.search(message, said) and "resume=auto" in said
+    assert checkpoint.newest(tmp_path / "cut").name == f"step_{len(before):08d}"
+
+    server.faults = []
+    assert main([*command, "resume=auto"]) == 0
+    assert losses(tmp_path / "cut") == losses(whole)
+
+
+def on_rank(path, url, first_fails):
+    """A run of which the second rank loses its store after a few shards."""
+    import torch.distributed as torch_dist
+
+    rank = torch_dist.get_rank()
+    asking._PAUSE_S = 0.001
+    n_opened, real = 0, fsspec.open
+
+    def open_some(address, *args, **kwargs):
+        nonlocal n_opened
+        n_opened += str(address).endswith(".tar")
+        if str(address).endswith(".tar") and rank == 1 and n_opened > first_fails:
+            raise ConnectionResetError("connection reset")
+        return real(address, *args, **kwargs)
+
+    fsspec.open = open_some
+    try:
+        train(config.load(path, overrides(url, "train.device=cpu", "train.micro_batches=1")))
+    except PutOff as put_off:
+        return [put_off.status, str(put_off)]
+    return []
+
+
+@pytest.mark.parametrize("first_fails", [6, pytest.param(0, marks=pytest.mark.slow)])
+def test_all_ranks_save_and_leave_where_one_loses_its_store(
+    settings, tmp_path, monkeypatch, first_fails
+):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    folder = write_shards(tmp_path / "root", 480, 40)
+    settings()
+    first, second = ranks.run(2, on_rank, tmp_path / "run.yaml", f"file://{folder}", first_fails)
+    assert first == second and first[0] == 75
+    assert "gave no shard for" in first[1] and "connection reset" in first[1]
+    saved = checkpoint.all_of(tmp_path / "run")
+    if first_fails:
+        assert saved and f"Stopped after step {int(saved[-1].name[-8:])}; saved." in first[1]
+    else:
+        assert not saved and "before the first step; there is nothing to save" in first[1]
