@@ -308,7 +308,7 @@ def below(folder: str) -> dict[str, Info]:
 
 def _asked(place: str) -> Info | None:
     """What a store without lists says of a file, asked once."""
-    from vlp.data.fetch import is_refused
+    from vlp.data.asking import is_refused
 
     known = _listed.setdefault(folder_of(place), {})
     if place in known:

@@ -99,6 +99,7 @@ class Source(Protocol):
         """Raise ValueError where `n_shards` at once, those that this machine reads, find no room
         here.
         """
+        return
 
     def is_lost(self, i: int) -> bool:
         """Whether the shard of sample i could not be fetched lately."""
