@@ -13,7 +13,7 @@ from torch import nn
 
 from vlp import config
 from vlp.models import assemble, language, lora
-from vlp.models.dual_encoder import DualEncoder
+from vlp.models.dual_encoder import DualEncoder, check_dropout
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
 from vlp.pretrained import fitting, image_size, packages, weight_files
@@ -51,6 +51,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
             "them out"
         )
     clip = _instantiate(model_cfg)
+    if model.text_dropout:
+        check_dropout(clip.text)  # before weights are read
     _load_trunk(model, clip)
     if weights is not None:
         fitting.load_into(clip, weights.path, fit_of(model), weights.stated, weights.adapters)

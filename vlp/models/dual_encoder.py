@@ -312,12 +312,9 @@ class DualEncoder(nn.Module):
         self.train(self.training)
 
     def drop_text(self, share: float) -> None:
-        """Drop this share of what enters each block of the text tower, in training."""
-        if not isinstance(self.text, TextTransformer):
-            raise ValueError(
-                "text_tower.dropout is of open_clip's text transformer (transformer, open_clip), "
-                f"found {type(self.text).__name__}; leave it out"
-            )
+        """Drop this share of what enters each block of the text tower, in training; see
+        `check_dropout`.
+        """
         for block in repeated(self.text):
             block.register_forward_pre_hook(partial(_dropped, share))
 
@@ -396,6 +393,15 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
         getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(trunk, f"{word}_checkpointing_disable")()
+
+
+def check_dropout(text: nn.Module) -> None:
+    """Refuse a text tower whose blocks cannot be told what to drop. ValueError."""
+    if not isinstance(text, TextTransformer):
+        raise ValueError(
+            "text_tower.dropout is of open_clip's text transformer (transformer, open_clip), found "
+            f"{type(text).__name__}; leave it out"
+        )
 
 
 def _dropped(share: float, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
