@@ -5,7 +5,7 @@ import torch
 
 from tests.models.tiny import TEXT, inputs, tiny
 from vlp.export import folder
-from vlp.models.dual_encoder import check_dropout
+from vlp.models import text_dropout
 
 DROPPED = TEXT | {"dropout": 0.3}
 
@@ -69,4 +69,4 @@ def test_what_has_no_text_to_drop_is_refused(keys, message):
 
 def test_a_text_tower_of_another_library_is_refused():
     with pytest.raises(ValueError, match=r"of open_clip's text transformer .* found Linear"):
-        check_dropout(torch.nn.Linear(2, 2))
+        text_dropout.check(torch.nn.Linear(2, 2))
