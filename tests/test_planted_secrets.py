@@ -93,6 +93,9 @@ def told(text: str) -> list[str]:
 def test_no_secret_is_written_or_said(world):
     folder, server = world
     work, mine = folder / "work", str(folder / "mine.yaml")
+    signed = yaml.safe_load((folder / "mine.yaml").read_text())["data"]["sources"][0]["path"]
+    stored = ["--storage", f"s3:client_kwargs.endpoint_url={server.url}"]
+    stored += ["--storage", "s3:key=k", "--storage", f"s3:secret={SECRETS['option']}"]
     run, storage = str(work / "run"), "data.sources.0.storage"
     commands = [
         ["train", mine, "train.duration=4", "checkpoint.every=2"],
@@ -105,6 +108,7 @@ def test_no_secret_is_written_or_said(world):
         ["export", run, "--to", str(work / "export")],
         ["report", run],
         ["data", "stats", str(folder / "root" / "train"), "--to", str(work / "stats")],
+        ["data", "filter", signed, "--to", "s3://bucket/filtered", "--min-words", "1", *stored],
         [
             "data",
             "embed",
@@ -116,6 +120,9 @@ def test_no_secret_is_written_or_said(world):
         ],
     ]
     refusals = [
+        ["data", "stats", signed, "--to", f"https://host/x?sig={SECRETS['signature']}", *stored],
+        ["data", "stats", signed.replace("/train/", "/none/"), "--to", str(work / "n"), *stored],
+        ["data", "stats", signed, "--to", str(work / "n"), "--storage", SECRETS["option"]],
         ["train", mine, f"{storage}.deep.er.key={SECRETS['option']}"],
         ["train", mine, f"{storage}=Bearer {SECRETS['header']}", f"out={work}/other"],
         [
@@ -135,7 +142,8 @@ def test_no_secret_is_written_or_said(world):
     assert "resuming with another data" not in said
     assert not told(said), said
 
-    written = [path for path in work.rglob("*") if path.is_file()]
+    places = (work, folder / "root" / "filtered")
+    written = [path for place in places for path in place.rglob("*") if path.is_file()]
     names = {path.name for path in written}
     assert {
         "config.yaml",

@@ -201,3 +201,13 @@ def test_a_recipe_trains(name, shards, tmp_path):
     terms = [term.label for term in config.load(RECIPES[name]).objective]
     assert all(term in line for term in terms for line in records)
     assert len({line["loss"] for line in records}) == 3  # it moves
+
+
+def test_a_width_beyond_the_model_is_answered_before_the_data_are_read(tmp_path):
+    absent = tmp_path / "absent"
+    wrong = tiny(
+        RECIPES["matryoshka"], absent, tmp_path / "run", "objective.matryoshka.widths=[17]"
+    )
+    with pytest.raises(ValueError, match=r"found 17, but the embeddings have 16 numbers"):
+        train(wrong)
+    assert not (tmp_path / "run").exists()

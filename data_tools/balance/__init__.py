@@ -64,13 +64,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Match, count, draw, write; print how the queries lie before and after."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.balance.draw import KeepDrawn, Match
     from vlp.data_tools.balance.queries import read
 
     _check(args)
     queries = read(args.queries, args.ignore_case)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     claim(folder, "balance", sources, _settings(args, queries))
 
     # A query's count, and with it every sample's fate, is known once all shards are read.

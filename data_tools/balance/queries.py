@@ -20,7 +20,6 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,9 +124,11 @@ def read(path: str, ignore_case: bool = False) -> Queries:
     """The queries of a file: .json, a list of texts, as MetaCLIP's metadata.json; .txt, one a line.
     Raises ValueError.
     """
+    from vlp.data.stored import source
+
     expected = "expected a .json with a list of texts, or a .txt with a query a line"
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = source(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--queries {path} cannot be read ({error}); {expected}") from None
 

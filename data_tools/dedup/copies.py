@@ -5,7 +5,6 @@ folder, with a page for people.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vlp.data.stored import remove_folder
 from vlp.data_tools._run.work import Pool, read_note
 from vlp.data_tools.dedup import arrays, decision, plan
 from vlp.data_tools.dedup.decision import DROPPED
@@ -87,7 +87,7 @@ def _counts(note: Path) -> Counter[str]:
 
 def forget_search(folder: Path) -> None:
     """Remove what the stages handed to one another, once all shards are written."""
-    shutil.rmtree(folder / arrays.SEARCH_FOLDER, ignore_errors=True)
+    remove_folder(folder / arrays.SEARCH_FOLDER)
 
 
 def _before(folder: Path) -> np.ndarray | None:

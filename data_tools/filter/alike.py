@@ -72,7 +72,9 @@ class Alike:
 
     def files(self) -> list[Path]:
         """The files of the other set's embeddings; raises ValueError where there are none."""
-        files = sorted(Path(self.other).expanduser().glob("*.safetensors"))
+        from vlp.data.stored import source
+
+        files = sorted(source(self.other).glob("*.safetensors"))
         if not files:
             raise ValueError(
                 f"--like {self.other} holds no embeddings; make them with `vlp data embed`"

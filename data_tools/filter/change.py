@@ -167,7 +167,10 @@ def _with_texts(
     pictures = [_open(sample, counts) for sample in samples]
     opened = [sample for sample, picture in zip(samples, pictures) if picture is not None]
     texts = spotter.texts([picture for picture in pictures if picture is not None])
-    yield from zip(opened, texts)
+    for sample, of_picture in zip(opened, texts):
+        if of_picture is None:
+            counts["kept: the text in the picture could not be read"] += 1
+        yield sample, of_picture or []
 
 
 def _open(sample: Content, counts: Counter[str]) -> Image | None:

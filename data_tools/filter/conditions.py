@@ -30,6 +30,11 @@ _FORM = re.compile(
 )
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _NOWHERE = object()
+# Of our shards and img2dataset's: what other tools and training read there.
+_TAKEN = re.compile(
+    "captions?|txt|text|key|uid|url|sha256|class|cls|origin|merged_keys|clip_scores"
+    "|(negative|positive|counterfactual).*"
+)
 
 
 class Asked(Protocol):
@@ -181,6 +186,15 @@ def number_of(meta: dict[str, Any], field: str) -> float | None:
     entries = value if isinstance(value, list) else [value]
     numbers = [_number(entry) for entry in entries]
     return max((number for number in numbers if number is not None), default=None)
+
+
+def check_new_field(name: str, option: str) -> None:
+    """Raise ValueError where `option` would write over a field that means something else."""
+    if _TAKEN.fullmatch(name):
+        raise ValueError(
+            f"{option} would overwrite the field {name!r} of the JSON, which means something else; "
+            "name it otherwise"
+        )
 
 
 def fields_of(meta: dict[str, Any]) -> set[str]:

@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp.data_tools.filter.conditions import check_new_field
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -61,6 +63,7 @@ class Head:
             raise ValueError(f"--head {text!r}: expected {_GRAMMAR}")
 
         head = cls(name.strip(), file, between)
+        check_new_field(head.name, f"--head {text}")
         if file != COSINE and Path(file).suffix not in (*_WEIGHTS, ".onnx"):
             raise ValueError(f"--head {text!r}: {file} is no file of a head; expected {_GRAMMAR}")
         if file != COSINE and not Path(file).is_file():
@@ -85,6 +88,8 @@ class Head:
             raise ValueError(
                 f"{self.file} gives {scores.size // 2} numbers a picture; expected one score"
             )
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{self.file} scores {scores[0]}: its weights are not all finite")
 
     def settings(self) -> list[str]:
         """What its scores depend on: the file's content, not its place."""

@@ -25,6 +25,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._english.words import words
+from vlp.data_tools.filter.conditions import check_new_field
 from vlp.plugin import is_function_reference, own_function
 
 if TYPE_CHECKING:
@@ -37,8 +38,14 @@ GRAMMAR = (
 )
 _LEAST_INSIDE = 4  # letters: shorter words stand inside others by chance
 _MAX_NEW_TOKENS = 256
+# RapidOCR brings the longer side down to so many pixels, and the shorter one up to 736: a thin
+# picture would take gigabytes, or fail.
+_LARGEST = 2000
+_LONGEST = 8  # shorter sides
+_LEAST_LEGIBLE = 6  # pixels
 
-Read = Callable[[Sequence["Image"]], list[list[str]]]  # pictures → the texts of each
+Texts = list[str] | None  # of a picture; None where the reader fails at it
+Read = Callable[[Sequence["Image"]], list[Texts]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class Spotter:
                 f"--max-overlap {max_overlap:g} must lie in [0, 1): it is the share of a caption's "
                 "words above which the caption goes"
             )
+        check_new_field(field, f"--ocr-field {field}")
         spotter = cls(name, device, max_overlap, field)
         if spotter.kept_in and field:
             raise ValueError(f"--ocr {name} reads no picture; leave --ocr-field out")
@@ -95,11 +103,11 @@ class Spotter:
             "ocr_field": self.field,
         }
 
-    def texts(self, pictures: Sequence[Image]) -> list[list[str]]:
+    def texts(self, pictures: Sequence[Image]) -> list[Texts]:
         """The texts in each picture."""
         return _load(self.name, self.device)[0](pictures)
 
-    def kept(self, meta: dict[str, Any]) -> list[str] | None:
+    def kept(self, meta: dict[str, Any]) -> Texts:
         """The texts that an earlier call put into the JSON; None where there are none."""
         texts = meta.get(self.kept_in)
         texts = [texts] if isinstance(texts, str) else texts
@@ -157,17 +165,38 @@ def _rapidocr() -> tuple[Read, str]:
     n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
     reader = RapidOCR(intra_op_num_threads=n_threads, inter_op_num_threads=n_threads)
 
-    def read(pictures: Sequence[Image]) -> list[list[str]]:
+    def read_one(picture: Image) -> Texts:
         import numpy as np
 
-        texts = []
-        for picture in pictures:
-            # As OpenCV orders colours.
-            lines, _ = reader(np.asarray(picture.convert("RGB"))[:, :, ::-1])
-            texts.append([text for _, text, _ in lines or []])
-        return texts
+        shrunk = min(1, _LARGEST / max(picture.size))
+        if min(picture.size) * shrunk < _LEAST_LEGIBLE:
+            return []
+
+        # As OpenCV orders colours.
+        pixels = np.asarray(_widened(picture.convert("RGB")))[:, :, ::-1]
+        try:
+            lines, _ = reader(pixels)
+        except Exception:  # its errors share no class; one picture must not end the call
+            return None
+        return [text for _, text, _ in lines or []]
+
+    def read(pictures: Sequence[Image]) -> list[Texts]:
+        return [read_one(picture) for picture in pictures]
 
     return read, version("rapidocr-onnxruntime")
+
+
+def _widened(picture: Image) -> Image:
+    """A long thin picture with white beside it."""
+    from PIL import Image as images
+
+    longer = max(picture.size)
+    width, height = (max(side, -(-longer // _LONGEST)) for side in picture.size)
+    if (width, height) == picture.size:
+        return picture
+    widened = images.new("RGB", (width, height), "white")
+    widened.paste(picture)
+    return widened
 
 
 def _transformers(ref: str, device: str) -> tuple[Read, str]:
@@ -186,7 +215,7 @@ def _transformers(ref: str, device: str) -> tuple[Read, str]:
     place = local_device(device, shared=True)
     model = model.eval().requires_grad_(False).to(place)
 
-    def read(pictures: Sequence[Image]) -> list[list[str]]:
+    def read(pictures: Sequence[Image]) -> list[Texts]:
         images = [picture.convert("RGB") for picture in pictures]
         inputs = processor(images=images, return_tensors="pt").to(place)
         with torch.inference_mode():
@@ -202,7 +231,7 @@ def _transformers(ref: str, device: str) -> tuple[Read, str]:
 def _own(name: str) -> tuple[Read, str]:
     function = own_function(name, "--ocr", GRAMMAR)
 
-    def read(pictures: Sequence[Image]) -> list[list[str]]:
+    def read(pictures: Sequence[Image]) -> list[Texts]:
         try:
             answers = list(function(pictures))
         except Exception as error:  # whatever its author let pass

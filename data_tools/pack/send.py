@@ -24,26 +24,27 @@ from vlp.privacy import without_secrets
 
 Pack = Callable[[argparse.Namespace, Path, Path], int]  # options, folder, its name in messages
 _AT_ONCE = 4  # files that are sent
+_ADVICE = "Wait until it is done, or name another folder with --to"
 
 
 def packed(args: argparse.Namespace, pack: Pack) -> int:
     """Fetch the input, let `pack` make the shards here, and send them; returns its status."""
+    from vlp.data_tools._run.writers import writing
+
     target = destination(args.to)
     room = cache_folder() / "packs" / _digest(args)
-    args.source = _here(args.source, room / "in")
-    args.captions = args.captions and _here(args.captions, room / "in")
-    if not isinstance(target, StoredPath):
-        status = pack(args, target, target)
-    else:
-        from vlp.data_tools._run.writers import writing
-
-        advice = "Wait until it is done, or name another folder with --to"
-        with writing(target, advice=advice, part=(1, 1)):
-            status = _made_and_sent(args, target, room / "whole", pack)
-
-    # After a failure the next call goes on with it.
-    if status == 0:
+    try:
+        if not isinstance(target, StoredPath):
+            check_target(target, args.overwrite)
+            status = pack(_with_input_here(args, room / "in"), target, target)
+        else:
+            with writing(target, advice=_ADVICE, part=(1, 1)):
+                status = _made_and_sent(args, target, room, pack)
+    # No later call could go on with it: what was found wrong stays wrong.
+    except (ValueError, FileExistsError):
         shutil.rmtree(room, ignore_errors=True)
+        raise
+    shutil.rmtree(room, ignore_errors=True)
     return status
 
 
@@ -56,6 +57,13 @@ def _digest(args: argparse.Namespace) -> str:
 
 
 _PLAIN = (str, int, float, list, bool, type(None))
+
+
+def _with_input_here(args: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """The options with names of this machine."""
+    source = _here(args.source, folder)
+    captions = args.captions and _here(args.captions, folder)
+    return argparse.Namespace(**{**vars(args), "source": source, "captions": captions})
 
 
 def _here(text: str, folder: Path) -> str:
@@ -75,12 +83,13 @@ def _here(text: str, folder: Path) -> str:
     return str(local)
 
 
-def _made_and_sent(args: argparse.Namespace, target: StoredPath, whole: Path, pack: Pack) -> int:
+def _made_and_sent(args: argparse.Namespace, target: StoredPath, room: Path, pack: Pack) -> int:
+    whole = room / "whole"
     if whole.exists():
         print(f"goes on sending the pack that an earlier call made in {whole}")
     else:
         check_target(target, args.overwrite)
-        status = pack(args, whole, target)
+        status = pack(_with_input_here(args, room / "in"), whole, target)
         if status != 0:
             return status
         # What an earlier pack left over would count among the shards.

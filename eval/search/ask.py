@@ -1,8 +1,8 @@
 """`vlp search`: the pictures of a collection that are nearest to a text or to a picture.
 
 cosine(q, x_i) of unit rows, the embedding q of a query and x_i of each picture; exact up to a
-million pictures, above by an inverted file of FAISS where it is installed. With --stored-as the rows
-are held in a byte or a bit a number, and the best by those compared as floats.
+million pictures, above by an inverted file of FAISS where it is installed. With --stored-as the
+rows are held in a byte or a bit a number, and the best by those compared as floats.
 """
 
 from __future__ import annotations

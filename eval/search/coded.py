@@ -1,8 +1,8 @@
 """The rows of a library in a byte or a bit a number: less to hold and to read, and the best of them
 compared by their float rows (vlp.eval.quantised).
 
-FOLDER/DIGEST.KIND.safetensors   "stored" [n, bytes a row] uint8, "numbers" [n] of the pictures; of
-                                 int8 "low" and "step" [D]
+FOLDER/DIGEST.KIND.safetensors   "stored" [n, bytes a row] uint8, "numbers" [n] int32 of the
+                                 pictures; of int8 "low" and "step" [D]
 
 Written once for what a library holds; one that has grown gets another.
 """
@@ -38,8 +38,8 @@ class Coded:
 
     @property
     def n_bytes(self) -> int:
-        """What a search holds of them."""
-        return self.stored.nbytes
+        """What a search holds."""
+        return self.stored.nbytes + self.numbers.nbytes
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(numbers, stored rows) block by block."""
@@ -134,4 +134,5 @@ def _blocks(opened: Library) -> Iterator[tuple[Tensor, Tensor]]:
     for first, rows in opened.blocks():
         of_part = torch.from_numpy(rows).float()
         counts = of_part.any(1)
-        yield first + counts.nonzero()[:, 0], of_part[counts]
+        numbers = first + counts.nonzero()[:, 0]
+        yield numbers.int(), of_part[counts]

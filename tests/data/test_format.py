@@ -18,10 +18,11 @@ from vlp.data import digests, index_file
 from vlp.data import index as index_module
 from vlp.data.format import ShardWriter, index
 from vlp.data.members import Picture, parse_name
+from vlp.data.paths import expand
 from vlp.data.rows import ROW
 from vlp.data.sources.remote import Options as RemoteOptions
 from vlp.data.sources.remote import open as open_remote
-from vlp.data.sources.shards import Options, expand
+from vlp.data.sources.shards import Options
 from vlp.data.sources.shards import open as open_shards
 
 IMAGE = encoded(picture(1))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data_tools.in_stores import material as material
+from tests.data_tools.in_stores import server as server
 from tests.data_tools.language import write_models
 from tests.data_tools.mining import store, twins, write
 from tests.data_tools.tools import CAPTIONS

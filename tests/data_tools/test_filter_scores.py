@@ -268,6 +268,7 @@ def _write_wrong(folder: Path) -> dict[str, Path]:
     torch.save({"conv.weight": torch.zeros(2, 3, 3, 3)}, folder / "conv.pth")
     torch.save({"bn.weight": torch.zeros(D), "bn.running_mean": torch.zeros(D)}, folder / "bn.pth")
     torch.save([1, 2], folder / "list.pth")
+    torch.save({"weight": torch.full((1, D), torch.nan)}, folder / "nan.pth")
     torch.save(nn.Linear(D, 1), folder / "module.pth")
     write_head(folder / "gaps.pth", network("relu").state_dict())
     for name in ("torn.pth", "torn.safetensors", "torn.onnx"):
@@ -291,6 +292,9 @@ def _write_wrong(folder: Path) -> dict[str, Path]:
         (["--head", "a={wrong}/torn.onnx"], "torn.onnx cannot be read as weights"),
         (["--head", "a={wrong}/head.txt"], "head.txt is no file of a head; expected --head NAME="),
         (["--head", "a={wrong}/none.pth"], "there is no file .*none.pth"),
+        (["--head", "a={wrong}/nan.pth"], "nan.pth scores nan: its weights are not all finite"),
+        (["--head", "captions=cosine"], "overwrite the field 'captions' of the JSON"),
+        (["--head", "negative_scores=cosine"], "overwrite the field 'negative_scores'"),
         (["--head", "cosine"], "--head 'cosine': expected --head NAME=FILE"),
         (["--head", "a=cosine", "--head", "a=cosine"], "given twice under one name: a, a"),
         (["--top", "extra"], "expected FIELD=SHARE with a share between 0 and 1"),

@@ -22,12 +22,11 @@ import pytest
 import vlp
 from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
-from tests.data_tools import test_stores as stored
+from tests.data_tools import in_stores
 from tests.data_tools.mining import store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
 from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
-from tests.data_tools.test_stores import server  # noqa: F401  # a fixture
 from tests.data_tools.test_work import write
 from tests.data_tools.tools import CAPTIONS, call
 from tests.eval.material import tiny_open_clip
@@ -120,14 +119,14 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
 
 def test_a_cluster_reads_and_writes_a_store(
     running: Nodes,
-    server: Store,  # noqa: F811
+    server: Store,
     tmp_path: Path,
 ) -> None:
     """The nodes need see no folder of the machine of the call."""
-    here = stored.local(tmp_path, "filter", tmp_path / "root" / "in", *stored.FILTER)
-    there = ["filter", "s3://bucket/in", *stored.FILTER, "--to", "s3://bucket/out"]
-    assert stored.vlp(*there, "--ray", running.address) == 0
-    assert stored.content(server.root / "out") == here and len(here) > 10
+    here = in_stores.local(tmp_path, "filter", tmp_path / "root" / "in", *in_stores.FILTER)
+    there = ["filter", "s3://bucket/in", *in_stores.FILTER, "--to", "s3://bucket/out"]
+    assert in_stores.vlp(*there, "--ray", running.address) == 0
+    assert in_stores.content(server.root / "out") == here and len(here) > 10
 
 
 def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_path: Path) -> None:

@@ -115,18 +115,22 @@ def test_the_share_of_a_caption_s_words(caption: str, texts: list[str], share: f
     assert overlap(caption, texts) == pytest.approx(share)
 
 
-def test_rapidocr_reads_drawn_text(tmp_path: Path) -> None:
+def test_rapidocr_reads_drawn_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip("rapidocr_onnxruntime")
     with ShardWriter(tmp_path / "in") as writer:
         captions = ["Summer sale today", "a red shop front with a sign"]
         writer.add("sign", png(sign(["Summer sale", "today"])), "png", captions)
         writer.add("plain", png(sign([])), "png", ["Summer sale today"])
+        writer.add("dot", png(sign([], (1, 1))), "png", ["Summer sale today"])
+        writer.add("thin", png(sign(["Summer sale"], (5000, 9))), "png", ["a line"])
     options = ["--ocr", "rapidocr", "--max-overlap", "0.6", "--ocr-field", "ocr"]
     call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
     after = read(tmp_path / "out")
     assert after["sign"].captions == ("a red shop front with a sign",)
     assert after["plain"].captions == ("Summer sale today",)
     joined = "".join(after["sign"].meta["ocr"]).lower().replace(" ", "")
+    assert list(after) == ["sign", "plain", "dot", "thin"]
+    assert "could not be read" not in capsys.readouterr().out
     assert "summersale" in joined and "today" in joined and after["plain"].meta["ocr"] == []
 
 
@@ -138,6 +142,7 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path) -> None:
         (["--ocr-field", "x"], "belong to --ocr READER, which is not given"),
         (["--ocr", READER, "--max-overlap", "1"], r"--max-overlap 1 must lie in \[0, 1\)"),
         (["--ocr", READER, "--max-overlap", "-0.1"], r"must lie in \[0, 1\)"),
+        (["--ocr", READER, "--ocr-field", "caption"], "overwrite the field 'caption'"),
         (["--ocr", "tesseract"], "--ocr 'tesseract': expected rapidocr, transformers:MODEL"),
         (["--ocr", "transformers:"], "--ocr 'transformers:': expected"),
         (["--ocr", "field:", "--max-overlap", "0.5"], "--ocr 'field:': expected rapidocr"),

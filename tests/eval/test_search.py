@@ -362,6 +362,8 @@ def test_stored_rows_are_kept_for_what_the_library_holds(photos, tmp_path, capsy
     assert len(kept) == 1 and search()[1] == kept
     (photos / "new.png").write_bytes(png(picture(9)))
     names, grown = search()
+    opened = library.update(folder, encoder, pictures_in(str(photos)), QUIET)
+    assert coded.of_library(opened, "int8").n_bytes == 8 * (opened.width + 4)
     assert len(grown) == 1 and grown != kept and names == [str(photos / "new.png")]
 
     (folder / grown[0]).write_bytes(b"torn")

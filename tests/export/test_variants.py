@@ -247,7 +247,6 @@ def test_scores_of_one_size_are_not_those_of_another(tmp_path):
         "clip",
         "resnet",
         pytest.param("timm", marks=pytest.mark.slow),
-        pytest.param("siglip", marks=pytest.mark.slow),
         pytest.param("mean pooling", marks=pytest.mark.slow),
         pytest.param("two parts", marks=pytest.mark.slow),
     ],
@@ -282,6 +281,13 @@ def test_a_width_that_cannot_be_cut_is_refused(tmp_path):
     # Two layers, of which the hidden one has a width between the tower's and D.
     text = {"name": "huggingface", "context_length": 12, "pretrained": False}
     text |= {"model": str(language_model(tmp_path)), "pooler": "mean_pooler", "proj": "mlp"}
-    with pytest.raises(ExportError, match=r"--width 8: .*vlp eval, search and embed cut"):
-        export(tiny(text_tower=text), tmp_path / "out", width=8)
+    uncut = {
+        "which are not its first numbers": {"text_tower": text},
+        "gives 32 features, unprojected": described("siglip", tmp_path),
+    }
+    for reason, keys in uncut.items():
+        message = rf"--width 8: this model .*{reason}.*\); leave it out: vlp eval, search and embed"
+        with pytest.raises(ExportError, match=message):
+            export(tiny(**keys), tmp_path / "out", width=8)
+    assert len(uncut) == 2
     assert not (tmp_path / "out").exists()

@@ -132,10 +132,8 @@ def mixup(temperature: float, alpha: float, share: float) -> Loop:
                 target[i, partner[i]] += 1 - w
 
             z = torch.stack(mixtures) @ right.T / temperature
-            for i in CANDIDATES:
-                for j in CANDIDATES:
-                    log_p = (z[i, j] - log_sum(list(z[i]))) + (z[i, j] - log_sum(list(z[:, j])))
-                    total = total - target[i, j] * log_p / (4 * B)
+            log_p = (z - z.logsumexp(1, keepdim=True)) + (z - z.logsumexp(0))
+            total = total - (target * log_p).sum() / (4 * B)
         return total
 
     return loop

@@ -86,7 +86,7 @@ def test_unmixed_rows_are_compared_as_in_infonce():
 def test_mixing_ends_where_the_run_says_so():
     """A third of nine steps; and by default never where the length is not known."""
     d, options = data(), {"mixup": {}}
-    soft = build({"mixup": {"until": 0}}, steps=9)(**d)[0]
+    soft = build({"mixup": {"until": 0}})(**d)[0]
     is_soft = [bool(build(options, steps=9)(**d, step=step)[0] == soft) for step in range(9)]
     assert is_soft == 2 * [False] + 7 * [True], "int(.33 · 9) steps are mixed"
     assert build(options)(**d, step=8)[0] != soft

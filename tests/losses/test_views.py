@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import ranks
 from tests.losses import loops
-from tests.losses.family_data import B, data
+from tests.losses.family_data import B, data, own_rows
 from tests.losses.view_loops import mv_dhel, mv_infonce, poly_view, sinkhorn
 from vlp import dist
 from vlp.losses import build, min_views
@@ -116,6 +117,15 @@ def test_features_that_agree_and_repeat_nothing_lose_nothing():
     assert turned == pytest.approx(2 + 5e-3 * 2), "each feature agrees with the other one"
 
 
+def test_a_feature_that_is_the_same_in_all_rows_is_not_blown_up():
+    """As of nonnegative embeddings, of which a number may be 0 in all images of a batch."""
+    rows = F.pad(F.normalize(torch.randn(8, 4), dim=1), (0, 1)).requires_grad_()
+    text = F.normalize(torch.randn(8, 5), dim=1)
+    total, _ = build({"barlow": {}})(image=rows, text=text, scale=1.0)
+    (gradient,) = torch.autograd.grad(total, rows)
+    assert gradient[:, :4].any() and gradient.norm() < 1e4
+
+
 def test_assignments_are_scaled_as_by_division():
     """Rows sum to 1, and after many iterations columns are equal."""
     d = data()
@@ -149,6 +159,39 @@ OVER_RANKS = [
 @pytest.mark.parametrize("n_ranks", [1, 2])
 def test_samples_of_one_label_are_no_negatives(n_ranks):
     loops.assert_equal(n_ranks, OVER_RANKS)
+
+
+def in_groups() -> list[float]:
+    d = own_rows(data())
+    return [
+        build({name: options}, topology={"group": 1})(**d)[0].item() for name, options in GROUPED
+    ]
+
+
+GROUPED = [
+    (name, {})
+    for name in (
+        "barlow", "cacr", "decoupled_uniformity", "kernel_mixture", "koleo", "mv_dhel",
+        "mv_infonce", "poly_view", "siam", "swap",
+    )
+]  # fmt: skip
+
+
+def test_groups_are_compared_within_themselves():
+    """Of two ranks that share no candidates each has the value of a process with its rows alone."""
+    whole, halves = data(), []
+    for rows in (slice(0, B // 2), slice(B // 2, B)):
+        half = {name: part(name, value, rows) for name, value in whole.items()}
+        halves.append([build({name: options})(**half)[0].item() for name, options in GROUPED])
+    for by_rank, expected in zip(ranks.run(2, in_groups), halves, strict=True):
+        assert by_rank == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert halves[0] != halves[1]
+
+
+def part(name: str, value: Tensor, rows: slice) -> Tensor:
+    if not value.dim() or name.startswith("queue_"):
+        return value
+    return value[:, rows] if name.endswith("_views") else value[rows]
 
 
 @pytest.mark.parametrize("name", ["mv_infonce", "mv_dhel", "poly_view"])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.losses.family_data import CANDIDATES, B, D
-from tests.losses.one_file_loops import Inputs, Loop, log_sum, others
+from tests.losses.one_file_loops import Inputs, Loop, others
 
 FIELDS = {
     "all": ("image_views", "text_views"),
@@ -23,16 +23,20 @@ def views_of(d: Inputs, views: str) -> list[Tensor]:
     return pair + [view for name in FIELDS[views] for view in d.get(name, ())]
 
 
+def scores_of(d: Inputs, u: list[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """z of all samples for each two kinds of view, [B, B]."""
+    kinds = itertools.product(range(len(u)), repeat=2)
+    return {(a, b): d["scale"] * (u[a] @ u[b].T) for a, b in kinds}
+
+
 def mv_infonce(views: str = "all", labels: Tensor | None = None) -> Loop:
     def loop(d: Inputs) -> Tensor:
         u, total = views_of(d, views), 0
-        kinds = list(itertools.permutations(range(len(u)), 2))
+        z, kinds = scores_of(d, u), list(itertools.permutations(range(len(u)), 2))
         for i in CANDIDATES:
-            numerator = [d["scale"] * (u[a][i] @ u[b][i]) for a, b in kinds]
-            negatives = [
-                d["scale"] * (u[a][i] @ u[b][j]) for a, b in kinds for j in others(i, labels)
-            ]
-            total = total + log_sum(numerator + negatives) - log_sum(numerator)
+            numerator = torch.stack([z[kind][i, i] for kind in kinds])
+            negatives = torch.cat([z[kind][i, others(i, labels)] for kind in kinds])
+            total = total + torch.cat([numerator, negatives]).logsumexp(0) - numerator.logsumexp(0)
         return total / B
 
     return loop
@@ -41,15 +45,12 @@ def mv_infonce(views: str = "all", labels: Tensor | None = None) -> Loop:
 def mv_dhel(views: str = "all", labels: Tensor | None = None) -> Loop:
     def loop(d: Inputs) -> Tensor:
         u, total = views_of(d, views), 0
+        z, kinds = scores_of(d, u), list(itertools.permutations(range(len(u)), 2))
         for i in CANDIDATES:
-            for view in u:
-                negatives = [d["scale"] * (view[i] @ view[j]) for j in others(i, labels)]
-                total = total + (log_sum(negatives) if negatives else 0)
-            numerator = [
-                d["scale"] * (u[a][i] @ u[b][i])
-                for a, b in itertools.permutations(range(len(u)), 2)
-            ]
-            total = total - log_sum(numerator)
+            for a in range(len(u)):
+                negatives = z[a, a][i, others(i, labels)]
+                total = total + (negatives.logsumexp(0) if len(negatives) else 0)
+            total = total - torch.stack([z[kind][i, i] for kind in kinds]).logsumexp(0)
         return total / B
 
     return loop
@@ -58,22 +59,15 @@ def mv_dhel(views: str = "all", labels: Tensor | None = None) -> Loop:
 def poly_view(form: str, views: str = "all", labels: Tensor | None = None) -> Loop:
     def loop(d: Inputs) -> Tensor:
         u, total = views_of(d, views), 0
+        z, kinds = scores_of(d, u), range(len(u))
         for i in CANDIDATES:
-            for a in range(len(u)):
-                negatives = [
-                    torch.exp(d["scale"] * (u[a][i] @ view[j]))
-                    for view in u
-                    for j in others(i, labels)
-                ]
-                shares = []
-                for b in range(len(u)):
-                    if b != a:
-                        own = torch.exp(d["scale"] * (u[a][i] @ u[b][i]))
-                        shares.append(own / (own + sum(negatives)))
-                if form == "geometric":
-                    value = -sum(torch.log(share) for share in shares) / len(shares)
-                else:
-                    value = -torch.log(sum(shares) / len(shares))
+            for a in kinds:
+                negatives = sum(torch.exp(z[a, b][i, others(i, labels)]).sum() for b in kinds)
+                own = torch.stack([torch.exp(z[a, b][i, i]) for b in kinds if b != a])
+                shares = own / (own + negatives)
+                value = -torch.log(shares).mean()
+                if form == "arithmetic":
+                    value = -torch.log(shares.mean())
                 total = total + value / len(u)
         return total / B
 
@@ -94,7 +88,7 @@ def barlow(off_diagonal: float, views: bool) -> Loop:
             x, t = standardised(image), standardised(text)
             for e in range(D):
                 for f in range(D):
-                    c = sum(x[i, e] * t[i, f] for i in CANDIDATES) / B
+                    c = (x[:, e] * t[:, f]).sum() / B
                     total = total + ((1 - c) ** 2 if e == f else off_diagonal * c**2)
         return total / len(compared)
 
@@ -119,8 +113,7 @@ def swap(epsilon: float, iterations: int) -> Loop:
             for z, s in ((scores, target), (scores.T, target.T)):
                 q = sinkhorn(s, epsilon, iterations)
                 for i in CANDIDATES:
-                    norm = log_sum(list(z[i]))
-                    total = total - sum(q[i, j] * (z[i, j] - norm) for j in CANDIDATES) / (8 * B)
+                    total = total - (q[i] * (z[i] - z[i].logsumexp(0))).sum() / (8 * B)
         return total
 
     return loop

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models.tiny import inputs, tiny
+from tests.models.tiny import VIT, inputs, settings, tiny
 from vlp.export import folder
 from vlp.models.heads import nonnegative
 from vlp.models.load import load
@@ -64,3 +64,9 @@ def test_an_export_of_a_plain_model_says_nothing_of_it(tmp_path):
         '"heads"'
         not in (tmp_path / "export" / "open_clip_config.json").read_text().split('"vlp"')[1]
     )
+
+
+def test_stored_embeddings_of_an_image_tower_do_not_pass_it():
+    tower = VIT | {"locked": True, "precomputed": True}
+    with pytest.raises(ValueError, match=r"heads\.nonnegative is the model's last step"):
+        settings(image_tower=tower, heads=HEADS)

@@ -5,6 +5,7 @@ import torch
 
 from tests.models.tiny import TEXT, inputs, tiny
 from vlp.export import folder
+from vlp.models import text_dropout
 
 DROPPED = TEXT | {"dropout": 0.3}
 
@@ -64,3 +65,8 @@ def test_an_export_knows_nothing_of_it(tmp_path):
 def test_what_has_no_text_to_drop_is_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         tiny(**keys)
+
+
+def test_a_text_tower_of_another_library_is_refused():
+    with pytest.raises(ValueError, match=r"of open_clip's text transformer .* found Linear"):
+        text_dropout.check(torch.nn.Linear(2, 2))

@@ -135,6 +135,12 @@ class Model:
                 "text_tower is another; write text_tower.dropout"
             )
 
+        if self.heads.nonnegative and self.precomputed:
+            raise ValueError(
+                "heads.nonnegative is the model's last step, which the stored embeddings of a "
+                "precomputed image tower do not pass; set image_tower.precomputed: false"
+            )
+
         text = self.text_tower
         if self.stored_texts is not None and text is not None:
             unusable = getattr(text.common, "locked", False), getattr(text.common, "lora", None)

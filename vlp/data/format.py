@@ -37,7 +37,7 @@ from uuid import uuid4
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
 from vlp.data.index import index, piece_of
-from vlp.data.index_file import save_index
+from vlp.data.index_file import NAME, save_index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, Picture, negative_member, parse_name
 from vlp.data.scan import scan
 from vlp.data.stored import StoredPath
@@ -277,10 +277,17 @@ class ShardWriter:
 
 def index_written(paths: list[Path]) -> None:
     """Index the shards of a folder that is finished."""
-    index(paths)
-    for path in paths:
-        if isinstance(path, StoredPath):
-            piece_of(path).unlink(missing_ok=True)
+    shards = index(paths)
+    stored = [path for path in paths if isinstance(path, StoredPath)]
+    if not stored:
+        return
+
+    # Whoever read the folder before has an index of it in the cache, which others do not see.
+    beside = stored[0].parent / NAME
+    if not beside.is_file():
+        save_index(beside, {path.name: shard for path, shard in zip(paths, shards)})
+    for path in stored:
+        piece_of(path).unlink(missing_ok=True)
 
 
 def _as_read(name: str) -> str:

@@ -17,6 +17,7 @@ differs the whole is scanned again. A change that this misses is met when the sa
 from __future__ import annotations
 
 import atexit
+import errno
 import hashlib
 import os
 import shutil
@@ -281,6 +282,9 @@ def _save(folder: Path, shards: dict[str, Shard], names: Collection[str]) -> Non
         try:
             return save_index(place, kept)
         except OSError as error:
+            # Training looks for it there alone; a source that cannot be written is normal.
+            if isinstance(place, StoredPath) and error.errno != errno.EROFS:
+                raise
             reason = error
 
     log.warn(f"the index of {folder} could not be saved ({reason}); it is built again next time")

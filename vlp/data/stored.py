@@ -41,6 +41,7 @@ SENT_EVERY_S = 60.0  # what a kill can cost of a file that grows in place
 _AT_THE_SAME_TIME = 32  # files that are fetched
 _DROPPED = (".tar", ".safetensors")  # local copies that go once the store has the file
 _END_OF_TIME_NS = 1 << 62
+_STARTED = time.time()  # a copy's content is compared with its digest once a process
 
 _scratch: dict[str, Path] = {}  # the scratch folder of each destination, by address
 _growing: dict[StoredPath, float] = {}  # files that grow, and when each was last put
@@ -211,7 +212,7 @@ def _copy_of(path: StoredPath) -> str:
 
     known, url = _known(path), stores.whole(str(path))
     version = version_of(known)
-    cache = Cache(CACHE_BYTES, stores.options_for(url), {address(url): version})
+    cache = Cache(CACHE_BYTES, stores.options_for(url), {address(url): version}, since=_STARTED)
     # Once a process: a shard that changes in mid-call is met when it is read.
     if url not in _compared:
         cache.drop_if_changed(url, int(known["size"]), version)
@@ -334,6 +335,17 @@ def _put_growing(root: str | None) -> None:
     for path in [path for path in _growing if _root_of(path) == root]:
         stores.put(path.local(), str(path))
         del _growing[path]
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all in it, if it is there."""
+    if not isinstance(folder, StoredPath):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+
+    shutil.rmtree(folder.local(), ignore_errors=True)
+    for place in stores.below(str(folder)):
+        stores.remove(place)
 
 
 def forget_copy(path: StoredPath) -> None:

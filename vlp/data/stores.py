@@ -19,11 +19,12 @@ from vlp.privacy import address, remember, scrubbed
 
 # Stores that show an object only when all of it is there.
 _AT_ONCE = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "hf")
+_AZURE = ("abfs", "abfss", "az")
 HTTP = ("http", "https")
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a", *HTTP), "'vlp[remote]'"),
     **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(("abfs", "abfss", "az"), "adlfs"),
+    **dict.fromkeys(_AZURE, "adlfs"),
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 _TRIES = 4
@@ -116,9 +117,10 @@ def options_of(settings: Iterable[str]) -> dict[str, dict[str, Any]]:
         key, equals, text = setting.partition("=")
         scheme, colon, name = key.rpartition(":")
         if not (equals and name) or (colon and not scheme):
-            # Without its value, which may be a secret.
+            # Without its value, which may be a secret; without = the whole may be one.
+            shown = f"--storage {key}" if equals else "--storage without ="
             raise ValueError(
-                f"--storage {key}: expected KEY=VALUE or SCHEME:KEY=VALUE, such as "
+                f"{shown}: expected KEY=VALUE or SCHEME:KEY=VALUE, such as "
                 "endpoint_url=http://localhost:9000 or s3:anon=true"
             )
         place = chosen.setdefault(scheme, {})
@@ -207,15 +209,22 @@ def put(local: Path, place: str) -> None:
     def once() -> None:
         file_system, name = _file_system(place)
         if scheme_of(place) in _AT_ONCE:
-            file_system.put_file(str(local), name)
+            # adlfs alone refuses to replace unless told so (0.x `_put_file`).
+            replacing = {"overwrite": True} if scheme_of(place) in _AZURE else {}
+            file_system.put_file(str(local), name, **replacing)
             return
 
         # A reader must not meet a part.
         folder, _, last = name.rpartition("/")
         temporary = f"{folder}/.{last}.{uuid4().hex[:12]}.tmp"
         file_system.makedirs(folder, exist_ok=True)
-        file_system.put_file(str(local), temporary)
-        file_system.mv(temporary, name)
+        try:
+            file_system.put_file(str(local), temporary)
+            file_system.mv(temporary, name)
+        except Exception:
+            with contextlib.suppress(Exception):
+                file_system.rm_file(temporary)
+            raise
 
     try:
         _tried(once, "written", place)

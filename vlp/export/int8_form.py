@@ -158,6 +158,19 @@ def _opened(int8: Int8) -> Shards:
 
 def _quantise(whole: Path, small: Path, side: str, calibrated: np.ndarray | None) -> None:
     """Write the 8-bit file of one tower; OnnxError where onnxruntime cannot."""
+    try:
+        with _quiet():
+            _write(whole, small, side, calibrated)
+    # onnx's and onnxruntime's own kinds.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:300]
+        raise OnnxError(
+            f"the {side} tower cannot be written in 8 bits ({type(error).__name__}: {reason}); "
+            "leave out --int8, or report it with the model's configuration"
+        ) from error
+
+
+def _write(whole: Path, small: Path, side: str, calibrated: np.ndarray | None) -> None:
     from onnxruntime import quantization
 
     # A file of weights beside the graph: one ONNX file ends at 2 GiB.
@@ -167,32 +180,21 @@ def _quantise(whole: Path, small: Path, side: str, calibrated: np.ndarray | None
         "weight_type": quantization.QuantType.QInt8,
         "use_external_data_format": is_split,
     }
-    try:
-        with TemporaryDirectory() as folder, _quiet():
-            prepared = Path(folder) / whole.name
-            quantization.quant_pre_process(
-                whole, prepared, skip_symbolic_shape=True, save_as_external_data=is_split
-            )
-            if calibrated is None:
-                quantization.quantize_dynamic(
-                    prepared, small, op_types_to_quantize=_WEIGHTS, **settings
-                )
-            else:
-                quantization.quantize_static(
-                    prepared,
-                    small,
-                    _reader(INPUTS[side], calibrated),
-                    op_types_to_quantize=_STATIC,
-                    activation_type=quantization.QuantType.QInt8,
-                    **settings,
-                )
-    # onnx's and onnxruntime's own kinds.
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:300]
-        raise OnnxError(
-            f"the {side} tower cannot be written in 8 bits ({type(error).__name__}: {reason}); "
-            "leave out --int8, or report it with the model's configuration"
-        ) from error
+    with TemporaryDirectory() as folder:
+        prepared = Path(folder) / whole.name
+        # Its inference of symbolic shapes is incomplete on these graphs, and is not needed.
+        quantization.quant_pre_process(
+            whole, prepared, skip_symbolic_shape=True, save_as_external_data=is_split
+        )
+        if calibrated is None:
+            settings["op_types_to_quantize"] = _WEIGHTS
+            quantization.quantize_dynamic(prepared, small, **settings)
+            return
+
+        settings["op_types_to_quantize"] = _STATIC
+        settings["activation_type"] = quantization.QuantType.QInt8
+        reader = _reader(INPUTS[side], calibrated)
+        quantization.quantize_static(prepared, small, reader, **settings)
 
 
 def _reader(name: str, rows: np.ndarray) -> Any:

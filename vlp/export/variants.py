@@ -148,7 +148,12 @@ def narrowed(model: DualEncoder, width: int) -> DualEncoder:
             save_weights(_cut(model, shapes, width), file)
             narrow_model = from_description(described, file).eval()
         except ValueError as error:
-            raise ExportError(f"--width {width}: {error}; {_CUT_ADVICE}") from error
+            # What else it says is advice to whoever configures such a model.
+            reason = str(error).partition(";")[0]
+            raise ExportError(
+                f"--width {width}: this model has no projections that can be cut ({reason}); "
+                f"{_CUT_ADVICE}"
+            ) from error
 
     _check_cut(model, narrow_model, width)
     return narrow_model

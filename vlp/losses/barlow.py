@@ -35,7 +35,8 @@ from vlp.losses._inputs import Inputs
 from vlp.pairwise import Pairs, widened
 
 MIN_CANDIDATES = 2
-SMALLEST_VARIANCE = 1e-12
+# Of a feature, in parts of the mean over a unit row's, 1/D: what batch norm's ε is of 1.
+SMALLEST_VARIANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,6 @@ def _standardised(rows: Tensor, pairs: Pairs, n: int) -> Tensor:
     wide = widened(rows)
     centred = wide - pairs.sum_over_group(wide.sum(0)) / n
     variance = pairs.sum_over_group(centred.square().sum(0)) / n
-    return centred * (variance + SMALLEST_VARIANCE).rsqrt()
+
+    # A feature that hardly differs between rows is not blown up, and its gradient is not either.
+    return centred * variance.clamp(min=SMALLEST_VARIANCE / rows.shape[1]).rsqrt()

@@ -34,7 +34,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from vlp.fields import FIELDS, Field
+from vlp.fields import EMBEDDED, FIELDS, Field
 from vlp.losses import _terms
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
@@ -46,6 +46,17 @@ NARROWEST = 8  # of the widths that are taken where none are named
 _PACKAGE = "vlp.losses"
 # What comes of a teacher's width, which a prefix cannot be compared with.
 _WHOLE = frozenset({"projected_image", "projected_text"})
+
+
+def _has_embedding_width(row: Field) -> bool:
+    """Whether a field's last dimension is D: `b D`, `b K D`, but not a teacher's `b D'`."""
+    return row.unit and all(shape.split()[-1] == "D" for shape in row.shapes)
+
+
+# Embeddings of texts that a batch carries, in any number a sample.
+_TEXTS = frozenset(
+    name for name, row in EMBEDDED.items() if row.tower == "text" and _has_embedding_width(row)
+) - {"text_views"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,7 @@ def _check_term(plugin: Plugin, widths: list[int] | None) -> None:
     reads = _terms.needs(plugin) | _terms.optional(plugin)
     if hasattr(plugin.module, "wrapped"):
         problem = "a wrapper in a wrapper; name its terms here"
-    elif not reads >= {"image", "text"}:
+    elif "image" not in reads or not reads & _TEXTS:
         problem = "it does not read the embeddings of image and text; let it stand beside this one"
     elif reads & _WHOLE:
         problem = "it compares with a teacher's rows, which are whole; let it stand beside this one"
@@ -209,11 +220,6 @@ def cut(inputs: Inputs, width: int) -> Inputs:
         if _has_embedding_width(FIELDS[name])
     }
     return replace(inputs, **changed)
-
-
-def _has_embedding_width(row: Field) -> bool:
-    """Whether a field's last dimension is D: `b D`, `b K D`, but not a teacher's `b D'`."""
-    return row.unit and all(shape.split()[-1] == "D" for shape in row.shapes)
 
 
 def unit_prefix(

@@ -72,9 +72,13 @@ class Options:
 
 def for_run(options: Options, samples: int | None, steps: int | None) -> Options:
     """The options with the step at which mixing ends."""
-    if options.until_step is not None or steps is None or options.until == 1:
+    if options.until_step is not None or options.until == 1:
         return options
-    return replace(options, until_step=int(options.until * steps))
+
+    # A share of nothing is nothing, however long the run.
+    if steps is None and options.until > 0:
+        return options
+    return replace(options, until_step=int(options.until * (steps or 0)))
 
 
 def exported_scale(options: Options) -> float:

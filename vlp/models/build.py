@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, language, lora
+from vlp.models import assemble, language, lora, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -51,6 +51,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
             "them out"
         )
     clip = _instantiate(model_cfg)
+    if model.text_dropout:
+        text_dropout.check(clip.text)  # before weights are read
     _load_trunk(model, clip)
     if weights is not None:
         fitting.load_into(clip, weights.path, fit_of(model), weights.stated, weights.adapters)
@@ -64,7 +66,7 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
     encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
     if model.text_dropout:
-        encoder.drop_text(model.text_dropout)
+        text_dropout.drop(encoder.text, model.text_dropout)
     if model.new_projection:
         encoder.unlock_projections()
     return encoder

@@ -7,13 +7,11 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
@@ -24,7 +22,7 @@ from vlp import config
 from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
-from vlp.models.heads import Heads, nonnegative
+from vlp.models.heads import Heads, nonnegative, unit
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
@@ -130,11 +128,8 @@ class DualEncoder(nn.Module):
                 if rows is not None:
                     outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
         if pairs and self.heads.predictor is not None:
-            for side, other in (("image", "text"), ("text", "image")):
-                rows = outputs[side]
-                if rows is not None:
-                    predicted = self.heads.predictor(side, rows[:pairs])
-                    outputs[f"predicted_{other}"] = _unit(predicted)
+            sides = {side: outputs[side] for side in ("image", "text")}
+            outputs |= self.heads.predictor(sides, pairs)
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
@@ -154,14 +149,14 @@ class DualEncoder(nn.Module):
             return embeddings
 
         project = getattr(self.heads.views, name)
-        embeddings[f"{name}_views"] = _unit(project(self._embedding(features[n_rows:])))
+        embeddings[f"{name}_views"] = unit(project(self._embedding(features[n_rows:])))
         return embeddings
 
     def _embedding(self, features: Tensor) -> Tensor:
         """Unit rows of a tower's features, [rows, D]."""
         if self.heads_config.nonnegative:
             features = nonnegative(features)
-        return _unit(features)
+        return unit(features)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
@@ -311,16 +306,6 @@ class DualEncoder(nn.Module):
                 self.lora_scalings[side] = options.alpha / options.r
         self.train(self.training)
 
-    def drop_text(self, share: float) -> None:
-        """Drop this share of what enters each block of the text tower, in training."""
-        if not isinstance(self.text, TextTransformer):
-            raise ValueError(
-                "text_tower.dropout is of open_clip's text transformer (transformer, open_clip), "
-                f"found {type(self.text).__name__}; leave it out"
-            )
-        for block in repeated(self.text):
-            block.register_forward_pre_hook(partial(_dropped, share))
-
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
@@ -398,20 +383,8 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
         getattr(trunk, f"{word}_checkpointing_disable")()
 
 
-def _dropped(share: float, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a block: its first input with `share` of the numbers left out."""
-    rows, *others = inputs
-    return F.dropout(rows, share, block.training), *others
-
-
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     return output if isinstance(output, tuple) else (output, None)
-
-
-def _unit(features: Tensor) -> Tensor:
-    # In half precision a norm would be off by up to .4 %.
-    wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
-    return F.normalize(wide, dim=-1)
 
 
 def _joined(rows: Tensor, views: Tensor | None) -> Tensor:

@@ -59,9 +59,16 @@ class Predictor(nn.Module):
         super().__init__()
         self.image, self.text = (_two_layers(embed_dim, options.width) for _ in range(2))
 
-    def forward(self, side: str, rows: Tensor) -> Tensor:
-        """What rows of one side, "image" or "text", say of the other; of any norm."""
-        return getattr(self, side)(rows)
+    def forward(self, sides: dict[str, Tensor | None], pairs: int) -> dict[str, Tensor]:
+        """What the first `pairs` rows of each side that is there say of the other, unit rows:
+        predicted_text by "image", predicted_image by "text".
+        """
+        predicted = {}
+        for side, other in (("image", "text"), ("text", "image")):
+            rows = sides[side]
+            if rows is not None:
+                predicted[f"predicted_{other}"] = unit(getattr(self, side)(rows[:pairs]))
+        return predicted
 
 
 class TeacherMap(nn.Module):
@@ -161,6 +168,12 @@ class Captioner(nn.Module):
         logits, [b, L − 1, vocabulary], do not leave.
         """
         return self.decoder(self.bridge(image_tokens), text_tokens[:, :-1], ids[:, 1:])
+
+
+def unit(features: Tensor) -> Tensor:
+    # In half precision a norm would be off by up to .4 %.
+    wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
+    return F.normalize(wide, dim=-1)
 
 
 def nonnegative(features: Tensor) -> Tensor:

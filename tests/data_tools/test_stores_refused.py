@@ -1,0 +1,202 @@
+"""What of stores cannot be read or written: credentials, buckets, addresses; other kinds."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from tests.data.loopback_store import Store
+from tests.data_tools.in_stores import (
+    FILTER,
+    content,
+    forget_all,
+    local,
+    vlp,
+)
+from tests.loopback_hub import TOKEN, loopback_hub
+from vlp.cli import main
+from vlp.data import stored, stores
+from vlp.data.paths import expand
+from vlp.files import write_atomically
+
+# ---- what is refused
+
+
+def test_credentials_that_end_in_mid_run_lose_nothing(server, tmp_path, monkeypatch, capsys):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    call = ("filter", "s3://bucket/in", *FILTER, "--to", "s3://bucket/out")
+    forget_all(monkeypatch)
+    server.requests.clear()
+    assert vlp(*call[:-1], "s3://bucket/dry") == 0
+    marks = [i for i, one in enumerate(server.requests) if "PUT" in one and "captions.json" in one]
+    forget_all(monkeypatch)
+    server.requests.clear()
+    server.refused_from = marks[-1] + 1
+    assert vlp(*call) == 1
+    said = capsys.readouterr().err
+    assert (
+        "look at the credentials: they may have ended" in said and "the same command goes" in said
+    )
+    n_marks = len(list((server.root / "out").glob("*_captions.json")))
+    assert n_marks == 3
+
+    server.refused_from = None
+    before = len(server.requests)
+    assert vlp(*call) == 0 and content(server.root / "out") == here
+    assert not [one for one in server.requests[before:] if "PUT" in one and "_captions" in one]
+
+
+REFUSED = {
+    "no right to write": ("s3://bucket/out", "does not let s3://bucket/out"),
+    "no bucket": ("s3://nowhere/out", "no such bucket"),
+    "http": ("https://host/out", "http can be read from, but not written to"),
+    "memory": ("memory://out", "each process has a memory of its own"),
+    "no package": ("gs://bucket/out", "gs:// needs another package: pip install gcsfs"),
+    "no such scheme": ("s4://bucket/out", "no store is known by s4://"),
+    "a bucket": ("s3://bucket", "is a whole bucket; name what is to be in it"),
+    "the input": ("s3://bucket/in", "holds the input; name another folder"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_written_to_is_refused_before_anything_is_read(name, server, capsys):
+    to, message = REFUSED[name]
+    server.read_only = name == "no right to write"
+    assert vlp("stats", "s3://bucket/in", "--to", to) == 1
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not [request for request in server.requests if "GET /bucket/in/0" in request]
+
+
+SOURCES = {
+    "s3://bucket/none": "names neither a file nor a folder with files",
+    "s3://bucket/in/00009.tar": "names neither a file nor a folder with files",
+    "memory://in": "each process has a memory of its own",
+    "s3://bucket": "is a folder without .tar files; there are some in its folders",
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_that_is_none_says_so(source, server, tmp_path, capsys):
+    assert vlp("stats", source, "--to", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert SOURCES[source] in said and "Traceback" not in said
+
+
+def test_patterns_name_shards_of_a_store(server):
+    expected = [f"s3://bucket/in/0000{i}.tar" for i in range(3)]
+    for pattern in ("s3://bucket/in/*.tar", "s3://bucket/*/0000?.tar", "s3://bucket/in/"):
+        assert list(map(str, expand(pattern))) == expected
+    assert list(map(str, expand(f"file://{server.root}/in"))) == sorted(
+        map(str, (server.root / "in").glob("*.tar"))
+    )
+
+
+@pytest.mark.parametrize("command", ["export run --to", "embed a b --out", "eval m --out"])
+def test_commands_that_write_here_only_refuse_addresses(command, server, capsys):
+    *words, option = command.split()
+    with contextlib.suppress(SystemExit):
+        assert main([*words, option, "s3://bucket/out"]) == 1
+        assert "writes into folders of this machine only" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+
+
+# ---- other stores
+
+
+class Plain(LocalFileSystem):
+    """A store that shows a file while it is written, and can rename."""
+
+    protocol = "plain"
+    root = ""
+    renamed: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.replace(f"{cls.protocol}://", f"{cls.root}/").rstrip("/")
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        self.renamed.append(path1)
+        Path(path1).rename(path2)
+
+
+class Fixed(Plain):
+    """One that cannot."""
+
+    protocol = "fixed"
+
+    def mv(self, path1: str, path2: str, **_: object) -> None:
+        raise NotImplementedError("no rename")
+
+
+class Azure(Plain):
+    """One that replaces nothing unless told so, as adlfs."""
+
+    protocol = "abfs"
+
+    def put_file(self, lpath: str, rpath: str, overwrite: bool = False, **_: object) -> None:
+        if Path(rpath).exists() and not overwrite:
+            raise FileExistsError(rpath)
+        Path(rpath).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(lpath, rpath)
+
+
+@pytest.fixture
+def plain(server: Store, monkeypatch: pytest.MonkeyPatch) -> type[Plain]:
+    monkeypatch.setattr(Plain, "root", str(server.root))
+    monkeypatch.setattr(Plain, "renamed", [])
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    fsspec.register_implementation("fixed", Fixed, clobber=True)
+    return Plain
+
+
+def test_a_store_that_shows_parts_is_given_whole_files(plain, server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    assert vlp("filter", "plain://in", *FILTER, "--to", "plain://deep/out") == 0
+    assert content(server.root / "deep" / "out") == here
+    named = [Path(path).name for path in plain.renamed]
+    assert len(named) > len(here) and all(name.endswith(".tmp") for name in named)
+
+
+def test_what_is_there_is_replaced_in_every_store(plain, server, monkeypatch):
+    # As if adlfs were installed.
+    registry = importlib.import_module("fsspec.registry")
+    monkeypatch.setitem(registry._registry, "abfs", Azure)
+    for scheme in ("abfs", "plain", "s3"):
+        folder = stored.destination(f"{scheme}://bucket/out")
+        for data in (b"one", b"two"):
+            write_atomically(folder / "a.json", data)
+        kept = server.root / ("out" if scheme == "s3" else "bucket/out") / "a.json"
+        assert kept.read_bytes() == b"two", scheme
+
+
+def test_a_store_without_rename_is_refused_before_work_starts(plain, server, capsys):
+    assert vlp("filter", "s3://bucket/in", *FILTER, "--to", "fixed://deep/out") == 1
+    assert "cannot be written: its store cannot (NotImplementedError: no rename)" in (
+        capsys.readouterr().err
+    )
+    assert not [request for request in server.requests if "/in/0" in request]
+    assert not list((server.root / "deep" / "out").iterdir())
+
+
+def test_the_hub_is_read_and_written(server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    with loopback_hub() as hub:
+        hub.repos["me/set"] = {}
+        stores.use({"hf": {"endpoint": hub.url, "token": TOKEN}})
+        for source, to in (("s3://bucket/in", "first"), ("hf://me/set/first", "second")):
+            assert vlp("filter", source, *FILTER, "--to", f"hf://me/set/{to}") == 0
+        for folder in ("first", "second"):
+            for name, data in hub.repos["me/set"].items():
+                if name.startswith(f"{folder}/"):
+                    place = tmp_path / "of_hub" / name
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(data)
+            assert content(tmp_path / "of_hub" / folder) == here
