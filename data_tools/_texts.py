@@ -176,9 +176,9 @@ class EmbedTexts:
 
     def __call__(self, job: tuple[int, Path]) -> work.Result:
         import torch
-        from safetensors.torch import save
 
         from vlp.data_tools._run.shards import samples
+        from vlp.data_tools._run.tensors import as_bytes
         from vlp.files import write_atomically
         from vlp.text_store import digests
 
@@ -197,5 +197,5 @@ class EmbedTexts:
             "digest": torch.from_numpy(digests(texts)),
         }
         metadata = {"text_cfg": self.model.text_cfg, "weights": self.model.weights()}
-        write_atomically(self.folder / f"{path.stem}.safetensors", save(tensors, metadata))
+        write_atomically(self.folder / f"{path.stem}.safetensors", as_bytes(tensors, metadata))
         return {"counts": counts}

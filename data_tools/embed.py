@@ -185,9 +185,9 @@ class Embed:
 
     def __call__(self, job: tuple[int, Path]) -> work.Result:
         import torch
-        from safetensors.torch import save
 
         from vlp.data_tools._run.shards import samples
+        from vlp.data_tools._run.tensors import as_bytes
         from vlp.files import write_atomically
 
         _, path = job
@@ -214,7 +214,7 @@ class Embed:
         if self.captions is not None:
             tensors |= self._of_captions(list(texts))
             counts["captions embedded"] += len(texts)
-        write_atomically(self.folder / f"{path.stem}.safetensors", save(tensors, metadata))
+        write_atomically(self.folder / f"{path.stem}.safetensors", as_bytes(tensors, metadata))
         return {"counts": counts}
 
     def _metadata(self, keys: list[str]) -> dict[str, str]:

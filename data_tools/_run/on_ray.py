@@ -124,6 +124,8 @@ class _Workers:
                     continue
                 actor, task = self.working.pop(future)
                 if self._is_lost(future):
+                    # It may be out of reach for a moment only.
+                    self._end(actor)
                     self._put_back(task, waiting)
                 else:
                     self._give(actor, waiting)
@@ -131,11 +133,15 @@ class _Workers:
 
     def end(self) -> None:
         """End all processes, and wait until nothing writes any more."""
-        actors = [*self.preparing.values(), *(actor for actor, _ in self.working.values())]
-        for actor in actors:
-            with suppress(self.ray.exceptions.RayError):
-                self.ray.kill(actor)
+        for actor in self.preparing.values():
+            self._end(actor)
+        for actor, _ in self.working.values():
+            self._end(actor)
         wait(self.working, _END_S)
+
+    def _end(self, actor: Any) -> None:
+        with suppress(self.ray.exceptions.RayError):
+            self.ray.kill(actor)
 
     def _ask_for_more(self, n_waiting: int) -> None:
         """Start processes, some more than there is room for: that is what a cluster grows by."""
@@ -153,7 +159,8 @@ class _Workers:
             if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
                 raise WorkerLost(
                     "no process stays alive on the cluster; its logs (/tmp/ray/session_latest/logs "
-                    "on each node) say why. The shards that are finished stay"
+                    "on each node) say why. One without tokens wants RAY_AUTH_MODE=disabled here, "
+                    "too. The shards that are finished stay"
                 )
             return
 
@@ -168,7 +175,7 @@ class _Workers:
     def _give(self, actor: Any, waiting: deque[_Task]) -> None:
         """Let a process do the next item, or end it: what is idle holds its core."""
         if not waiting:
-            self.ray.kill(actor)
+            self._end(actor)
             return
         task = waiting.popleft()
         task.n_begun += 1

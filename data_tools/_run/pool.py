@@ -186,6 +186,11 @@ def alone(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
             # Files that a killed call left half-written are nobody's, unless another part writes.
             if parts == 1:
                 remove_leftovers(folder)
-            return run(args)
+            status = run(args)
+
+            # Nor are those of processes that were lost on the way, which others have replaced.
+            if args.ray is not None:
+                remove_leftovers(folder)
+            return status
 
     return guarded

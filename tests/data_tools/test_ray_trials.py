@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import psutil
 import pytest
 
 import vlp
+from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
+from tests.data_tools import in_stores
 from tests.data_tools.mining import store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
@@ -29,6 +32,7 @@ from tests.data_tools.tools import CAPTIONS, call
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
 from vlp.data_tools import (
+    balance,
     counting,
     dedup,
     embed,
@@ -41,7 +45,7 @@ from vlp.data_tools import (
     validate,
 )
 from vlp.data_tools import filter as filtering
-from vlp.data_tools._run import cluster, nodes, on_ray, work
+from vlp.data_tools._run import nodes, on_ray, work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -75,7 +79,9 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     rows = store(Path("rows"), *twins())
     clip = tiny_open_clip(Path("clip"))
     cpu = ["--device", "cpu"]
+    Path("queries.txt").write_text("car\ntruck\ndogs\ntable\n")
     trials: list[tuple[Any, Path, list[Any]]] = [
+        (balance, source, ["--queries", "queries.txt", "--cap", 2]),
         (dedup, source, []),
         (dedup, source, ["--against", "twins", "--keep-copies"]),
         (negatives, source, []),
@@ -108,7 +114,19 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     seen = ["--detector", detector, "--threshold", 0.01]
     with pytest.raises(ValueError, match="no caption in in counts anything"):
         call(counting, source, "--to", "seen", *seen, "--ray", running.address)
-    assert len(trials) == 13
+    assert len(trials) == 14
+
+
+def test_a_cluster_reads_and_writes_a_store(
+    running: Nodes,
+    server: Store,
+    tmp_path: Path,
+) -> None:
+    """The nodes need see no folder of the machine of the call."""
+    here = in_stores.local(tmp_path, "filter", tmp_path / "root" / "in", *in_stores.FILTER)
+    there = ["filter", "s3://bucket/in", *in_stores.FILTER, "--to", "s3://bucket/out"]
+    assert in_stores.vlp(*there, "--ray", running.address) == 0
+    assert in_stores.content(server.root / "out") == here and len(here) > 10
 
 
 def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_path: Path) -> None:
@@ -199,9 +217,28 @@ def test_without_tries_a_lost_node_ends_the_call(
     running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
 
 
-def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) -> None:
+def start_node(
+    running: Nodes, before: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A node of eight cores as a user starts it, once it has joined."""
     import ray
 
+    n_before = len([node for node in ray.nodes() if node["Alive"]])
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "8"]
+    node = subprocess.Popen(
+        [*before, *command, "--address", running.address],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while len([node for node in ray.nodes() if node["Alive"]]) == n_before:
+        assert time.monotonic() < deadline, "the node does not join"
+        time.sleep(0.1)
+    return node
+
+
+def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) -> None:
     # The package of this checkout, of another number.
     other = tmp_path / "other" / "vlp"
     other.mkdir(parents=True)
@@ -212,36 +249,30 @@ def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) ->
     text = (here / "__init__.py").read_text()
     (other / "__init__.py").write_text(text.replace(vlp.__version__, "0.0.9"))
 
-    third = running.cluster.add_node(
-        num_cpus=1, env_vars={"PYTHONPATH": str(other.parent)}, **STORE
-    )
+    # From a folder without a vlp of its own, which the nodes would import first.
+    command = [Path(sys.executable).parent / "vlp", "data", "stats", write(tmp_path / "in", 3, 4)]
+    command += ["--to", tmp_path / "out", "--ray", running.address]
+    node = start_node(running, environment={**os.environ, "PYTHONPATH": str(other.parent)})
     try:
-        with pytest.raises(nodes.ClusterError, match=r"node .*: vlp 0\.0\.9 \(code .*\(here 0"):
-            nodes.refuse_differing(nodes.versions(), cluster.versions_of_nodes(ray))
+        tool = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     finally:
-        running.cluster.remove_node(third, allow_graceful=False)
+        node.terminate()
+        node.wait()
+    message = rf"^vlp: nodes .*: node \S+ \(.*\): vlp 0\.0\.9 \(code \w+\) \(here {vlp.__version__}"
+    assert tool.returncode == 1 and re.search(message, tool.stderr), tool.stderr
+    assert "node" in tool.stderr and tool.stderr.count("0.0.9") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_node_that_does_not_see_the_folder_is_named(running: Nodes, tmp_path: Path) -> None:
     """A node behind a mount of its own, in which the folder of the shards is empty."""
     source = write(tmp_path / "in", 6, 4)
-    hide = ["unshare", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs none {source}"
-    if subprocess.run([*hide, mount], capture_output=True).returncode:
+    hide = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{source}" && exec "$@"', "sh"]
+    if subprocess.run([*hide, "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount")
 
-    start = f"{sys.executable} -m ray.scripts.scripts start --block --num-cpus 8"
-    node = subprocess.Popen(
-        [*hide, f"{mount} && exec {start} --address {running.address}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    node = start_node(running, hide)
     try:
-        import ray
-
-        deadline = time.monotonic() + 200
-        while ray.cluster_resources().get("CPU", 0) < 10 and time.monotonic() < deadline:
-            time.sleep(0.1)
         message = r"node \S+ does not see .*in/00000\.tar.*all nodes share"
         with pytest.raises(nodes.ClusterError, match=message):
             call(stats, source, "--to", tmp_path / "out", "--ray", running.address)

@@ -26,6 +26,7 @@ from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
 from vlp.data_tools._run import progress, work
 from vlp.data_tools._run.kept import Kept
+from vlp.data_tools._run.tensors import as_bytes
 from vlp.lifetime import Stopped
 
 
@@ -291,6 +292,38 @@ def test_a_mark_does_not_depend_on_the_order_of_counting(tmp_path: Path) -> None
     assert [*counted[0]["counts"]] != [*counted[1]["counts"]]
     work.carry_out("test", jobs, lambda names: {"counts": Counter(names)}, work.Pool())
     assert jobs[0].mark.read_bytes() == jobs[1].mark.read_bytes()
+
+
+def test_tensors_are_the_same_bytes_each_time(tmp_path: Path) -> None:
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.ones(1, dtype=torch.float16)}
+    metadata = {f"name {i}": f"ö{i}" for i in range(9)}
+    written = {as_bytes(tensors, metadata) for _ in range(5)}
+    assert len(written) == 1
+    # Negative control: the library's own order.
+    assert len({save(tensors, metadata) for _ in range(5)}) > 1
+
+    path = tmp_path / "0.safetensors"
+    path.write_bytes(written.pop())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensors[name]) for name in ("a", "b"))
+
+
+def test_two_writers_of_one_shard_write_it_whole(tmp_path: Path) -> None:
+    """A process that was taken for lost goes on beside the one that does its shard again."""
+    alone = write(tmp_path / "alone", 1, 6)
+    writers = [ShardWriter(tmp_path / "two", 6, overwrite=True) for _ in range(2)]
+    for i in range(6):
+        for writer in writers:
+            writer.add(None, f"image {i}".encode(), "jpg", CAPTIONS[i % len(CAPTIONS)])
+    for writer in writers:
+        writer.__exit__(None, None, None)
+    assert digests(tmp_path / "two") == digests(alone) and len(digests(alone)) == 1
+    assert not list((tmp_path / "two").glob(".*"))
 
 
 def test_kept_values_stay_what_they_first_were(tmp_path: Path) -> None:

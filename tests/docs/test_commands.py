@@ -44,6 +44,7 @@ def check_ray(words):
     from click import ClickException
     from ray.scripts.scripts import cli as ray
 
+    assert words[0] in ray.commands, words
     try:
         ray.commands[words[0]].make_context(words[0], words[1:])
     except ClickException as error:

@@ -32,6 +32,7 @@ from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
+from uuid import uuid4
 
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
@@ -79,6 +80,8 @@ class ShardWriter:
         self.paths: list[Path] = []  # finished shards
         self.n_samples = 0
 
+        # A process that was taken for lost may still write what another one does again.
+        self._token = uuid4().hex[:12]
         self._number = first_shard
         self._digits = max(4, len(str(samples_per_shard - 1)))
         self._tar: tarfile.TarFile | None = None
@@ -199,7 +202,7 @@ class ShardWriter:
         return self.folder / f"{self._name()}.tar"
 
     def _temporary(self) -> Path:
-        return self.folder / f".{self._name()}.tar.tmp"
+        return self.folder / f".{self._name()}.{self._token}.tar.tmp"
 
     def _finish(self) -> None:
         """Put the shard in its place, and its statistics beside it."""
