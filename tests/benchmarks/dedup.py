@@ -50,6 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--embedded", type=int, nargs="+", default=EMBEDDED)
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        metavar="FILE",
+        help="keep each line there once it is measured; those that are there stand",
+    )
     parser.add_argument("--one", nargs=2, metavar=("KIND", "N"), help=argparse.SUPPRESS)
     report.add_arguments(parser)
     args = parser.parse_args()
@@ -58,8 +64,8 @@ def main() -> None:
         print(json.dumps(measured(kind, int(n))))
         return
 
-    by_hash = [line("fingerprints", n) for n in args.sizes]
-    by_cosine = [line("embeddings", n) for n in args.embedded]
+    by_hash = [line("fingerprints", n, args.lines) for n in args.sizes]
+    by_cosine = [line("embeddings", n, args.lines) for n in args.embedded]
     rows = [*by_hash, *(extrapolated("fingerprints", by_hash, n) for n in EXTRAPOLATED)]
     rows += [*by_cosine, *(extrapolated("embeddings", by_cosine, n) for n in EXTRAPOLATED)]
     slopes = "; ".join(
@@ -80,14 +86,20 @@ def main() -> None:
     report.publish("dedup", "Deduplication in buckets", rows, args, notes)
 
 
-def line(kind: str, n: int) -> dict[str, Any]:
+def line(kind: str, n: int, kept: Path | None) -> dict[str, Any]:
     """The table's line of so many samples, measured in a process of its own."""
+    lines = kept.read_text().splitlines() if kept and kept.exists() else []
+    for one in map(json.loads, lines):
+        if (one["what"], one["samples"]) == (kind, n):
+            return one
+
     command = [sys.executable, __file__, "--one", kind, str(n)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     text = done.stdout.splitlines()[-1]
-    print(text, file=sys.stderr, flush=True)
-    result: dict[str, Any] = json.loads(text)
-    return result
+    if kept:
+        with kept.open("a") as file:
+            file.write(text + "\n")
+    return json.loads(text)
 
 
 def measured(kind: str, n: int) -> dict[str, Any]:
