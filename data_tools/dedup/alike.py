@@ -91,9 +91,10 @@ def _with_leaders(
         # Within the block a leader must be known before those behind it are compared.
         row, column = _between(grids, sums, block, block)
         row, column = row[column < row], column[column < row]
-        yield block[column], block[row]
         for place, earlier in zip(row.tolist(), column.tolist()):
             is_copy[place] |= not is_copy[earlier]
+        of_leaders = ~is_copy[column]
+        yield block[column[of_leaders]], block[row[of_leaders]]
 
         copies.append(block[is_copy])
         new = block[~is_copy]
