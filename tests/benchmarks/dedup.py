@@ -7,7 +7,7 @@ and some levels off), 5 % equal ones, 1 % blank pictures of one hash in many sha
 random unit rows, the hardest case for cells, 10 % of them copies with cosines from 0.95 to 1.
 Measured is the search in buckets and the decision, by one process on one thread, in a process of
 its own; memory is its peak above that of its imports. For comparison with all pairs: fingerprints
-are decided by both, and of embeddings some rows are compared with all others.
+are decided by both, and of embeddings some copies are compared with all others.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
 EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
-COMPARED = 1_000_000  # samples for which all pairs are compared as well, or all of some rows
-N_ROWS = 10_000
+COMPARED = 1_000_000  # fingerprints of which all pairs are compared as well
+N_ROWS = 5_000
 EXTRAPOLATED = [400_000_000, 5_000_000_000]
 A_SHARD = 100_000
 WIDTH = 64
@@ -75,10 +75,9 @@ def main() -> None:
     notes = (
         f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers. "
         f"Log-log slopes of CPU seconds over the measured lines: {slopes}. Found: of "
-        "fingerprints, the dropped samples beside those of comparing all with all, with the same "
-        "partner; of embeddings, the pairs of "
-        f"{N_ROWS:,} rows with all others. Every pair is compared before it counts, so none is "
-        "wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of the "
+        "fingerprints, what comparing all with all drops and this drops, too; of embeddings, the "
+        f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
+        "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of the "
         "largest measured line, times the sorts that the cheapest number of blocks takes there; "
         "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
         "what the stages write for one another."
@@ -148,14 +147,13 @@ def _of_embeddings(folder: Path, n: int) -> dict[str, Any]:
     from vlp.data_tools.dedup.near import Limits
 
     limits = Limits(-1, COSINE, keep_copies=False)
-    sizes, files = fabricate_rows(folder, n)
+    sizes, files, copied = fabricate_rows(folder, n)
     rows = Rows(files, sizes, WIDTH)
     before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
     copies, _ = _searched(folder, sizes, [], limits, rows)
     dropped = decision.decide(copies, 0, keep_copies=False)
     result = _line("embeddings", n, started, used, before, folder, len(dropped))
-    if n == COMPARED:
-        result["found, %"] = 100 * _recall(rows, n, copies.similar)
+    result["found, %"] = 100 * _recall(rows, n, copied, copies.similar)
     return result
 
 
@@ -192,10 +190,10 @@ def _line(
     }
 
 
-def _recall(rows: Any, n: int, similar: np.ndarray) -> float:
-    """Which part of the pairs of some rows with all others was found."""
+def _recall(rows: Any, n: int, copied: np.ndarray, similar: np.ndarray) -> float:
+    """Which part of the pairs of some copies with all others was found."""
     rng = np.random.default_rng(1)
-    queries = np.sort(rng.choice(n, N_ROWS, replace=False))
+    queries = np.sort(rng.choice(copied, min(N_ROWS, len(copied)), replace=False))
     x = rows.gathered(queries).astype(np.float32)
     pairs = []
     for start in range(0, n, A_SHARD):
@@ -248,16 +246,18 @@ def fabricate_prints(folder: Path, n: int) -> tuple[list[int], list[Path]]:
     return sizes, paths
 
 
-def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path]]:
-    """Embeddings of n samples in shards: (their sizes, their files)."""
+def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path], np.ndarray]:
+    """Embeddings of n samples in shards: (their sizes, their files, the numbers of the copies)."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
     sizes, files = _sizes(n), []
+    copies = []
     earlier = None
     for number, size in enumerate(sizes):
         rows = _unit(rng.normal(size=(size, WIDTH)))
         copied = rng.choice(size, size // 10, replace=False)
+        copies.append(number * A_SHARD + copied)
         pool = rows if earlier is None else earlier
         originals = pool[rng.integers(0, len(pool), len(copied))]
         cosines = rng.uniform(COSINE, 1, (len(copied), 1))
@@ -268,7 +268,7 @@ def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path]]:
         files.append(folder / f"{number:05d}.safetensors")
         save_file({"image": rows.astype(np.float16)}, files[-1])
         earlier = rows
-    return sizes, files
+    return sizes, files, np.concatenate(copies)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
