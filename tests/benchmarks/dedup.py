@@ -77,8 +77,8 @@ def main() -> None:
         f"Log-log slopes of CPU seconds over the measured lines: {slopes}. Found: of "
         "fingerprints, what comparing all with all drops and this drops, too; of embeddings, the "
         f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
-        "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of the "
-        "largest measured line, times the sorts that the cheapest number of blocks takes there; "
+        "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of "
+        "the largest measured line, times the sorts that the cheapest number of blocks takes there; "
         "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
         "what the stages write for one another."
     )
