@@ -78,7 +78,7 @@ def main() -> None:
         "fingerprints, what comparing all with all drops and this drops, too; of embeddings, the "
         f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
         "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of "
-        "the largest measured line, times the sorts that the cheapest number of blocks takes there; "
+        "the largest measured line, times the sorts that the cheapest number of blocks takes; "
         "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
         "what the stages write for one another."
     )
