@@ -23,8 +23,8 @@ are searched in buckets (--search), in stages of jobs that all --processes and m
 that go on after a kill: hashes are cut into blocks and compared where enough of them agree, which
 misses no pair; embeddings are compared within the --probes nearest of 2·√n cells of K-means, which
 needs FAISS and finds 99.8 % of the pairs of random rows, more of rows in clusters. Where very many
-different pictures are alike, such as blank ones in a million shades, most of their pairs are passed
-over, and counted.
+different pictures are alike, such as blank ones in a million shades, they are compared with those
+that stay, which finds nearly all copies; pairs beyond that are passed over, and counted.
 
 Memory: --memory for each process; to decide, about 100 bytes for each sample that is near another
 and 100 for each pair. Disk, in DIR/_search until all is written: about 300 bytes a sample, and 64
