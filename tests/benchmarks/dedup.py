@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
 EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
-COMPARED = 1_000_000  # fingerprints of which all pairs are compared as well
+COMPARED = (100_000, 1_000_000)  # fingerprints of which all pairs are compared as well
 N_ROWS = 5_000
 EXTRAPOLATED = [400_000_000, 5_000_000_000]
 A_SHARD = 100_000
@@ -128,7 +128,7 @@ def _of_fingerprints(folder: Path, n: int) -> dict[str, Any]:
     dropped = decision.decide(copies, 0, keep_copies=False)
     result = _line("fingerprints", n, started, used, before, folder, len(dropped))
 
-    if n == COMPARED:
+    if n in COMPARED:
         prints = np.concatenate([np.load(path) for path in paths])
         copy_of, _ = decide_exactly(prints, [], 0, limits)
         expected = np.flatnonzero(copy_of >= 0)
