@@ -160,12 +160,13 @@ def _searched(
     folder: Path, sizes: list[int], paths: list[Path], limits: Any, rows: Any
 ) -> tuple[Any, Any]:
     from vlp.data_tools._run.work import Pool
+    from vlp.data_tools.dedup import PROBES
     from vlp.data_tools.dedup.cells import n_cells
     from vlp.data_tools.dedup.plan import Division, planned
     from vlp.data_tools.dedup.stages import Search
 
     n = sum(sizes)
-    division = Division(MEMORY, n_cells(n) if rows is not None else 0, 8)
+    division = Division(MEMORY, n_cells(n) if rows is not None else 0, PROBES)
     plan = planned(folder / "search", n, 0, limits, division)
     search = Search(folder / "search", paths, sizes, plan, Pool())
     return search.copies(rows), plan
