@@ -72,7 +72,8 @@ def main() -> None:
         for name, lines in (("fingerprints", by_hash), ("embeddings", by_cosine))
     )
     notes = (
-        f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers. "
+        f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers; "
+        "memory counts mapped files, which the system may take back. "
         f"Log-log slopes of CPU seconds over the measured lines: {slopes}. Found: of "
         "fingerprints, what comparing all with all drops and this drops, too; of embeddings, the "
         f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
