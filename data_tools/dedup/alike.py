@@ -3,7 +3,8 @@
 A placeholder or a blank page comes a million times in what is crawled, in a million shades: all
 pairs of one hash would take the square of that. So at most MOST_ALIKE fingerprints of a hash are
 all compared with each other. Of more, each is compared with those before it that stay as far as
-they tell, which finds nearly all copies; what is passed over is counted.
+they tell, its leaders, which finds nearly all copies; and only the leaders are compared with the
+fingerprints of near hashes. What is passed over for want of room for leaders is counted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ def hashes_of(prints: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def of_one_hash(prints: np.ndarray, hashes: np.ndarray, counts: Counter[str]) -> Iterator[Pairs]:
+def of_one_hash(
+    prints: np.ndarray,  # ROW, in order
+    hashes: np.ndarray,  # HASH
+    leaders: dict[int, np.ndarray],  # learns the places of the leaders of each crowded hash
+    counts: Counter[str],
+) -> Iterator[Pairs]:
     """The pairs of alike colors within each hash."""
     few = hashes[hashes["n"] <= MOST_ALIKE]
     ends = few["first"] + few["n"]
@@ -52,28 +58,31 @@ def of_one_hash(prints: np.ndarray, hashes: np.ndarray, counts: Counter[str]) ->
         at = _ranges(few["first"], ends - step - few["first"])
         yield from _checked(prints["grid"], at, at + step)
 
-    for one in hashes[hashes["n"] > MOST_ALIKE]:
-        first = int(one["first"])
-        crowd = prints[first : first + int(one["n"])]
-        for i, j in _crowd(crowd, counts):
+    for number in np.flatnonzero(hashes["n"] > MOST_ALIKE).tolist():
+        first, n = int(hashes["first"][number]), int(hashes["n"][number])
+        crowd = prints[first : first + n]
+        of_crowd: list[np.ndarray] = []
+        for i, j in _crowd(crowd, of_crowd, counts):
             yield first + i, first + j
+        leaders[number] = first + np.sort(np.concatenate(of_crowd))
 
 
-def _crowd(crowd: np.ndarray, counts: Counter[str]) -> Iterator[Pairs]:
+def _crowd(crowd: np.ndarray, leaders: list[np.ndarray], counts: Counter[str]) -> Iterator[Pairs]:
     """Each of many fingerprints of one hash with those before it that stay as far as this hash
     tells; and the copies among themselves once more, as if the others were not there, because what
     stays here may be a copy of one of another hash.
     """
     rest = np.argsort(crowd["number"], kind="stable")
     for _ in range(_LAYERS):
-        rest = yield from _with_leaders(crowd["grid"], rest, counts)
+        of_layer, rest = yield from _with_leaders(crowd["grid"], rest, counts)
+        leaders.append(of_layer)
 
 
 def _with_leaders(
     grids: np.ndarray, in_order: np.ndarray, counts: Counter[str]
-) -> Generator[Pairs, None, np.ndarray]:
+) -> Generator[Pairs, None, tuple[np.ndarray, np.ndarray]]:
     """The pairs of some fingerprints, by their places in order, with those before them that are no
-    copies of one before; returns the places of the copies.
+    copies of one before, the leaders; returns the places of the leaders and of the copies.
     """
     # Sums of the 16 cells, [n, 3]: what differs in these by more, differs by more in all 48.
     sums = grids.reshape(len(grids), -1, 3).sum(1, np.int16)
@@ -91,16 +100,17 @@ def _with_leaders(
         # Within the block a leader must be known before those behind it are compared.
         row, column = _between(grids, sums, block, block)
         row, column = row[column < row], column[column < row]
-        yield block[column], block[row]
         for place, earlier in zip(row.tolist(), column.tolist()):
             is_copy[place] |= not is_copy[earlier]
+        of_leaders = ~is_copy[column]
+        yield block[column[of_leaders]], block[row[of_leaders]]
 
         copies.append(block[is_copy])
         new = block[~is_copy]
         n_free = MOST_LEADERS - len(leaders)
         counts[PASSED_OVER] += len(new[n_free:]) * (len(in_order) - start - len(block))
         leaders = np.concatenate([leaders, new[:n_free]])
-    return np.concatenate(copies)
+    return leaders, np.concatenate(copies)
 
 
 def _between(grids: np.ndarray, sums: np.ndarray, block: np.ndarray, others: np.ndarray) -> Pairs:

@@ -21,6 +21,8 @@ from math import comb
 
 import numpy as np
 
+from vlp.data_tools.dedup.near import few_bits
+
 BITS = 64
 LARGEST = 4096  # hashes that agree in one choice and are all compared with each other
 # Of a row in one sort, and of a pair, measured; real hashes agree more often than random ones do.
@@ -107,7 +109,7 @@ class Bands:
 
     def _near_here_first(self, differing: np.ndarray, choice: tuple[int, ...]) -> np.ndarray:
         """Which pairs, by their differing bits, are near and agree in no earlier choice."""
-        is_near = np.bitwise_count(differing) <= self.distance
+        is_near = few_bits(differing, self.distance)
         # Agreeing in a further block before the last, they agree in an earlier choice as well.
         for block in set(range(choice[-1])) - set(choice):
             is_near &= self._values(differing, block) != 0

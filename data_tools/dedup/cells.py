@@ -1,9 +1,9 @@
 """Pairs of similar stored embeddings, searched in cells: each row is compared with the rows of the
 cells whose centres are nearest to it.
 
-As SemDeDup (Abbas et al. 2023) and NeMo Curator do, centres are fitted to some rows by K-means and
-copies are searched within cells. Other than there, a row also looks into the `probes` nearest cells
-beside its own, because two copies may lie on either side of a border.
+As SemDeDup (Abbas et al. 2023, arXiv 2303.09540) and NeMo Curator do, centres are fitted to some
+rows by K-means and copies are searched within cells. Other than there, a row also looks into cells
+beside its own, `probes` in all, because two copies may lie on either side of a border.
 
 Files in the folder of the search:
     centres               float32 [k, D], unit rows
@@ -32,6 +32,8 @@ from vlp.data_tools.dedup.plan import Plan, Run
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_MEMBERS = 16_384  # of a cell that are all compared, or eight times as many as a cell has
+PASSED_OVER = "not compared: pairs of samples, because too many embeddings are alike"
 MOST_SIMILAR = 64  # pairs that are kept of one sample in one block of a cell, the earliest
 LEFT_OUT = "not kept: pairs of samples with very many similar ones"
 _FITTED = 64  # rows a cell that its centre is fitted to
@@ -88,31 +90,35 @@ class Assign:
         import torch
 
         device = _device()
-        centres = np.array(arrays.load(self.folder / "centres.npy"))
-        centres_t = torch.from_numpy(centres).to(device).T
-        n_probes = min(self.plan.probes, len(centres))
-        block = max(1, _SCORES // len(centres))
-
-        cells = [np.empty(0, np.int64)]
-        visits = [np.empty(0, np.int64)]
-        n = 0
+        centres = torch.from_numpy(np.array(arrays.load(self.folder / "centres.npy"))).to(device)
+        cells, visits = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        first = run.first
         for shard in run.shards:
             of_shard = self.rows.of_shard(shard)
+            block = max(1, _SCORES // len(centres))
             for start in range(0, len(of_shard), block):
                 rows = _on(device, of_shard[start : start + block])
-                nearest = (rows @ centres_t).topk(n_probes, 1).indices.cpu().numpy()
-                has_row = rows.any(1).cpu().numpy()
-                numbers = run.first + n + start + np.flatnonzero(has_row)
-                cells.append(nearest[has_row].ravel())
-                # The first is the nearest: its own.
-                is_own = np.zeros((len(numbers), n_probes), np.int64)
-                is_own[:, 0] = 1
-                visits.append((2 * numbers[:, None] + is_own).ravel())
-            n += len(of_shard)
+                of_rows, numbers = self._nearest(rows, centres)
+                cells.append(of_rows.ravel())
+                visits.append(_visits(first + start + numbers, of_rows.shape[1]))
+            first += len(of_shard)
 
         path = file(self.folder, run.number, "cells")
         arrays.save_divided(path, np.concatenate(cells), len(centres), np.concatenate(visits))
-        return {"counts": {"samples read": n}}
+        return {"counts": {"samples read": first - run.first}}
+
+    def _nearest(self, rows: Tensor, centres: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """(the cells of each row that is not zeros, the nearest first; places of these rows)."""
+        n_probes = min(self.plan.probes, len(centres))
+        nearest = (rows @ centres.T).topk(n_probes, 1).indices.cpu().numpy()
+        has_row = rows.any(1).cpu().numpy()
+        return nearest[has_row], np.flatnonzero(has_row)
+
+
+def _visits(numbers: np.ndarray, n_probes: int) -> np.ndarray:
+    """What is kept for each cell of each sample: the first is its own."""
+    is_own = np.arange(n_probes) == 0
+    return (2 * numbers[:, None] + is_own).ravel()
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,10 @@ class SearchCells:
         numbers, is_own = visits >> 1, visits % 2 == 1
         members = numbers[is_own]
         device = _device()
+        if len(members) > self._most_members:
+            leaders = self._leaders(members, device)
+            counts[PASSED_OVER] += len(numbers) * (len(members) - len(leaders))
+            members = leaders
         for low in range(0, len(members), _OTHERS):
             of_members = members[low : low + _OTHERS]
             y = _on(device, self.rows.gathered(of_members)).T
@@ -156,6 +166,30 @@ class SearchCells:
                 _leave_out(is_similar, counts)
                 row, column = np.nonzero(is_similar)
                 yield _pairs(numbers[block][row], of_members[column], scores[row, column])
+
+    @property
+    def _most_members(self) -> int:
+        return max(MOST_MEMBERS, 8 * self.plan.n // self.plan.n_cells)
+
+    def _leaders(self, members: np.ndarray, device: str) -> np.ndarray:
+        """The members of a crowded cell that are no copies of one of these before them: of a
+        picture that comes a million times all pairs would take hours.
+        """
+        leaders = members[:0]
+        for start in range(0, len(members), _BLOCK):
+            block = members[start : start + _BLOCK]
+            x = _on(device, self.rows.gathered(block))
+            is_copy = np.zeros(len(block), bool)
+            for low in range(0, len(leaders), _OTHERS):
+                y = _on(device, self.rows.gathered(leaders[low : low + _OTHERS]))
+                is_copy |= (x @ y.T >= self.plan.cosine).any(1).cpu().numpy()
+
+            # Within the block a leader must be known before those behind it are compared.
+            within = (x @ x.T >= self.plan.cosine).tril(-1).cpu().numpy()
+            for place in np.flatnonzero(within.any(1) & ~is_copy):
+                is_copy[place] = bool((within[place] & ~is_copy).any())
+            leaders = np.concatenate([leaders, block[~is_copy]])[: self._most_members]
+        return leaders
 
 
 def _leave_out(is_similar: np.ndarray, counts: Counter[str]) -> None:

@@ -6,6 +6,7 @@ Files in the folder of the search, NNNNN the number of a run, a range, or a job:
                           first sample, and (that number, the number of another sample of it)
     prints, members       the same of all samples whose hash lies in a range
     hashes                the different hashes of a range, and where their fingerprints lie
+    leaders               of its crowds, the places of those that the others are compared with
     bandB                 (hash, its place), divided by the value of block B
     alike, near           pairs of near fingerprints: of one hash, and of two
 """
@@ -40,6 +41,8 @@ PAIR = np.dtype(
 # The end of the last range. No number of 64 bits lies behind it.
 END = 1 << 64
 _RANGE_SHIFT = 40  # a place: the number of its range above these bits, the place in it below
+_DTYPES = {"prints": ROW, "hashes": HASH, "leaders": np.dtype("<i8")}
+_CROWD = 1 << 39  # in a place: it is one among the leaders of the range's crowds
 _SPREAD = 256  # hashes looked at for each range's edge
 
 
@@ -103,14 +106,16 @@ class Group:
 
         counts: Counter[str] = Counter({"samples read": len(rows)})
         places = number << _RANGE_SHIFT
+        leaders: dict[int, np.ndarray] = {}
         alike = [
             _pairs(prints["number"][i], i + places, prints["number"][j], j + places, self.plan)
-            for i, j in of_one_hash(prints, hashes, counts)
+            for i, j in of_one_hash(prints, hashes, leaders, counts)
         ]
         for kind, array in (
             ("prints", prints),
             ("members", members),
-            ("hashes", hashes),
+            ("hashes", _with_crowds(hashes, leaders)),
+            ("leaders", np.concatenate([np.empty(0, np.int64), *leaders.values()])),
             ("alike", np.concatenate([np.empty(0, PAIR), *alike])),
         ):
             arrays.save(file(self.folder, number, kind), array)
@@ -125,6 +130,17 @@ class Group:
             parts = bands.parts(hashes, block)
             path = file(self.folder, number, f"band{block}")
             arrays.save_divided(path, parts, bands.n_parts(block), rows)
+
+
+def _with_crowds(hashes: np.ndarray, leaders: dict[int, np.ndarray]) -> np.ndarray:
+    """HASHes whose crowds name the places of their leaders among all leaders."""
+    hashes = hashes.copy()
+    start = 0
+    for number, of_crowd in leaders.items():
+        hashes["first"][number] = _CROWD + start
+        hashes["n"][number] = len(of_crowd)
+        start += len(of_crowd)
+    return hashes
 
 
 def _between(rows: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -215,6 +231,7 @@ class Compare:
     ) -> Iterator[np.ndarray]:
         """PAIRs of alike fingerprints of pairs of hashes, which are named by their places."""
         for i, j in of_two_hashes(self._hashes(left), self._hashes(right), counts):
+            i, j = self._places(i), self._places(j)
             prints, others = self._rows("prints", i), self._rows("prints", j)
             alike = alike_colors(prints["grid"].astype(np.int16), others["grid"])
             prints, others = prints[alike], others[alike]
@@ -226,11 +243,20 @@ class Compare:
         hashes["first"] += places >> _RANGE_SHIFT << _RANGE_SHIFT
         return hashes
 
+    def _places(self, places: np.ndarray) -> np.ndarray:
+        """Places of fingerprints among all, in place of those of leaders."""
+        of_crowd = np.flatnonzero(places & _CROWD)
+        if len(of_crowd):
+            wanted = places[of_crowd]
+            places[of_crowd] = self._rows("leaders", wanted ^ _CROWD)
+            places[of_crowd] += wanted >> _RANGE_SHIFT << _RANGE_SHIFT
+        return places
+
     def _rows(self, kind: str, places: np.ndarray) -> np.ndarray:
         """The rows of the ranges' files at some places among all."""
         ranges = places >> _RANGE_SHIFT
         in_range = places & ((1 << _RANGE_SHIFT) - 1)
-        rows = np.empty(len(places), ROW if kind == "prints" else HASH)
+        rows = np.empty(len(places), _DTYPES[kind])
         for number in np.unique(ranges).tolist():
             here = ranges == number
             path = file(self.folder, number, kind)

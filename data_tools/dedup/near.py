@@ -60,7 +60,7 @@ def neighbours(prints: np.ndarray, distance: int) -> dict[int, list[int]]:
     near: dict[int, set[int]] = {}
     for i, j in _sharing_a_part(prints["hash"], distance):
         # Cheapest first: the bits of all pairs, the colors of the few that are left.
-        close = _few_bits(prints["hash"][i] ^ prints["hash"][j], distance)
+        close = few_bits(prints["hash"][i] ^ prints["hash"][j], distance)
         i, j = i[close], j[close]
         apart = np.abs(prints["grid"][i].astype(np.int16) - prints["grid"][j]).mean(1)
         alike = apart <= COLORS
@@ -90,7 +90,7 @@ def _sharing_a_part(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndar
             step += 1
 
 
-def _few_bits(values: np.ndarray, n: int) -> np.ndarray:
+def few_bits(values: np.ndarray, n: int) -> np.ndarray:
     """Where at most `n` bits of 64-bit values are set: clearing the lowest set bit n times leaves
     nothing.
     """

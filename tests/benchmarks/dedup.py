@@ -7,7 +7,7 @@ and some levels off), 5 % equal ones, 1 % blank pictures of one hash in many sha
 random unit rows, the hardest case for cells, 10 % of them copies with cosines from 0.95 to 1.
 Measured is the search in buckets and the decision, by one process on one thread, in a process of
 its own; memory is its peak above that of its imports. For comparison with all pairs: fingerprints
-are decided by both, and of embeddings some rows are compared with all others.
+are decided by both, and of embeddings some copies are compared with all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
 EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
-COMPARED = 1_000_000  # samples for which all pairs are compared as well, or all of some rows
-N_ROWS = 10_000
+COMPARED = (100_000, 1_000_000)  # fingerprints of which all pairs are compared as well
+N_ROWS = 5_000
 EXTRAPOLATED = [400_000_000, 5_000_000_000]
 A_SHARD = 100_000
 WIDTH = 64
@@ -50,6 +49,12 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--embedded", type=int, nargs="+", default=EMBEDDED)
+    parser.add_argument(
+        "--lines",
+        type=Path,
+        metavar="FILE",
+        help="keep each line there once it is measured; those that are there stand",
+    )
     parser.add_argument("--one", nargs=2, metavar=("KIND", "N"), help=argparse.SUPPRESS)
     report.add_arguments(parser)
     args = parser.parse_args()
@@ -58,8 +63,8 @@ def main() -> None:
         print(json.dumps(measured(kind, int(n))))
         return
 
-    by_hash = [line("fingerprints", n) for n in args.sizes]
-    by_cosine = [line("embeddings", n) for n in args.embedded]
+    by_hash = [line("fingerprints", n, args.lines) for n in args.sizes]
+    by_cosine = [line("embeddings", n, args.lines) for n in args.embedded]
     rows = [*by_hash, *(extrapolated("fingerprints", by_hash, n) for n in EXTRAPOLATED)]
     rows += [*by_cosine, *(extrapolated("embeddings", by_cosine, n) for n in EXTRAPOLATED)]
     slopes = "; ".join(
@@ -67,27 +72,33 @@ def main() -> None:
         for name, lines in (("fingerprints", by_hash), ("embeddings", by_cosine))
     )
     notes = (
-        f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers. "
+        f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers; "
+        "memory counts mapped files, which the system may take back. "
         f"Log-log slopes of CPU seconds over the measured lines: {slopes}. Found: of "
-        "fingerprints, the dropped samples beside those of comparing all with all, with the same "
-        "partner; of embeddings, the pairs of "
-        f"{N_ROWS:,} rows with all others. Every pair is compared before it counts, so none is "
-        "wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of the "
-        "largest measured line, times the sorts that the cheapest number of blocks takes there; "
+        "fingerprints, what comparing all with all drops and this drops, too; of embeddings, the "
+        f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
+        "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of "
+        "the largest measured line, times the sorts that the cheapest number of blocks takes; "
         "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
         "what the stages write for one another."
     )
     report.publish("dedup", "Deduplication in buckets", rows, args, notes)
 
 
-def line(kind: str, n: int) -> dict[str, Any]:
+def line(kind: str, n: int, kept: Path | None) -> dict[str, Any]:
     """The table's line of so many samples, measured in a process of its own."""
+    lines = kept.read_text().splitlines() if kept and kept.exists() else []
+    for one in map(json.loads, lines):
+        if (one["what"], one["samples"]) == (kind, n):
+            return one
+
     command = [sys.executable, __file__, "--one", kind, str(n)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     text = done.stdout.splitlines()[-1]
-    print(text, file=sys.stderr, flush=True)
-    result: dict[str, Any] = json.loads(text)
-    return result
+    if kept:
+        with kept.open("a") as file:
+            file.write(text + "\n")
+    return json.loads(text)
 
 
 def measured(kind: str, n: int) -> dict[str, Any]:
@@ -113,12 +124,12 @@ def _of_fingerprints(folder: Path, n: int) -> dict[str, Any]:
 
     limits = Limits(4, COSINE, keep_copies=False)
     sizes, paths = fabricate_prints(folder, n)
-    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
+    before, started, used = forget_peak(), time.perf_counter(), time.process_time()
     copies, _ = _searched(folder, sizes, paths, limits, None)
     dropped = decision.decide(copies, 0, keep_copies=False)
     result = _line("fingerprints", n, started, used, before, folder, len(dropped))
 
-    if n == COMPARED:
+    if n in COMPARED:
         prints = np.concatenate([np.load(path) for path in paths])
         copy_of, _ = decide_exactly(prints, [], 0, limits)
         expected = np.flatnonzero(copy_of >= 0)
@@ -136,14 +147,13 @@ def _of_embeddings(folder: Path, n: int) -> dict[str, Any]:
     from vlp.data_tools.dedup.near import Limits
 
     limits = Limits(-1, COSINE, keep_copies=False)
-    sizes, files = fabricate_rows(folder, n)
+    sizes, files, copied = fabricate_rows(folder, n)
     rows = Rows(files, sizes, WIDTH)
-    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
+    before, started, used = forget_peak(), time.perf_counter(), time.process_time()
     copies, _ = _searched(folder, sizes, [], limits, rows)
     dropped = decision.decide(copies, 0, keep_copies=False)
     result = _line("embeddings", n, started, used, before, folder, len(dropped))
-    if n == COMPARED:
-        result["found, %"] = 100 * _recall(rows, n, copies.similar)
+    result["found, %"] = 100 * _recall(rows, n, copied, copies.similar)
     return result
 
 
@@ -151,12 +161,13 @@ def _searched(
     folder: Path, sizes: list[int], paths: list[Path], limits: Any, rows: Any
 ) -> tuple[Any, Any]:
     from vlp.data_tools._run.work import Pool
+    from vlp.data_tools.dedup import PROBES
     from vlp.data_tools.dedup.cells import n_cells
     from vlp.data_tools.dedup.plan import Division, planned
     from vlp.data_tools.dedup.stages import Search
 
     n = sum(sizes)
-    division = Division(MEMORY, n_cells(n) if rows is not None else 0, 8)
+    division = Division(MEMORY, n_cells(n) if rows is not None else 0, PROBES)
     plan = planned(folder / "search", n, 0, limits, division)
     search = Search(folder / "search", paths, sizes, plan, Pool())
     return search.copies(rows), plan
@@ -180,10 +191,10 @@ def _line(
     }
 
 
-def _recall(rows: Any, n: int, similar: np.ndarray) -> float:
-    """Which part of the pairs of some rows with all others was found."""
+def _recall(rows: Any, n: int, copied: np.ndarray, similar: np.ndarray) -> float:
+    """Which part of the pairs of some copies with all others was found."""
     rng = np.random.default_rng(1)
-    queries = np.sort(rng.choice(n, N_ROWS, replace=False))
+    queries = np.sort(rng.choice(copied, min(N_ROWS, len(copied)), replace=False))
     x = rows.gathered(queries).astype(np.float32)
     pairs = []
     for start in range(0, n, A_SHARD):
@@ -236,16 +247,18 @@ def fabricate_prints(folder: Path, n: int) -> tuple[list[int], list[Path]]:
     return sizes, paths
 
 
-def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path]]:
-    """Embeddings of n samples in shards: (their sizes, their files)."""
+def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path], np.ndarray]:
+    """Embeddings of n samples in shards: (their sizes, their files, the numbers of the copies)."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)
     sizes, files = _sizes(n), []
+    copies = []
     earlier = None
     for number, size in enumerate(sizes):
         rows = _unit(rng.normal(size=(size, WIDTH)))
         copied = rng.choice(size, size // 10, replace=False)
+        copies.append(number * A_SHARD + copied)
         pool = rows if earlier is None else earlier
         originals = pool[rng.integers(0, len(pool), len(copied))]
         cosines = rng.uniform(COSINE, 1, (len(copied), 1))
@@ -256,7 +269,7 @@ def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path]]:
         files.append(folder / f"{number:05d}.safetensors")
         save_file({"image": rows.astype(np.float16)}, files[-1])
         earlier = rows
-    return sizes, files
+    return sizes, files, np.concatenate(copies)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -295,9 +308,17 @@ def slope(rows: list[dict[str, Any]], measure: str) -> float:
     return statistics.linear_regression(sizes, [math.log(row[measure]) for row in rows]).slope
 
 
+def forget_peak() -> int:
+    """Let the peak of this process begin anew; returns the memory that it has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
 def peak_bytes() -> int:
-    """The most memory that this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """The most memory that this process has had since."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [peak] = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(peak) << 10
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -429,3 +430,13 @@ def test_senseless_options_are_refused(
     options = [planted / "in" if option == "IN" else option for option in options]
     with pytest.raises(ValueError, match=message):
         call(dedup, planted / "in", "--to", tmp_path / "out", *options)
+
+
+def test_a_missing_faiss_is_told_before_anything_begins(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    options = ["--embeddings", tmp_path, "--search", "buckets"]
+    with pytest.raises(ValueError, match=r"pip install 'vlp\[mine\]'"):
+        call(dedup, planted / "in", "--to", tmp_path / "out", *options)
+    assert not list((tmp_path / "out").glob("*"))
