@@ -66,9 +66,15 @@ def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> No
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Around all steps: NaN or infinity ends them with what to do."""
+    """Around all steps: NaN or infinity ends them with what to do, and so do held-out samples that
+    cannot be had.
+    """
     try:
         yield
+    except DataAway as error:
+        saved = checkpoint.all_of(Path(config.out))
+        place = f"from {saved[-1]}, with resume=auto" if saved else "from the start"
+        raise DataAway(f"{error}\nOnce the data can be had again, go on {place}") from None
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 

@@ -131,7 +131,8 @@ class Remote(Source):
 
     def check_room(self, n_shards: int) -> None:
         # This window, the next, and the one that slower processes still read.
-        needed = 3 * n_shards * self._largest_bytes
+        n_held = min(3 * n_shards, len(self.shards.paths))
+        needed = n_held * self._largest_bytes
         if needed > self.cache.limit_bytes:
             raise ValueError(
                 f"cache_gb is {self.cache.limit_bytes / 1e9:g}, but three windows of {n_shards} "
