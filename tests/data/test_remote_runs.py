@@ -14,6 +14,7 @@ from tests import ranks
 from tests.data.loopback_store import store
 from tests.data.material import write_shards
 from vlp import checkpoint, config
+from vlp.checks import check_patience
 from vlp.cli import main
 from vlp.data import asking
 from vlp.lifetime import PutOff
@@ -91,6 +92,9 @@ def on_rank(path, url, first_fails):
 
     rank = torch_dist.get_rank()
     asking._PAUSE_S = 0.001
+    impatient = overrides(url, "train.timeout_minutes=0.008")
+    with pytest.raises(ValueError, match=r"patience_s is 0.5, but .* \(0.48 s\) the other ranks"):
+        check_patience(config.load(path, impatient))
     n_opened, real = 0, fsspec.open
 
     def open_some(address, *args, **kwargs):
