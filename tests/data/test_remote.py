@@ -59,11 +59,16 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
     assert all(same(a, b) for a, b in zip(one, two))
 
 
-def test_ranks_workers_and_resuming_change_nothing(bucket):
+def test_ranks_workers_and_resuming_change_nothing(bucket, tmp_path, monkeypatch):
     data = data_of(remote(bucket), workers=2)
     reference = take(loader_of(data_of(remote(bucket)), 8), 25)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "another"))
     loader = loader_of(data, 8)
     assert all(same(next(loader), batch) for batch in reference[:5])
+    # Counted in the loader processes.
+    shard_bytes = (bucket / "00000.tar").stat().st_size
+    assert 3 * shard_bytes <= loader.traffic()["fetched_bytes"] <= 40 * shard_bytes
+    assert 0 < loader.traffic()["used_bytes"] < 5 * shard_bytes
     for world in (1, 2, 4):
         ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=world) for r in range(world)]
         for rank in ranks:

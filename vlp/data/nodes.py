@@ -71,6 +71,6 @@ def shared_shards(mixture: Mixture, batch: int, n_nodes: int) -> str:
             advice = str(lanes)
             break
     return (
-        f"batches of {n_draws:,} in {mixture.lanes} lanes are dealt to {n_nodes} nodes, so that "
-        f"several fetch the same shards; a new run fetches each once with data.lanes={advice}"
+        f"data.lanes is {mixture.lanes} on {n_nodes} nodes, for batches of {n_draws:,}: several "
+        f"nodes fetch the same shards; a new run fetches each once with data.lanes={advice}"
     )

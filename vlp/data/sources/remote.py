@@ -184,8 +184,9 @@ class Remote(Source):
                 return self.cache.get(url, until=started + self.patience_s)
             except OSError as error:
                 # Once more where the store gives others: it may have come back just now.
-                other_comes = self._gives_another(url)
-                if _is_final(error) or (other_comes and others_came):
+                is_final = _is_final(error)
+                other_comes = not is_final and self._gives_another(url)
+                if is_final or (other_comes and others_came):
                     self._failed[url] = (time.monotonic(), str(error))
                     raise
                 others_came = other_comes
