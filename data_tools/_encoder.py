@@ -78,13 +78,18 @@ class Model:
         """The model that the options name, if any; raises ValueError where it cannot be loaded."""
         if not args.model:
             return None
-        if args.batch < 1:
-            raise ValueError(f"--batch {args.batch} must be at least 1")
-        model = cls(args.model, args.device, args.batch, args.bf16)
+        model = cls.named(args)
 
         # What is wrong with it shows now, not in the first shard.
         model.encoder()
         return model
+
+    @classmethod
+    def named(cls, args: argparse.Namespace) -> Model:
+        """The same before it is loaded; raises ValueError for its options."""
+        if args.batch < 1:
+            raise ValueError(f"--batch {args.batch} must be at least 1")
+        return cls(args.model, args.device, args.batch, args.bf16)
 
     def settings(self) -> dict[str, str | bool]:
         """What embeddings depend on."""

@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.data.stored import destination_file
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from vlp.config.data import Data
     from vlp.data.mix import Mixture
 
 HELP = "cluster the samples of a configuration by a model's features, for selection: {mcl: …}"
@@ -41,7 +44,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or the name of an installed configuration, "
         "whose `data` section names the samples",
     )
-    add("--to", required=True, metavar="FILE", help="file to write, .safetensors")
+    add(
+        "--to",
+        required=True,
+        type=destination_file,
+        metavar="FILE",
+        help="file to write, .safetensors",
+    )
     add("--clusters", type=int, default=10, metavar="K", help="default: %(default)s")
     add(
         "--fit",
@@ -52,54 +61,74 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="default: %(default)s")
     _encoder.arguments(parser, required=True)
+    work.ray_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fit, label, write, and print the sizes of the cells."""
-    import numpy as np
-    import torch
-
     from vlp import config
-    from vlp.data.cells import write_labels
-    from vlp.data.mix import Mixture
-    from vlp.data.permutation import permute
-    from vlp.seeds import derive
 
+    pool = work.Pool(ray=work.on_cluster(args)).of_model(args.device)
     data = config.load(config.find(args.config)).data
-    sources = [plugin.module.open(plugin.options, data.captions) for plugin in data.sources]
-    mixture = Mixture(sources, [None] * len(sources), seed=args.seed, shuffle=False)
-    n, k = mixture.n_samples, args.clusters
-    n_fitted = min(n, args.fit)
-    if not 2 <= k <= n_fitted:
-        raise ValueError(
-            f"--clusters {k} must lie between 2 and the {n_fitted} samples that are fitted; "
-            "set it lower"
-        )
-    model = _encoder.Model.of(args)
-    assert model is not None  # --model is required
+    model = _encoder.Model.named(args)
 
-    # In the order of the shards, because samples are read one after the other.
-    counts: Counter[str] = Counter()
-    fitted = np.sort(permute(n, derive(args.seed, "fit"), np.arange(n_fitted)))
-    rows = torch.cat(list(_features(model, mixture, fitted, counts)))
-    opened = rows[rows.any(1)]  # rows of zeros: pictures that do not open
-    centres = kmeans(opened, k, derive(args.seed, "kmeans"))
-
-    # Where all samples were fitted, their features are there already.
-    parts: Iterable[Tensor] = [rows]
-    if n_fitted < n:
-        parts = _features(model, mixture, np.arange(n), Counter())
-    labels = torch.cat([nearest(part, centres) for part in parts]).numpy()
-    settings = model.settings() | {"seed": args.seed, "fit": n_fitted}
-    write_labels(Path(args.to), labels, k, mixture, settings)
-
-    for cell, size in enumerate(np.bincount(labels, minlength=k).tolist()):
-        if size:
-            counts[f"cell {cell:3d}"] = size
-    title = f"{args.to}: {n:,} samples in {k} cells; "
-    title += "batches must not be larger than a cell, or small: merge"
-    print(work.report(counts, title))
+    # One job: the centres are of samples from everywhere.
+    label = Label(args.clusters, args.fit, args.seed, model, args.to)
+    for _, report in pool.finished(label, [data]):
+        print(report)
     return 0
+
+
+@dataclass(frozen=True)
+class Label:
+    """The whole work on the samples of a configuration."""
+
+    clusters: int
+    fit: int
+    seed: int
+    model: _encoder.Model
+    to: Path
+
+    def __call__(self, data: Data) -> str:
+        import numpy as np
+        import torch
+
+        from vlp.data.cells import write_labels
+        from vlp.data.mix import Mixture
+        from vlp.data.permutation import permute
+        from vlp.seeds import derive
+
+        sources = [plugin.module.open(plugin.options, data.captions) for plugin in data.sources]
+        mixture = Mixture(sources, [None] * len(sources), seed=self.seed, shuffle=False)
+        n, k = mixture.n_samples, self.clusters
+        n_fitted = min(n, self.fit)
+        if not 2 <= k <= n_fitted:
+            raise ValueError(
+                f"--clusters {k} must lie between 2 and the {n_fitted} samples that are fitted; "
+                "set it lower"
+            )
+
+        # In the order of the shards, because samples are read one after the other.
+        counts: Counter[str] = Counter()
+        fitted = np.sort(permute(n, derive(self.seed, "fit"), np.arange(n_fitted)))
+        rows = torch.cat(list(_features(self.model, mixture, fitted, counts)))
+        opened = rows[rows.any(1)]  # rows of zeros: pictures that do not open
+        centres = kmeans(opened, k, derive(self.seed, "kmeans"))
+
+        # Where all samples were fitted, their features are there already.
+        parts: Iterable[Tensor] = [rows]
+        if n_fitted < n:
+            parts = _features(self.model, mixture, np.arange(n), Counter())
+        labels = torch.cat([nearest(part, centres) for part in parts]).numpy()
+        settings = self.model.settings() | {"seed": self.seed, "fit": n_fitted}
+        write_labels(self.to, labels, k, mixture, settings)
+
+        for cell, size in enumerate(np.bincount(labels, minlength=k).tolist()):
+            if size:
+                counts[f"cell {cell:3d}"] = size
+        title = f"{self.to}: {n:,} samples in {k} cells; "
+        title += "batches must not be larger than a cell, or small: merge"
+        return work.report(counts, title)
 
 
 def kmeans(rows: Tensor, k: int, seed: int) -> Tensor:

@@ -43,6 +43,7 @@ EXAMPLE = """vlp data embed data/train --model runs/teacher --to data/train_embe
   vlp data embed data/train --model runs/teacher --views 5 --seed 1 \\
       --augment "{scale: [0.4, 1]}" --captions re_caption,txt --to data/reinforced
   vlp data embed data/train --text-model Qwen/Qwen3-0.6B --pool mean --to data/train_texts
+  vlp data embed data/train --model hf-hub:you/teacher --to data/embedded --ray
   srun --ntasks=16 vlp data embed data/train --model hf-hub:you/teacher --to data/embedded
 """
 
@@ -82,9 +83,11 @@ def _view_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs
 
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
+    pool = pool.of_model(args.device)
 
     # A file is named after its shard, so two shards of one name would overwrite each other's.
     names = Counter(path.stem for path in sources)

@@ -10,12 +10,14 @@ import random
 import time
 from collections import Counter
 from itertools import chain
-from pathlib import Path
 from typing import Any
+
+from vlp.data.stored import destination_file
 
 HELP = "show counts, picture sizes, caption lengths and reading speed of shards"
 EXAMPLE = """vlp data inspect data/train
   vlp data inspect "data/{00000..00041}.tar" --samples 5000 --json summary.json
+                                       (reads a few samples, here: there is no --ray)
 """
 
 
@@ -31,7 +33,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="samples to read, at random (default: 1000)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    parser.add_argument(
+        "--json", type=destination_file, metavar="FILE", help="where to write the numbers"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,14 +67,16 @@ def summarise(path: str, n: int) -> dict[str, Any]:
     same each time).
     """
     from vlp.config import Captions
+    from vlp.data.paths import expand
     from vlp.data.picture import BadImage, array, header
-    from vlp.data.sources.shards import Options
-    from vlp.data.sources.shards import open as open_shards
+    from vlp.data.sources.shards import Options, opened
+    from vlp.data.stored import source as place_of
     from vlp.data_tools.stats import quantiles
 
     # Samples without captions are data too: the template only keeps those with a class from being
     # dropped.
-    source = open_shards(Options(path), Captions(class_templates=["{}"], missing="drop"))
+    captioned = Captions(class_templates=["{}"], missing="drop")
+    source = opened(expand(path), Options(path), captioned)
     drawn = random.Random(0).sample(range(len(source)), min(n, len(source)))
 
     # Reading and decoding apart: one waits for the disk, the other for the processor.
@@ -100,7 +106,7 @@ def summarise(path: str, n: int) -> dict[str, Any]:
     return {
         "shards": len(source.paths),
         "samples": len(source),
-        "bytes": sum(Path(p).stat().st_size for p in source.paths),
+        "bytes": sum(place_of(p).stat().st_size for p in source.paths),
         "left_out": source.n_left_out,
         "odd_or_passed_over": dict(source.left_out.most_common(20)),
         "problems": source.problems()[:10],

@@ -6,6 +6,9 @@ every new shard is made by itself, so that machines and processes share the work
 goes on. Shuffled, every sample is read from its own place: slow on disks that turn, and from remote
 shards.
 
+Parquet files that img2dataset wrote beside the shards complete their samples. Pictures keep their
+bytes, unless `--max-side` shrinks them once for all epochs, or `--format` asks for another.
+
 Samples of one "origin" that lie side by side are a family, which stays together: a shuffle moves it
 as a whole, and no cut between two shards goes through it, so that `data.together` finds it. A
 family larger than a shard gets a larger shard.
@@ -15,20 +18,23 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
+from vlp.data_tools.pack import pictures
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from vlp.data.members import Content, Picture
     from vlp.data.rows import Shard
 
 HELP = "write shards of another number of samples or bytes, in order or shuffled"
 EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0
   vlp data reshard "a/{000..099}.tar::b" --to data/train --megabytes-per-shard 500 --renumber
+  vlp data reshard data/raw --to data/small --max-side 384
 """
 
 
@@ -69,25 +75,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give new keys; the old ones stay in the JSON as source_key",
     )
+    pictures.arguments(parser)
     work.arguments(parser)
 
 
 @work.alone
 def run(args: argparse.Namespace) -> int:
     """Plan the new shards, write them, and print how many samples they hold."""
-    from vlp.data.format import index
+    from vlp.data.format import index, index_written
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.packed import Unpacked
     from vlp.data_tools._run.shards import claim
 
     if (args.samples_per_shard or 1) < 1 or (args.megabytes_per_shard or 1) <= 0:
         raise ValueError("--samples-per-shard and --megabytes-per-shard must be above 0")
+    written = pictures.Pictures.of(args)
 
     # Ten thousand samples, unless a size in bytes says where a shard ends.
-    sources, pool, folder = expand(args.source, packed=True), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source, packed=True), work.pool(args), destination(args.to)
     n_bytes = round((args.megabytes_per_shard or 0) * 1e6)
     limits = {"n_samples": args.samples_per_shard or (0 if n_bytes else 10_000), "n_bytes": n_bytes}
     settings = {**limits, "shuffle": args.shuffle, "renumber": args.renumber}
+    if written.change:
+        settings |= asdict(written)
     claim(folder, "reshard", sources, settings)
 
     # Samples are read from their places, which a compressed stream does not have.
@@ -114,14 +125,18 @@ def run(args: argparse.Namespace) -> int:
         part = spans[start:stop]
         mark = folder / f"{number:05d}_reshard.json"
         jobs.append(work.Job(mark, (number, part), int(part["length"].sum())))
-    write = Write(list(zip(sources, shards)), folder, args.renumber)
+    write = Write(list(zip(sources, shards)), folder, args.renumber, written)
     results = work.carry_out("reshard", jobs, write, pool)
 
     # The unpacked copies are needed until the last machine is done.
     if work.all_done(results):
-        index(sorted(folder.glob("*.tar")))
+        index_written(sorted(folder.glob("*.tar")))
         unpacked.remove()
-    print(work.report(work.total(results), f"{folder}: {len(jobs)} shards"))
+    counts = work.total(results)
+    print(work.report(counts, f"{folder}: {len(jobs)} shards"))
+    totals = pictures.sum_of(result for result in results if result is not None)
+    for line in pictures.loss_of(totals, counts["pictures"]):
+        print(line)
     return 0
 
 
@@ -224,31 +239,33 @@ class Write:
     sources: list[tuple[Path, Shard]]
     folder: Path
     renumber: bool
+    pictures: pictures.Pictures
 
     def __call__(self, job: tuple[int, np.ndarray]) -> work.Result:
-        from vlp import log
         from vlp.data.format import ShardWriter
         from vlp.data_tools._belonging import settle
-        from vlp.data_tools._run.shards import Changed, put
+        from vlp.data_tools._run.shards import Changed, complete, put
 
         number, spans = job
         counts: Counter[str] = Counter()
+        totals: Counter[str] = Counter()
+        rows = self._rows_beside(spans, counts)
         with ShardWriter(
             self.folder, len(spans) + 1, first_shard=number, overwrite=True, indexed=False
         ) as writer:
             for source, i, *_ in spans.tolist():
-                path, shard = self.sources[source]
+                path, _ = self.sources[source]
                 counts["samples read"] += 1
-                try:
-                    with open(path, "rb") as file:
-                        sample = shard.sample(file, i)
-                except ValueError as error:
-                    log.warn(f"{path}: {error}")
+                sample = self._sample(source, i)
+                if sample is None:
                     counts["unreadable: samples that changed after they were indexed"] += 1
                     continue
 
+                if row := rows.get((source, sample.key)):
+                    complete(sample, row, counts)
                 # Its lists must count the captions that are written.
                 settle(sample, counts)
+                self._write_pictures(sample, counts, totals)
                 meta = {**sample.meta, "source_key": sample.key} if self.renumber else sample.meta
                 changed = Changed(sample, list(sample.captions), meta)
                 try:
@@ -257,4 +274,66 @@ class Write:
                     advice = "" if self.renumber else "; --renumber gives new keys"
                     raise ValueError(f"{path}: {error}{advice}") from None
                 counts["samples written"] += 1
-        return {"counts": counts}
+        return {"counts": counts, "totals": totals}
+
+    def _sample(self, source: int, i: int, quiet: bool = False) -> Content | None:
+        """Sample i of a source; None, with a warning, where it is not there any more."""
+        from vlp import log
+
+        path, shard = self.sources[source]
+        try:
+            with open(path, "rb") as file:
+                return shard.sample(file, i)
+        except ValueError as error:
+            if not quiet:
+                log.warn(f"{path}: {error}")
+            return None
+
+    def _rows_beside(
+        self, spans: np.ndarray, counts: Counter[str]
+    ) -> dict[tuple[int, str], dict[str, Any]]:
+        """What img2dataset noted of these samples, by source and key."""
+        from vlp.data.tables import fetched
+        from vlp.data_tools._run.shards import rows_beside
+
+        rows: dict[tuple[int, str], dict[str, Any]] = {}
+        for source in sorted(set(spans["shard"].tolist())):
+            path, _ = self.sources[source]
+            if fetched.beside(path) is None:
+                continue
+
+            # A shuffle takes a few samples of each shard: their keys first, then only their rows.
+            numbers = spans["number"][spans["shard"] == source].tolist()
+            samples = [self._sample(source, i, quiet=True) for i in numbers]
+            keys = {sample.key for sample in samples if sample is not None}
+            by_key = rows_beside(path, counts, keys)
+            rows |= {(source, key): row for key, row in by_key.items()}
+        return rows
+
+    def _write_pictures(self, sample: Content, counts: Counter[str], totals: Counter[str]) -> None:
+        """Put a sample's pictures in the place of those that came, as they are to be written."""
+        if not self.pictures.change:
+            return
+        if sample.image:  # its embedding may stand for it
+            written = self._written(sample.image, sample.image_type, counts, totals)
+            sample.image, sample.image_type = written.data, written.extension
+        for place, picture in sample.negative_images.items():
+            sample.negative_images[place] = self._written(
+                picture.data, picture.extension, counts, totals
+            )
+
+    def _written(
+        self, data: bytes, image_type: str, counts: Counter[str], totals: Counter[str]
+    ) -> Picture:
+        """A picture as it is to be written; as it came where it does not open."""
+        from vlp.data.members import Picture
+
+        counts["pictures"] += 1
+        try:
+            picture = self.pictures.written(data)
+        # Nothing is lost by it: training counts and names what it cannot open.
+        except ValueError:
+            counts["pictures left as they came, which do not open"] += 1
+            return Picture(data, image_type)
+        totals.update(picture.numbers)
+        return Picture(picture.data, picture.extension or image_type)

@@ -18,6 +18,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlp.data.stored import destination_file
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 HELP = "a contact sheet of random samples with their captions, as PNG or HTML"
 EXAMPLE = """vlp data sheet data/train --to sheet.html
   vlp data sheet data/train --to sheet.png --samples 60 --columns 6 --seed 1
+                                       (reads a few shards, here: there is no --ray)
 """
 _GAP, _LINE, _MAX_LINES = 8, 13, 6  # pixels, pixels, lines of caption under a picture of a PNG
 
@@ -48,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--to",
         required=True,
-        type=Path,
+        type=destination_file,
         metavar="FILE",
         help=".html (all captions with their negatives, any script) or .png",
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "plots and numbers about pictures and captions of all shards"
 EXAMPLE = """vlp data stats data/train --to stats/train --processes 8
-  srun --ntasks=16 vlp data stats "data/{00000..09999}.tar" --to stats/train
+  vlp data stats "data/{00000..09999}.tar" --to stats/train --ray head:6379
 """
 # What is counted, in the page's order, with what it is on the page.
 PICTURES = {
@@ -64,10 +64,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count, and write the page once all shards are counted."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs
     from vlp.files import write_atomically
 
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     claim(folder, "stats", sources, {})
     results = work.carry_out("stats", jobs(sources, folder, "counted"), count, pool)
     if not work.all_done(results):

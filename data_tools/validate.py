@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlp.data.stored import destination, destination_file
 from vlp.data_tools._run import work
 from vlp.files import write_atomically
 
@@ -30,7 +31,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", help="folder of shards, tar, or pattern with braces; several joined by ::"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the report")
+    parser.add_argument(
+        "--json", type=destination_file, metavar="FILE", help="where to write the report"
+    )
     parser.add_argument(
         "--notes",
         metavar="DIR",
@@ -48,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     paths, pool = expand(args.path), work.pool(args)
     with tempfile.TemporaryDirectory() as forgotten:
-        notes = Path(args.notes or forgotten)
+        notes = destination(args.notes or forgotten)
         claim(notes, "validate", paths, {})
         results = work.carry_out("validate", jobs(paths, notes, "checked"), check_shard, pool)
 

@@ -65,6 +65,7 @@ class Encoder:
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
     tower: torch.nn.Module | None = None  # what holds the images' projection; None: not one module
+    width: int | None = None  # how many numbers of a row count, the first ones; None: all
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -80,7 +81,7 @@ class Encoder:
         device_type = torch.device(self.device).type
         autocast = torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
         with torch.no_grad(), autocast:
-            return torch.nn.functional.normalize(rows().float(), dim=-1)
+            return torch.nn.functional.normalize(rows().float()[..., : self.width], dim=-1)
 
 
 def load(

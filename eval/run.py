@@ -47,7 +47,7 @@ key=value options of the task follow --task or --data.
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    from vlp.eval import sweep
+    from vlp.eval import narrow, sweep
     from vlp.eval.suites import command
     from vlp.plugin import names
 
@@ -69,10 +69,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     compare_help = "two results, or folders of them: a table with intervals"
     add("--compare", nargs=2, metavar=("A", "B"), help=compare_help)
 
-    # How it is carried out; nothing here changes a score but --precision.
+    # How it is carried out; nothing here changes a score but --precision and --width.
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     precisions = ("float32", "bf16")
     add("--precision", choices=precisions, default="float32", help="of the forward pass")
+    narrow.arguments(parser)
     add("--batch", type=int, default=64, help="images or texts a forward pass (default 64)")
     add("--workers", type=int, help="threads that decode (default: cores, at most 8)")
     cache_help = "where embeddings are kept (default ~/.cache/vlp/embeddings; none: nowhere)"
@@ -104,7 +105,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     import torch
 
     from vlp import dist, joining, plugin
-    from vlp.eval import memory, models, sweep
+    from vlp.eval import memory, models, narrow, sweep
     from vlp.eval.report import records
     from vlp.eval.suites import command
     from vlp.pretrained.references import of_average
@@ -117,6 +118,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     blends = sweep.asked_for(options, tasks, has_average=suite is not None)
     reference = of_average(options.model) if options.ema else options.model
     context = _context(options)
+    narrow.check(options.width)
     data = read_all(tasks)
     if options.out:
         _check_writable(options.out)
@@ -137,12 +139,14 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         model: DualEncoder, name: str
     ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
         # Kept by a hash of the blend's own weights, so that no two are mixed up.
-        return scores(models.from_model(model, name, device, autocast, keep=True))
+        encoder = models.from_model(model, name, device, autocast, keep=True)
+        return scores(narrow.narrowed(encoder, options.width))
 
     if blends is not None:
         sweep.carry_out(blends, scores_of_blend, options.out, suite)
     else:
-        results, items = scores(models.load(reference, device, autocast))
+        encoder = narrow.narrowed(models.load(reference, device, autocast), options.width)
+        results, items = scores(encoder)
         if dist.is_main() and suite is not None:
             command.tell(suite, results, items, options)
         elif dist.is_main():

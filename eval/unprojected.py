@@ -20,6 +20,11 @@ def unprojected(encoder: Encoder) -> Encoder:
     Raises DataError where the tower's projection is not known: a CLIP ResNet's is part of its
     attention pool.
     """
+    if encoder.width is not None:
+        raise DataError(
+            "features=unprojected are those before the projection, and --width is of those after "
+            "it; leave out one of the two"
+        )
     module, name = _projection(encoder)
 
     def image(pixels: Tensor) -> Tensor:

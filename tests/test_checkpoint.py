@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is refused, and which one a run goes on from."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from tests.models.tiny import tiny
 from tests.test_train import losses
-from vlp import checkpoint
+from vlp import checkpoint, retention
 from vlp.pretrained import runs
 from vlp.train import train
 
@@ -56,6 +57,23 @@ def test_pruning_never_removes_the_last_good_one(tmp_path):
         assert checkpoint.newest(run).name == f"step_{later:08d}"
         n_cases += 1
     assert n_cases == 8
+
+
+def test_which_checkpoints_stay_does_not_depend_on_clocks(tmp_path):
+    """Those of machines whose clocks are a year ahead or behind: steps count."""
+    n_cases = 0
+    for number, times in enumerate(((4e9, 2e9, 1e9), (0, 4e9, 1), (4e9, 4e9, 4e9))):
+        run = tmp_path / str(number)
+        for step, time_s in zip((10, 20, 30), times, strict=True):
+            folder = checkpoint.save(run, step, contents(step), keep=9)
+            for path in (*folder.iterdir(), folder):
+                os.utime(path, (time_s, time_s))
+        assert checkpoint.newest(run).name == "step_00000030"
+        checkpoint.save(run, 40, contents(40), keep=2)
+        assert steps(run) == [30, 40]
+        assert [path.name for path in retention.abandon(run, 30)] == ["step_00000040.abandoned"]
+        n_cases += 1
+    assert n_cases == 3
 
 
 def test_every_flipped_bit_of_the_manifest_falls_back(tmp_path, capsys):

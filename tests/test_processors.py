@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 EXACT = (
     "tests/test_step.py", "tests/test_train.py", "tests/test_teacher.py", "tests/test_lit.py",
     "tests/models/test_heads.py", "tests/selection", "tests/losses/test_moving.py",
-    "tests/losses/test_mixing.py", "tests/models/test_model.py", "tests/export/test_export.py",
+    "tests/losses/test_draws.py", "tests/models/test_model.py", "tests/export/test_export.py",
     "tests/pairwise/test_exactness.py", "tests/pairwise/test_reductions.py",
     "tests/eval/test_models.py", "tests/eval/test_engineering.py", "tests/data/test_loader.py",
 )  # fmt: skip

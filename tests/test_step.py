@@ -352,6 +352,27 @@ def test_ranks_with_unequal_numbers_of_valid_captions_change_nothing():
             assert_close(weights, expected[1], 1e-9)
 
 
+WIDTHS = {
+    "matryoshka": {
+        "widths": [4, 16],
+        "of": {"infonce": {}, "hard_negatives": {"form": "negclip", "weight": 0.5}},
+    }
+}
+
+
+def at_widths(micro_batches=1):
+    return gradients_and_weights(micro_batches, batch=negatives_batch, objective=WIDTHS)
+
+
+def test_prefixes_of_embeddings_are_cut_after_ranks_and_micro_batches_meet():
+    expected = at_widths()
+    others = [at_widths(4), *ranks.run(2, at_widths, 3)]
+    for gradients, weights, _ in others:
+        assert assert_close(gradients, expected[0], 1e-9) > 20
+        assert_close(weights, expected[1], 1e-9)
+    assert len(others) == 3
+
+
 def test_geometry_is_that_of_the_evaluation():
     """Of more rows than are looked at: the first ones count, and the evaluation's functions give
     the same.

@@ -253,6 +253,10 @@ def test_what_no_term_reads_is_refused_and_so_is_another_queue(settings):
         (("teacher.model=nowhere",), "no model 'nowhere': no such file or folder"),
         (("data.views={n: 1}",), r"data\.views is set, but no term reads"),
         (
+            ("data.views={n: 1}", "objective={mv_infonce: {}}"),
+            r"add the head that they pass, model\.heads=\{views: \{\}\}",
+        ),
+        (
             (
                 "data.views={n: 1}",
                 "model.heads={views: {text: false, width: 8}}",

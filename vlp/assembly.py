@@ -28,7 +28,7 @@ from vlp import (
 )
 from vlp.checks import check_extent, check_objective
 from vlp.config import Config, Data, Plan, WholePlan
-from vlp.data import labels
+from vlp.data import labels, looks
 from vlp.data.loader import Loader
 from vlp.engines import Engine
 from vlp.models.build import build as build_model
@@ -39,7 +39,7 @@ from vlp.pretrained.references import resolve as resolve_reference
 from vlp.resume import (
     go_on_from,
     open_run,
-    reader_of,
+    shared_layout,
     start_from,
     with_precision,
 )
@@ -87,6 +87,7 @@ def set_up(config: Config, engine: Engine) -> Run:
 
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model = initial_model(config)
+    losses.check_width(config.objective, model.embed_dim)
     optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
@@ -214,19 +215,20 @@ def initial_model(config: Config) -> DualEncoder:
 def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader:
     """The loader of this rank, in the form that model, objective and selection read."""
     stored_texts = config.model.stored_texts
-    loader = Loader(
-        labelled(config),
-        model.image_spec,
-        model.text_spec,
-        mixture=selector.mixture,
-        batch=selector.loaded,
-        seed=config.seed,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
-        store=None if stored_texts is None else TextStore(stored_texts),
-    )
+    with looks.once_a_machine(config.data.sources):
+        loader = Loader(
+            labelled(config),
+            model.image_spec,
+            model.text_spec,
+            mixture=selector.mixture,
+            batch=selector.loaded,
+            seed=config.seed,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            pixels=not config.model.precomputed,
+            reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
+            store=None if stored_texts is None else TextStore(stored_texts),
+        )
     selector.check(loader.carries, len(loader.teacher_widths))
     return loader
 
@@ -234,7 +236,9 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
 def labelled(config: Config) -> Data:
     """The section `data`, with the labels that terms read."""
     # One line of the objective is enough: positives: caption needs no key of the data.
-    read_labels = [getattr(term.options, "positives", None) for term in config.objective]
+    read_labels = [
+        getattr(term.options, "positives", None) for term in losses.leaves(config.objective)
+    ]
     return replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
 
 
@@ -274,7 +278,7 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     if source is None:
         return None
     # `open_run` has compared the hashes.
-    contents = checkpoint.load(source, verified=True, reader=reader_of(source))
+    contents = checkpoint.load(source, verified=True, layout=shared_layout(source))
     check_extent(contents.state["step"], plan, source)
     # At a joint it is of the stage before, whose pictures may have had another size.
     if contents.state["step"] == plan.first:

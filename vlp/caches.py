@@ -4,6 +4,7 @@ FOLDER/embeddings/*.safetensors  rows of `vlp eval`, one file a set, and content
 FOLDER/search/NAME/              libraries of `vlp search` and `vlp embed`
 FOLDER/index/*.bin               indices that cannot lie beside their shards
 FOLDER/shards/NAME/              copies of remote shards
+FOLDER/stores/NAME/              what a call is writing into a store; goes with it
 
 A single file can go at any time: who has opened it keeps reading it. A folder that a process works
 with is held by a lock on its mark (`.used`), and is not removed meanwhile; on a file system without
@@ -26,7 +27,13 @@ from uuid import uuid4
 
 from vlp import locks
 
-KINDS = {"embeddings": "embeddings", "search": "search", "indices": "index", "downloads": "shards"}
+KINDS = {
+    "embeddings": "embeddings",
+    "search": "search",
+    "indices": "index",
+    "downloads": "shards",
+    "scratch": "stores",
+}
 OTHER = "other"  # what lies in the cache and is not ours to remove
 _MARK = ".used"
 _ABANDONED_S = 86400  # age at which an unfinished file has lost its writer
@@ -40,6 +47,7 @@ _NAMES = {
     "search": r"[0-9a-f]{24}",
     "indices": r"[0-9a-f]{16,24}\.bin",
     "downloads": r"[0-9a-f]{16}",
+    "scratch": r"[0-9a-f]{16}",
 }
 
 _held: dict[Path, int] = {}  # open marks of this process, by folder

@@ -31,7 +31,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.pretrained import adapters
 from vlp.pretrained.fitting import UNCHANGED, Fit
+from vlp.pretrained.parts import Joined, Layout, Rows
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
@@ -62,9 +63,6 @@ from vlp.pretrained.runs import (
     verify,
 )
 from vlp.pretrained.weight_files import same_activation
-
-if TYPE_CHECKING:
-    from vlp.pretrained.parts import Reader
 
 __all__ = [
     "FOLDER",
@@ -86,6 +84,7 @@ __all__ = [
     "verify",
 ]
 
+T = TypeVar("T")
 Manifest = dict[str, dict[str, Any]]  # {file: {"bytes": …, "sha256": …}}
 
 
@@ -95,7 +94,7 @@ class Contents:
 
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    objective: Mapping[str, Tensor] = field(default_factory=dict)
+    objective: Mapping[str, Tensor | Rows] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     config: str = ""  # YAML
     description: dict[str, Any] = field(default_factory=dict)  # of the model
@@ -203,12 +202,12 @@ def finish(folder: Path, keep: int) -> Path:
     return final
 
 
-def load(path: Path, verified: bool = False, reader: Reader | None = None) -> Contents:
+def load(path: Path, verified: bool = False, layout: Layout | None = None) -> Contents:
     """Read and verify a checkpoint's folder; CheckpointError says which file is damaged and how.
 
     Tensors are mapped from their files, so that ranks of a machine share them and hold only what
     they copy; of a checkpoint in parts each is put together when it is asked for. verified: another
-    rank has compared the hashes; sizes are compared in any case. `reader`: of the parts, where
+    rank has compared the hashes; sizes are compared in any case. `layout`: of the parts, where
     their headers have been read.
     """
     if not verified:
@@ -220,9 +219,9 @@ def load(path: Path, verified: bool = False, reader: Reader | None = None) -> Co
         )
 
     # Checkpoints of older versions lack some; `verify` has found complete what they name.
-    of_kinds = {kind: tensors_of(path, kind, reader) for kind in KINDS}
+    of_kinds = {kind: tensors_of(path, kind, layout) for kind in KINDS}
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    of_kinds["objective"] = tables_whole(of_kinds["objective"], state.get("tables", {}))
+    of_kinds["objective"] = with_tables(of_kinds["objective"], state.get("tables", {}))
     description = json.loads((path / "model.json").read_text(encoding="utf-8"))
     return Contents(
         **of_kinds,
@@ -232,16 +231,15 @@ def load(path: Path, verified: bool = False, reader: Reader | None = None) -> Co
     )
 
 
-def tables_whole(objective: Mapping[str, Tensor], samples: Mapping[str, int]) -> dict[str, Tensor]:
-    """The objective's state with the tables [samples, c] in the place of their dealt form.
-
-    In parts a table is [rows, W, c], of which a rank wrote [rows, 1, c]: read row by row, its first
-    two dimensions are the samples in their order.
+def with_tables(objective: Mapping[str, Tensor], samples: Mapping[str, int]) -> dict[str, Any]:
+    """The objective's state with the tables [samples, c] in the place of their dealt form, of which
+    nothing is read yet.
     """
-    state = dict(objective)
-    for name, n_samples in samples.items():
-        state[name] = state[name].flatten(0, 1)[:n_samples]
-    return state
+    if not samples:
+        return dict(objective)
+    assert isinstance(objective, Joined), "tables are dealt in parts only"
+    state = {name: objective[name] for name in objective if name not in samples}
+    return state | {name: objective.rows(name, n) for name, n in samples.items()}
 
 
 def load_model(ref: str | Path, averaged: bool = False) -> DualEncoder:
@@ -328,9 +326,9 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Pat
     model.load_state_dict(dict(weights))
 
 
-def nested(tensors: Mapping[str, Tensor], terms: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+def nested(tensors: Mapping[str, T], terms: Iterable[str]) -> dict[str, dict[str, T]]:
     """{"term/name": tensor} as {term: {name: tensor}}; `terms` names those that may have none."""
-    state: dict[str, dict[str, Tensor]] = {term: {} for term in terms}
+    state: dict[str, dict[str, T]] = {term: {} for term in terms}
     for key, tensor in tensors.items():
         term, _, name = key.rpartition("/")
         state.setdefault(term, {})[name] = tensor

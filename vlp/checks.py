@@ -124,26 +124,31 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
 
     if idle := sorted(by_heads - objective.reads):
         raise ValueError(
-            f"model.heads gives {idle}, which no term reads; drop that head (views.text: false), "
-            "or add a term"
+            f"model.heads gives {idle}, which no term reads; drop that head (of views one side by "
+            "views.text: false or views.image: false), or add a term"
         )
 
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:
     """Refuse what costs time or memory and no term reads, and fewer views than a term needs."""
     read = objective.needs | through_queue(objective)
+    # Some terms take further views where they can be embedded.
+    if config.model.heads.views is not None:
+        read |= objective.reads
     for key, supplied in _costly(config).items():
         if not supplied & read:
             names = " or ".join(sorted(supplied))
             way_out = "drop it, or add a term"
             if key == "teacher.ema":
                 way_out = "drop it, add a term, or evaluate it with teacher.eval_ema=true"
+            if key == "data.views" and supplied & objective.reads:
+                way_out = "add the head that they pass, model.heads={views: {}}"
             raise ValueError(f"{key} is set, but no term reads {names}; {way_out}")
 
     # Terms that compare views with one another need several.
     n_views = loader.widths.get("image_views", 0)
-    for term in objective.plugins:
-        least = getattr(term.module, "MIN_VIEWS", 0)
+    for term in losses.leaves(objective.plugins):
+        least = losses.min_views(term)
         if n_views < least:
             raise ValueError(
                 f"the term {term.label!r} needs {least} image views, found {n_views}; "
@@ -159,7 +164,7 @@ def through_queue(objective: losses.Objective) -> set[str]:
 def check_roles(objective: losses.Objective, config: Config) -> None:
     """Refuse weights of captions that are not those of the roles, in the order of their columns."""
     roles = config.data.captions.roles
-    for term in objective.plugins:
+    for term in losses.leaves(objective.plugins):
         weights = list(term.options.weights) if term.name == "captions" else []
         if weights and weights != roles:
             raise ValueError(

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in ("out", "to"):
             place = getattr(options, name, None)
             if isinstance(place, str):
-                check_writable(Path(place))
+                _check_place(place, options.command)
 
         status = options.run(options)
         sys.stdout.flush()
@@ -91,6 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults.say(error)
         _fail_others(1)
         return 1
+
+
+def _check_place(place: str, command: str) -> None:
+    """Raise OSError or ValueError where nothing can be written at a place."""
+    if "://" not in place or place.startswith("file://"):
+        check_writable(Path(place.removeprefix("file://")))
+    # Tools of `vlp data` look by themselves, once --storage is known.
+    elif command != "data":
+        raise ValueError(
+            f"{scrubbed(place)} lies in a store, and `vlp {command}` writes into folders of this "
+            "machine only; name one, and copy what is there then"
+        )
 
 
 def _leave_others() -> None:
@@ -335,7 +347,38 @@ def _data(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _fill(command, tool)
-        command.set_defaults(run=_ended_by_signals(tool.run))
+        command.add_argument(
+            "--storage",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="option of fsspec for addresses, such as endpoint_url=…; of one kind alone "
+            "s3:KEY=VALUE; secrets belong into the environment or the files of the store's tools; "
+            "may be repeated",
+        )
+        command.set_defaults(run=_ended_by_signals(_with_storage(tool.run)))
+
+
+def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """A tool whose addresses are opened with the options --storage."""
+
+    def with_storage(options: argparse.Namespace) -> int:
+        if options.storage:
+            from vlp.data import stores
+
+            stores.use(stores.options_of(options.storage))
+
+        # A folder is tried by the note of who writes there.
+        for name in ("to", "json"):
+            place = getattr(options, name, None)
+            if isinstance(place, Path) and "://" in str(place):
+                from vlp.data.stored import StoredPath, check_writable
+
+                assert isinstance(place, StoredPath)
+                check_writable(place)
+        return run(options)
+
+    return with_storage
 
 
 def _ended_by_signals(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:

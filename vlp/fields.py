@@ -104,6 +104,7 @@ _STORED = (
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
+_PREDICTOR = "a predictor of the other side (model.heads.predictor)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
     "vlp.losses.distill.hardest names"
@@ -244,6 +245,14 @@ class Readable(Carried):
         "text", "b D'", "b T D'", head="teacher", supplier=_PROJECTION
     )
     interactive_scale: Tensor = computed("", "", head="teacher")
+
+    # What a predictor makes of an image for its text to be, and of a text for its image.
+    predicted_text: Tensor = computed(
+        "image", "b D", unit=True, head="predictor", supplier=_PREDICTOR
+    )
+    predicted_image: Tensor = computed(
+        "text", "b D", unit=True, head="predictor", supplier=_PREDICTOR
+    )
 
     # A decoder that looks at image and text, whose loss of each token is −log p. A caller with
     # logits of its own may give those instead: position l of caption_logits is for the token

@@ -41,7 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
         # Only now: a name that pointed to content not yet on the disk could survive a crash.
         sync(temporary)
-        os.replace(temporary, path)
+        # The path's own way: one in a store is in the store then, too.
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -221,7 +221,7 @@ def _owner(path: Path) -> str:
             continue
 
         # The one before, which was killed: the new one is about to sign.
-        if host == socket.gethostname() and not _is_alive(pid):
+        if host == socket.gethostname() and not is_alive(pid):
             time.sleep(0.05)
             continue
 
@@ -230,7 +230,7 @@ def _owner(path: Path) -> str:
     return ""
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process of this machine runs; signal 0 only asks."""
     try:
         os.kill(pid, 0)

@@ -67,7 +67,7 @@ def embed_by(training: Training, model: nn.Module, part: Batch) -> dict[str, Ten
     # Precomputed: the batch's embeddings stand for the image tower.
     stored = {"image": part.teacher_image} if training.precomputed else {}
     with _arithmetic(training), attention(training):
-        return stored | embedding.embed(model, part, _wanted(training))
+        return stored | embedding.embed(model, part, _wanted(training, part))
 
 
 def passed(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -75,17 +75,19 @@ def passed(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
     "text_tokens", [].
     """
     counts = [
-        embedding.passes_towers(training.engine.model, part, _wanted(training))
+        embedding.passes_towers(training.engine.model, part, _wanted(training, part))
         for part in micro_batches
     ]
     n_pictures, n_tokens = map(sum, zip(*counts))
     return {"pictures": torch.tensor(n_pictures), "text_tokens": torch.tensor(n_tokens)}
 
 
-def _wanted(training: Training) -> frozenset[str]:
+def _wanted(training: Training, part: Batch) -> frozenset[str]:
     """The fields of a batch that the towers embed."""
     by_tower = {"text"} if training.precomputed else {"image", "text"}
-    optional = training.objective.reads.intersection(embedding.OF_PAIRS)
+    # What a term reads where it is there.
+    views = embedding.further_views(training.engine.model, part)
+    optional = training.objective.reads.intersection([*embedding.OF_PAIRS, *views])
     return training.objective.needs | optional | by_tower
 
 

@@ -18,9 +18,9 @@ from vlp.data.loader import Loader
 from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import context, image_size, projections
+from vlp.pretrained import context, image_size, projections, runs
 from vlp.pretrained.fitting import UNCHANGED, Fit
-from vlp.pretrained.parts import Reader
+from vlp.pretrained.parts import Layout
 from vlp.step import Training
 
 T = TypeVar("T")
@@ -103,22 +103,21 @@ def _problem_of(path: Path, weights_too: bool) -> str | None:
     if problems or not weights_too:
         return problems[0] if problems else None
 
-    weights = checkpoint.tensors_of(path, "model", reader_of(path))
+    try:
+        weights = checkpoint.tensors_of(path, "model", shared_layout(path))
+    except checkpoint.CheckpointError as error:  # on all ranks alike
+        return str(error)
     own_names = sorted(weights)[dist.rank() :: dist.world_size()]
     spoilt = checkpoint.not_finite({name: weights[name] for name in own_names})
     spoilt = [name for names in dist.gather_objects(spoilt) for name in names]
     return f"{path} holds NaN or infinity in {spoilt[0]}" if spoilt else None
 
 
-def reader_of(path: Path) -> Reader | None:
-    """What reads a checkpoint in parts, whose headers the first rank looks at for all; None for one
-    in one piece. Collective.
+def shared_layout(path: Path) -> Layout | None:
+    """Where the tensors of a checkpoint lie in its parts, whose headers the first rank reads for
+    all; None for one in one piece. Collective.
     """
-    reader = None
-    if dist.is_main() and checkpoint.in_parts(path):
-        reader = Reader(path)
-    metadata = dist.broadcast_object(None if reader is None else reader.read_metadata())
-    return None if metadata is None else Reader(path, metadata)
+    return _agreed(lambda: runs.layout_of(path))
 
 
 def _check_recorded(config: Config, source: Path) -> None:

@@ -14,6 +14,7 @@ when all parts are on the disk (vlp.checkpoint).
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import threading
 import time
@@ -188,7 +189,7 @@ class Dealt(Staging):
 
     def held_table(self, name: str, table: Table) -> Tensor:
         """Of [rows, W, c], whose rows one after another are the samples
-        (vlp.checkpoint.tables_whole), this rank's [rows, 1, c].
+        (vlp.pretrained.parts.Rows), this rank's [rows, 1, c].
         """
         self.tables[name] = table.samples
         own = table.rows().unsqueeze(1)
@@ -347,11 +348,23 @@ def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
         result = doing()
     except Exception as failure:
         error = failure
-    outcomes = dist.gather_objects((result, error), group)
+    outcomes = dist.gather_objects((result, _sendable(error)), group)
     for _, of_rank in outcomes:
         if of_rank is not None:
             raise of_rank
     return [outcome for outcome, _ in outcomes]
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error, or one that says the same, where it would not arrive on other ranks: they would
+    wait for it, or raise another in its place.
+    """
+    try:
+        pickle.loads(pickle.dumps(error))
+    # Whatever an exception of a foreign library does when it is packed or unpacked.
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _nothing() -> None:

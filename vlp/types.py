@@ -178,4 +178,6 @@ class Features(NamedTuple):
     projected_image: Tensor | None = None
     projected_text: Tensor | None = None
     interactive_scale: Tensor | None = None  # [] float32
+    predicted_text: Tensor | None = None  # [b, D] unit rows, of images by the predictor
+    predicted_image: Tensor | None = None  # [b, D] unit rows, of texts
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

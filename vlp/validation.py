@@ -18,6 +18,7 @@ from vlp import dist, losses, online_judge, passes
 from vlp.checks import check_needs
 from vlp.config import Augment, Config, Data, Plan, Validation
 from vlp.copies import copied
+from vlp.data import looks
 from vlp.data.embedded import Teacher
 from vlp.data.loader import Loader
 from vlp.lifetime import Interrupted, give_way
@@ -202,20 +203,21 @@ def _loader(
         shuffle=True,
         workers=0,
     )
-    return Loader(
-        held_out,
-        model.image_spec,
-        text,
-        batch=batch,
-        batch_key="validation.batch",
-        seed=_SEED,
-        rank=dist.rank(),
-        world=dist.world_size(),
-        pixels=not config.model.precomputed,
-        reads=losses.reads(config.objective) | online_judge.reads(config),
-        store=store,
-        stored_crops=False,
-    )
+    with looks.once_a_machine(held_out.sources):
+        return Loader(
+            held_out,
+            model.image_spec,
+            text,
+            batch=batch,
+            batch_key="validation.batch",
+            seed=_SEED,
+            rank=dist.rank(),
+            world=dist.world_size(),
+            pixels=not config.model.precomputed,
+            reads=losses.reads(config.objective) | online_judge.reads(config),
+            store=store,
+            stored_crops=False,
+        )
 
 
 def _parts(n_rows: int, at_once: int) -> int:

@@ -4,6 +4,8 @@ FILE.jsonl has a line a value: {"hash": …, "value": …}. A killed call reads 
 batches that are missing. A batch is made of the same hashes however often a call is stopped,
 because what a model computes depends, in its last bits, on what stands beside it. So a call that
 goes on gets the same values.
+
+Where the file lies in a store, which cannot append, all of it is put there from time to time.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vlp.data.stored import publish_soon
 from vlp.files import naming
 
 Compute = Callable[[list[str]], list[Any]]  # the values of a batch of hashes
@@ -40,6 +43,7 @@ class Kept:
             if self.path is not None:
                 lines = [json.dumps({"hash": key, "value": new[key]}) for key in new]
                 _append(self.path, "".join(line + "\n" for line in lines))
+                publish_soon(self.path)
 
 
 def read_kept(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+from vlp.data.stored import StoredPath
 from vlp.data.tar import open_packed, packed_with
 from vlp.files import replacing
 
@@ -19,7 +20,8 @@ class Unpacked:
     """The plain tars of a tool's input: itself, or a copy in a folder of the tool's output."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output / FOLDER
+        # Of a store they lie in the scratch folder: a store would be sent each byte.
+        self.folder = (output.local() if isinstance(output, StoredPath) else output) / FOLDER
         self.n = 0
 
     def plain(self, path: Path) -> Path:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vlp.data.captions import Choice
-from vlp.data.format import ShardWriter, index, is_class_number
+from vlp.data.format import ShardWriter, index_written, is_class_number
 from vlp.data.scan import scan
 from vlp.data.tables import fetched
 from vlp.data_tools._belonging import settle
@@ -55,7 +55,7 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
     """All usable samples of a shard, in order; the others are counted."""
     # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
-    rows = _rows_beside(path, counts)
+    rows = rows_beside(path, counts)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
 
@@ -64,24 +64,26 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
             counts["samples read"] += 1
             sample = shard.sample(file, i)
             if row := rows.get(sample.key):
-                counts["completed from the parquet file beside the shard"] += 1
-                _complete(sample, row)
+                complete(sample, row, counts)
             settle(sample, counts)
             yield sample
 
 
-def _rows_beside(path: Path, counts: Counter[str]) -> dict[str, dict[str, Any]]:
-    """What img2dataset noted of a shard's samples, by key."""
+def rows_beside(
+    path: Path, counts: Counter[str], keys: Collection[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What img2dataset noted of a shard's samples, by key; `keys`: of these alone."""
     try:
-        return fetched.rows_beside(path)
+        return fetched.rows_beside(path, keys)
     # The samples are whole without it.
     except (ValueError, OSError):
         counts["unreadable: parquet files beside shards"] += 1
         return {}
 
 
-def _complete(sample: Content, row: dict[str, Any]) -> None:
+def complete(sample: Content, row: dict[str, Any], counts: Counter[str]) -> None:
     """Give a sample the columns that its JSON lacks, and the caption where it has none."""
+    counts["completed from the parquet file beside the shard"] += 1
     sample.meta = fetched.completed(sample.meta, row)
     if not sample.captions and not sample.text:
         sample.captions = Choice().captions(sample.meta, sample.text)
@@ -172,7 +174,7 @@ def transform(
 
     # Whoever finishes last indexes the folder; None is a shard of another machine.
     if None not in results:
-        index(sorted(folder.glob("*.tar")))
+        index_written(sorted(folder.glob("*.tar")))
     return results
 
 

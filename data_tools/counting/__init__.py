@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vlp.data_tools._run import work
 
@@ -97,23 +97,26 @@ def run(args: argparse.Namespace) -> int:
     why.
     """
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
     sources, pool = expand(args.source), work.pool(args)
+    detector = Detector(args.detector, args.threshold) if args.detector else None
     if args.n_print:
-        print(work.printable(_examples(sources, args)))
+        print(work.printable(_examples(sources, detector, args.n_print, args.seed)))
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     settings = {"counterfactuals": args.counterfactuals, "balance": args.balance, "seed": args.seed}
     settings |= {"detector": args.detector, "threshold": args.threshold if args.detector else None}
     claim(folder, "counting", sources, settings)
 
     # What is balanced are the numbers of all shards, so all are surveyed before one is written.
-    survey = partial(_survey, args=args)
-    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), survey, pool)
+    survey = partial(_survey, detector=detector)
+    survey_pool = pool.of_model("auto") if detector else pool
+    surveyed = work.carry_out("survey", jobs(sources, folder, "survey"), survey, survey_pool)
     if not work.all_done(surveyed):
         return 0
     counts = work.total(surveyed)
@@ -162,8 +165,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--threshold {args.threshold} must lie in (0, 1)")
 
 
+class Detector(NamedTuple):
+    """A model that must agree with a caption's number."""
+
+    model: str
+    threshold: float  # score from which an object counts
+
+
 def select(
-    sample: Content, args: argparse.Namespace, counts: Counter[str]
+    sample: Content, detector: Detector | None, counts: Counter[str]
 ) -> tuple[int, int] | None:
     """(index of the first usable caption, its number), or None; `counts` learns why captions and
     samples are dropped.
@@ -193,17 +203,17 @@ def select(
         counts["dropped: the captions' numbers differ"] += 1
         return None
     first = counting[0]
-    if args.detector and not _detects(sample, first[1], args, counts):
+    if detector and not _detects(sample, first[1], detector, counts):
         return None
     return first
 
 
-def _detects(sample: Content, number: int, args: argparse.Namespace, counts: Counter[str]) -> bool:
+def _detects(sample: Content, number: int, detector: Detector, counts: Counter[str]) -> bool:
     """Whether the detector sees as many objects of the most frequent class; else it is counted."""
     from vlp.data_tools.counting.detector import most_frequent
 
     # The class does not matter: captions name things in other words than detectors.
-    detected = most_frequent(sample.image, args.detector, args.threshold)
+    detected = most_frequent(sample.image, *detector)
     if detected is None:
         counts["dropped: no readable picture"] += 1
         return False
@@ -221,7 +231,7 @@ def _detects(sample: Content, number: int, args: argparse.Namespace, counts: Cou
 Kept = list[tuple[str, int, int]]  # key, index of the caption, number
 
 
-def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
+def _survey(job: tuple[int, Path], *, detector: Detector | None) -> work.Result:
     """What a shard offers; kept on disk, because a detector may take hours for it."""
     from vlp.data_tools._run.shards import samples
 
@@ -230,7 +240,7 @@ def _survey(job: tuple[int, Path], *, args: argparse.Namespace) -> work.Result:
     # The number as well, because balancing must not read the shards again.
     kept: Kept = []
     for sample in samples(path, counts):
-        chosen = select(sample, args, counts)
+        chosen = select(sample, detector, counts)
         if chosen is not None:
             kept.append((sample.key, *chosen))
     return {"kept": kept, "counts": counts}
@@ -315,18 +325,18 @@ def wrong_counts(caption: str, rng: random.Random) -> list[str]:
     return rng.sample(texts, len(texts))
 
 
-def _examples(sources: list[Path], args: argparse.Namespace) -> str:
+def _examples(sources: list[Path], detector: Detector | None, n: int, seed: int) -> str:
     """--print's captions, each with its number and one counterfactual below it."""
     from vlp.data_tools._run.shards import samples
 
-    rng = random.Random(args.seed)
+    rng = random.Random(seed)
     examples = []
     for path in sources:
         for sample in samples(path, Counter()):
-            chosen = select(sample, args, Counter())
+            chosen = select(sample, detector, Counter())
             if chosen is None:
                 continue
             i, number = chosen
             caption = sample.captions[i]
             examples.append(f"{number:2}  {caption}\n    {wrong_counts(caption, rng)[0]}\n")
-    return "\n".join(rng.sample(examples, min(args.n_print, len(examples))))
+    return "\n".join(rng.sample(examples, min(n, len(examples))))

@@ -18,10 +18,17 @@ On 1,500 photos of Caltech 101 at 4 bits: 99 % of copies at JPEG quality 40 or h
 found, 93 % of those with 2 % cut off the edges, 52 % with 5 %, no mirrored ones; two pairs of
 photos are taken for copies, and nearly are.
 
-Memory to decide: about 150 bytes a sample, and 2·D with embeddings. Hashes compare about n²/2¹¹
-pairs at 4 bits: a million samples take a minute, ten million two hours. Cosines take n² · D
-operations: a million samples of 512 numbers are 5e14, an hour or two on a dozen cores, a minute on
-a GPU. Pictures that do not open stay, and are counted: `vlp data validate` names them.
+Up to 200,000 samples, or 50,000 with embeddings, are compared all with all in one process. More
+are searched in buckets (--search), in stages of jobs that all --processes and machines share and
+that go on after a kill: hashes are cut into blocks and compared where enough of them agree, which
+misses no pair; embeddings are compared within the --probes nearest of 2·√n cells of K-means, which
+needs FAISS and finds 99.8 % of the pairs of random rows, more of rows in clusters. Where very many
+different pictures are alike, such as blank ones in a million shades, most of their pairs are passed
+over, and counted.
+
+Memory: --memory for each process; to decide, about 100 bytes for each sample that is near another
+and 100 for each pair. Disk, in DIR/_search until all is written: about 300 bytes a sample, and 64
+with embeddings. Pictures that do not open stay, and are counted: `vlp data validate` names them.
 """
 
 from __future__ import annotations
@@ -30,9 +37,13 @@ import argparse
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
+
+if TYPE_CHECKING:
+    from vlp.data_tools.dedup.copies import Method
+    from vlp.data_tools.dedup.plan import Division
 
 HELP = "drop copies by perceptual hash and embedding, and what evaluation sets hold"
 EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
@@ -40,6 +51,8 @@ EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
   vlp data dedup data/raw --to data/clean --against data/coco_test --keep-copies
   vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded    (of `vlp data embed`)
 """
+
+PROBES = 8  # 99.8 % of the pairs of random rows; more of rows that form clusters
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +105,30 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="least cosine of copies, with --embeddings (default: %(default)s)",
     )
+
+    # How copies are searched.
+    add(
+        "--search",
+        choices=("auto", "exact", "buckets"),
+        default="auto",
+        help="exact: all with all, in one process; buckets: in stages that all processes and "
+        "machines share; auto: buckets above 200,000 samples, 50,000 with embeddings "
+        "(default: %(default)s)",
+    )
+    add(
+        "--probes",
+        type=int,
+        default=PROBES,
+        metavar="N",
+        help="cells that a sample's embedding is compared in, in buckets (default: %(default)s)",
+    )
+    add(
+        "--memory",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="of each process that searches in buckets (default: %(default)s)",
+    )
     work.arguments(parser)
 
 
@@ -99,14 +136,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fingerprint all pictures, decide, write the shards, and print what was dropped and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
-    from vlp.data_tools.dedup.copies import DropCopies, decided, merging, survey
+    from vlp.data_tools.dedup.copies import Compared, decided, forget_search
+    from vlp.data_tools.dedup.drop import Decision, DropCopies
+    from vlp.data_tools.dedup.embedded import opened
     from vlp.data_tools.dedup.near import Limits
+    from vlp.data_tools.dedup.survey import survey
 
     _check(args)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     against = [expand(shards) for shards in args.against]
     fixed = list(chain.from_iterable(against))
+
+    # What --against holds comes first, so that it stays and the source's copies of it go. The
+    # options name the source's embeddings first.
+    groups = [*against, sources]
+    embeddings = args.embeddings[1:] + args.embeddings[:1]
+    rows = opened(groups, embeddings) if embeddings else None
     claim(folder, "dedup", sources, _settings(args, fixed))
 
     # Whether a sample stays depends on all before it: all shards are fingerprinted first.
@@ -115,23 +162,55 @@ def run(args: argparse.Namespace) -> int:
     if not work.all_done(surveyed):
         return 0
 
-    # What --against holds comes first, so that it stays and the source's copies of it go. The
-    # options name the source's embeddings first.
-    embeddings = args.embeddings[1:] + args.embeddings[:1]
     limits = Limits(args.distance, args.cosine, args.keep_copies)
-    copy_of = decided(folder, [*against, sources], surveyed, embeddings, limits)
-    copy_of = copy_of[len(fixed) :]
+    sizes = [result["samples"] for result in surveyed]
+    compared = Compared(groups, sizes, rows, limits)
+    decision = Decision(folder, sources, sizes[len(fixed) :], compared.n_fixed)
+    if args.captions == "merge":
+        decision.check_unchanged()
+    method, division = _method(args, sum(sizes)), _division(args, sum(sizes))
+    passed_over = decided(decision, compared, method, division, pool)
+    if passed_over is None:
+        return 0
 
-    n_fixed = sum(result["samples"] for result in surveyed[: len(fixed)])
-    places = merging(copy_of, n_fixed, sources) if args.captions == "merge" else None
     # A folder of before this check sum was kept has none.
     seen = [result.get("seen") for result in surveyed[len(fixed) :]]
-    change = DropCopies(copy_of, n_fixed, places, seen)
+    change = DropCopies(decision, args.captions == "merge", seen)
     results = transform(sources, folder, "dedup", change, pool)
-    counts = work.total(results)
+    if work.all_done(results):
+        forget_search(folder)
+    counts = work.total(results) + passed_over
     counts["unreadable: pictures"] = work.total(surveyed[len(fixed) :])["unreadable: pictures"]
     print(work.report(counts, f"{folder}:"))
     return 0
+
+
+def _method(args: argparse.Namespace, n: int) -> Method:
+    """How n samples are compared."""
+    from vlp import log
+    from vlp.data_tools.dedup.copies import EXACT_ROWS_UP_TO, EXACT_UP_TO
+    from vlp.eval.search.nearest import import_faiss
+
+    if args.search != "auto":
+        return args.search
+    if n <= (EXACT_ROWS_UP_TO if args.embeddings else EXACT_UP_TO):
+        return "exact"
+
+    if args.embeddings:
+        try:
+            import_faiss()
+        except ValueError as error:
+            log.say(f"{n:,} samples are compared all with all, which takes long: {error}")
+            return "exact"
+    return "buckets"
+
+
+def _division(args: argparse.Namespace, n: int) -> Division:
+    from vlp.data_tools.dedup.cells import n_cells
+    from vlp.data_tools.dedup.plan import Division
+
+    cells = n_cells(n) if args.embeddings else 0
+    return Division(round(args.memory * 1e9), cells, args.probes)
 
 
 def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
@@ -144,11 +223,17 @@ def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:
     }
     if args.embeddings:
         settings["cosine"] = args.cosine
+    # Not where it is left open: folders that were begun before there was a choice have none.
+    if args.search != "auto":
+        settings["search"] = args.search
+    if args.embeddings and args.probes != PROBES:
+        settings["probes"] = args.probes
     settings["against"] = [[path.name, path.stat().st_size] for path in fixed]
     return settings
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for options that make no sense, or need FAISS where it is not installed."""
     if not -1 <= args.distance <= 8:
         raise ValueError(
             f"--distance {args.distance} is no number of bits from 0 to 8 "
@@ -168,5 +253,13 @@ def _check(args: argparse.Namespace) -> None:
         )
     if not 0 < args.cosine <= 1:
         raise ValueError(f"--cosine {args.cosine} must lie in (0, 1]")
+    if args.probes < 1:
+        raise ValueError(f"--probes {args.probes} must be at least 1")
+    if not 0.05 <= args.memory <= 10_000:
+        raise ValueError(f"--memory {args.memory} must lie in [0.05, 10000] (GB)")
+    if args.search == "buckets" and args.embeddings:
+        from vlp.eval.search.nearest import import_faiss
+
+        import_faiss()
     if args.keep_copies and not args.against:
         raise ValueError("--keep-copies drops only what --against SHARDS holds; name them")

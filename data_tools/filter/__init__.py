@@ -3,11 +3,13 @@ counted by reason.
 
 Rules about the picture or the sample drop the sample. Rules about captions drop captions, and the
 sample with its last one. A score keeps the cosine of every caption that stays, in the JSON's
-`clip_scores`.
+`clip_scores`; a head's score of the stored embedding is in the JSON under the head's name. A share
+(--top) is of all samples of SOURCE, whatever the other rules say of them: what several rules keep
+is what each of them keeps.
 
 Of DiHT's rules (complexity, action, text; arXiv 2301.02280) --min-relations and --action are rough
-stand-ins for English captions, without a parser (see _english/traits.py); text in the picture is
-not looked for, because that takes a text detector.
+stand-ins for English captions, without a parser (see _english/traits.py); --ocr reads the text in
+the picture by a reader that the user names.
 """
 
 from __future__ import annotations
@@ -16,150 +18,65 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
-from vlp.data_tools.filter.conditions import refuse, refuse_unknown
-from vlp.data_tools.filter.repeats import hash_of, too_common
+from vlp.data_tools.filter.alike import Alike
+from vlp.data_tools.filter.change import Filter
+from vlp.data_tools.filter.conditions import parse, refuse_unknown
+from vlp.data_tools.filter.options import arguments
+from vlp.data_tools.filter.repeats import too_common
 from vlp.data_tools.filter.rules import Rules, rules_of
+from vlp.data_tools.filter.scores import CLIP_SCORES, Stored, Survey, Top, surveyed
+from vlp.data_tools.filter.spotting import Spotter
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from vlp.data.members import Content
-    from vlp.data_tools._encoder import Model
-    from vlp.data_tools._run.shards import Changed
+__all__ = ["EXAMPLE", "HELP", "arguments", "run"]
 
 HELP = "keep what rules, a list or a model's score let pass; count the rest by reason"
 EXAMPLE = """vlp data filter data/raw --to data/clean --min-side 200 --max-aspect 3
   vlp data filter data/raw --to data/clean --min-words 3 --languages en
   vlp data filter data/raw --to data/clean --max-repeats 10 --processes 8
+  vlp data filter data/raw --to data/clean --min-side 200 --ray
   vlp data filter data/raw --to data/clean --keep "similarity > 0.28" --drop "punsafe >= 0.5"
   vlp data filter data/raw --to data/clean --drop "license in by-nc,unknown"
   vlp data filter data/raw --to data/clean --reject "https?://|©" --processes 8
   vlp data filter data/raw --to data/top --model ViT-B-32:laion2b_s34b_b79k --min-score 0.28
   vlp data filter data/pool --to data/subset --uids subset.npy      (DataComp's lists)
-  vlp data filter data/raw --to data/cat --min-relations 1 --action
+  vlp data filter data/raw --to data/cat --min-relations 1 --action --ocr rapidocr --max-overlap 0.5
+  vlp data filter data/raw --to data/top30 --top similarity=30%
+  vlp data filter data/raw --to data/fine --embeddings data/embedded \\
+      --head aesthetic=sa_0_4_vit_l_14_linear.pth --keep "aesthetic >= 5"
 """
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `vlp data filter`."""
-    add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        required=True,
-        metavar="DIR",
-        help="folder for the new shards; the same call goes on where one stopped",
-    )
-
-    # Rules about the picture.
-    add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")
-    add(
-        "--max-aspect",
-        type=float,
-        default=0.0,
-        metavar="R",
-        help="most length of the longer side, in shorter ones",
-    )
-
-    # Rules about the sample's JSON.
-    add(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help="keep what fulfils it: 'FIELD < NUMBER' (<= > >=), 'FIELD == VALUE' (!=), "
-        "'FIELD in A,B', 'FIELD present' (absent), FIELD being one of the sample's JSON; "
-        "a sample without that value is dropped; may be repeated",
-    )
-    add(
-        "--drop",
-        action="append",
-        default=[],
-        metavar="RULE",
-        help="drop what fulfils it; a sample without that value stays; may be repeated",
-    )
-    add(
-        "--uids",
-        metavar="FILE",
-        help="keep only these: .npy of DataComp (pairs of 64-bit halves), "
-        ".txt with a uid or key a line",
-    )
-
-    # Rules about captions.
-    add("--min-words", type=int, default=0, metavar="N", help="fewest words of a caption")
-    add("--max-words", type=int, default=0, metavar="N", help="most words of a caption")
-    add(
-        "--match",
-        default="",
-        metavar="REGEX",
-        help="what a caption must hold, with Python's syntax, searched anywhere",
-    )
-    add("--reject", default="", metavar="REGEX", help="what no caption may hold")
-    add(
-        "--max-repeats",
-        type=int,
-        default=0,
-        metavar="N",
-        help="most samples with one caption; takes 32 bytes a caption of memory",
-    )
-
-    # What a caption is like, by rough guesses.
-    add(
-        "--languages",
-        default="",
-        metavar="CODES",
-        help="such as en,de; guessed by script and stop words, which is rough",
-    )
-    add(
-        "--unclear",
-        choices=("keep", "drop"),
-        default="keep",
-        help="captions whose language cannot be told, such as names and numbers "
-        "(default: %(default)s)",
-    )
-    add(
-        "--min-relations",
-        type=int,
-        default=0,
-        metavar="N",
-        help="fewest relations of things in a caption (DiHT's complexity)",
-    )
-    add("--action", action="store_true", help="a caption must say that something happens (DiHT)")
-
-    # A model's score.
-    add(
-        "--min-score",
-        type=float,
-        metavar="X",
-        help="least cosine of picture and caption under --model",
-    )
-    _encoder.arguments(parser)
-    work.arguments(parser)
 
 
 @work.alone
 def run(args: argparse.Namespace) -> int:
     """Write the shards; print what stays and why the rest does not."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     rules = rules_of(args)
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    tops = tuple(Top.of(text) for text in args.top)
+    _refuse_idle(args, rules)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
+    without_heads = args.like is not None or args.cells is not None
+    stored = Stored.of(args.embeddings, args.head, sources, without_heads=without_heads)
+    alike = Alike.of(args, stored, len(sources))
+    _refuse_fields_nobody_has(rules, tops, stored, args, sources)
+    # The dear ones last, so that no weights are read for a command with a mistake in it.
+    model_pool = pool.of_model(args.device) if args.model or args.ocr else pool
+    spotter = Spotter.of(args.ocr, args.device, args.max_overlap, args.ocr_field)
     model = _encoder.Model.of(args)
 
-    # A misspelled field would drop every sample, or none: it is refused before anything is written.
-    refuse_unknown(rules.keep + rules.drop, _metas(sources))
-
-    settings = asdict(rules)
+    settings = rules.settings()
     settings["uids"] = _digest(args.uids) if args.uids else ""  # its content, not its place
-    settings |= model.settings() if model else {}
+    # Said only where they are asked for, so that folders from before there were any go on.
+    settings |= {"top": args.top} if tops else {}
+    for part in (stored, alike, spotter, model):
+        settings |= part.settings() if part else {}
     claim(folder, "filter", sources, settings)
 
     # How often a caption occurs is known only once all shards are read.
@@ -169,14 +86,72 @@ def run(args: argparse.Namespace) -> int:
         if repeated is None:
             return 0
 
-    # Every shard by itself, now that all that is shared is known.
+    # So is which scores are among the highest.
+    shares = None
+    if tops:
+        asked = model if _asks_cosines(tops) else None
+        survey = Survey(folder, tops, stored, asked)
+        shares = surveyed(survey, sources, model_pool if asked else pool)
+        if shares is None:
+            return 0
+        print(shares.lines())
 
-    results = transform(sources, folder, "filter", Filter(rules, model, repeated), pool)
+    # And which cells of pictures are wanted.
+    chosen = alike.decide(folder) if alike else None
+
+    # Every shard by itself, now that all that is shared is known.
+    change = Filter(rules, model, repeated, stored, shares, chosen, spotter)
+    results = transform(sources, folder, "filter", change, model_pool)
     counts = work.total(results)
     print(work.report(counts, f"{folder}:"))
     if work.all_done(results) and not counts["samples written"]:
         raise ValueError(f"no sample of {args.source} is left; the reasons are listed above")
     return 0
+
+
+def _refuse_idle(args: argparse.Namespace, rules: Rules) -> None:
+    """Raise ValueError for options that would do nothing together."""
+    asks_model = args.min_score is not None or _asks_cosines(map(Top.of, args.top))
+    if args.min_score is not None and not args.model:
+        raise ValueError(
+            "--min-score X and --model REF go together: "
+            "one is the least cosine, the other says whose"
+        )
+    if args.model and not asks_model:
+        raise ValueError(
+            "--min-score X and --model REF go together, or --top clip_scores=SHARE and --model "
+            "REF: one says what stays, the other whose cosine it is"
+        )
+    of_scores = (args.top, args.head, args.embeddings, args.like, args.cells)
+    of_pictures = (args.ocr, args.ocr_field, args.max_overlap)
+    if rules == Rules() and of_pictures == (None, "", None) and not any(of_scores):
+        raise ValueError(
+            "no rule is given, such as --min-side 200 or --min-words 3; "
+            "`vlp data filter --help` lists them"
+        )
+
+
+def _asks_cosines(tops: Iterable[Top]) -> bool:
+    return any(top.field == CLIP_SCORES for top in tops)
+
+
+def _refuse_fields_nobody_has(
+    rules: Rules,
+    tops: tuple[Top, ...],
+    stored: Stored | None,
+    args: argparse.Namespace,
+    sources: list[Path],
+) -> None:
+    """Raise ValueError for a misspelled field, which would drop every sample, or none."""
+    made = stored.names() if stored else set()
+    asked = [parse(text) for text in (*rules.keep, *rules.drop)]
+    asked = [one for one in asked if one.field not in made]
+    # A model's cosines come to those that are there already.
+    made |= {CLIP_SCORES} if args.model else set()
+    asked_tops = [top for top in tops if top.field not in made]
+    kept_in = Spotter(args.ocr).kept_in if args.ocr else ""
+    asked += [parse(f"{kept_in} present")] if kept_in else []
+    refuse_unknown([*asked, *asked_tops], _metas(sources))
 
 
 def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
@@ -185,116 +160,6 @@ def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
 
     for path in sources:
         yield from (sample.meta for sample in samples(path, Counter()))
-
-
-@dataclass(frozen=True)
-class Filter:
-    """The change of a shard's samples (see `vlp.data_tools._run.shards.Change`)."""
-
-    rules: Rules
-    model: Model | None = None
-    # sorted hashes of captions that too many samples have
-    repeated: np.ndarray | None = field(default=None, repr=False)
-
-    def __call__(
-        self, samples: Iterable[Content], shard: int, counts: Counter[str]
-    ) -> Iterator[Changed]:
-        from vlp.data_tools._run.shards import Changed
-
-        # Lazily: a shard's samples are held one at a time, or as many as a batch.
-        passed = (sample for sample in samples if self._passes(sample, counts))
-        if self.model:
-            yield from self._scored(self.model, passed, counts)
-            return
-        for sample in passed:
-            yield Changed(sample, list(sample.captions), sample.meta)
-
-    def _passes(self, sample: Content, counts: Counter[str]) -> bool:
-        """Whether a sample stays before its score; its captions become those that do."""
-        reason = self.rules.refuse_sample(sample)
-        reason = reason or refuse(sample.meta, self.rules.keep, self.rules.drop, counts)
-        if reason:
-            counts[f"dropped: {reason}"] += 1
-            return False
-        if not self.rules.about_captions():
-            return True
-
-        # A caption's own reason before the one that needs the other samples.
-        reasons = [
-            self.rules.refuse_caption(caption) or self._too_common(caption)
-            for caption in sample.captions
-        ]
-        self._count_unclear(sample.captions, reasons, counts)
-        return _keep(sample, reasons, counts)
-
-    def _count_unclear(
-        self, captions: tuple[str, ...], reasons: list[str], counts: Counter[str]
-    ) -> None:
-        """Say how many captions stay although their language may be none that is wanted."""
-        from vlp.data_tools._english.traits import is_in
-
-        if not self.rules.languages:
-            return
-        kept = [caption for caption, reason in zip(captions, reasons) if not reason]
-        unclear = [caption for caption in kept if is_in(caption, self.rules.languages) is None]
-        if unclear:  # else the report would show a line of 0
-            name = "captions kept: language unclear (--unclear drop refuses them)"
-            counts[name] += len(unclear)
-
-    def _too_common(self, caption: str) -> str:
-        import numpy as np
-
-        # Most often there is nothing to look up.
-        if self.repeated is None or not len(self.repeated):
-            return ""
-        hashed = hash_of(caption)
-        place = np.searchsorted(self.repeated, hashed)
-        is_repeated = place < len(self.repeated) and self.repeated[place] == hashed
-        return f"in more than {self.rules.max_repeats} samples" if is_repeated else ""
-
-    def _scored(
-        self, model: Model, samples: Iterable[Content], counts: Counter[str]
-    ) -> Iterator[Changed]:
-        from vlp.data_tools._run.shards import Changed
-
-        for batch, images in model.batches(samples, counts):
-            # All captions of a batch in one pass, whoever has them.
-            captions = list(chain.from_iterable(sample.captions for sample in batch))
-            texts = model.encoder().encode_texts(captions).cpu()
-            rows_of_samples = texts.split([len(sample.captions) for sample in batch])
-
-            for sample, image, rows in zip(batch, images, rows_of_samples):
-                if not image.any():
-                    counts["dropped: no readable picture"] += 1
-                    continue
-                scores = [round(score, 4) for score in (rows @ image).tolist()]
-
-                # In steps of .05, so that the report shows where a threshold would cut.
-                counts.update(
-                    f"captions with a score from {score // 0.05 * 0.05:+.2f}" for score in scores
-                )
-
-                reasons = [self._too_unlike(score) for score in scores]
-                if _keep(sample, reasons, counts):
-                    kept = [score for score, reason in zip(scores, reasons) if not reason]
-                    meta = {**sample.meta, "clip_scores": kept}
-                    yield Changed(sample, list(sample.captions), meta)
-
-    def _too_unlike(self, score: float) -> str:
-        assert self.rules.min_score is not None  # it goes together with the model
-        return f"score below {self.rules.min_score:g}" if score < self.rules.min_score else ""
-
-
-def _keep(sample: Content, reasons: list[str], counts: Counter[str]) -> bool:
-    """Leave the captions without a reason to drop them; whether there is one."""
-    from vlp.data_tools._belonging import keep_captions
-
-    # What belongs to a caption that goes, such as its negatives, goes with it.
-    counts.update(f"captions dropped: {reason}" for reason in reasons if reason)
-    keep_captions(sample, [i for i, reason in enumerate(reasons) if not reason], counts)
-    if not sample.captions:
-        counts["dropped: no caption left" if reasons else "dropped: no caption"] += 1
-    return bool(sample.captions)
 
 
 def _digest(path: str) -> str:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from vlp.schema import did_you_mean
 
@@ -30,6 +30,18 @@ _FORM = re.compile(
 )
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _NOWHERE = object()
+
+
+class Asked(Protocol):
+    """Something that is asked of a field of the samples' JSON."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def field(self) -> str: ...
+    @property
+    def asks_number(self) -> bool: ...
+    def can_be_asked(self, meta: dict[str, Any]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class Condition:
             if any(_same(entry, wanted) for entry in entries):
                 return self.sign != "!="
         return self.sign == "!="
+
+    @property
+    def asks_number(self) -> bool:
+        """Whether the field's value must be a number."""
+        return self.sign in ORDERED
 
     def can_be_asked(self, meta: dict[str, Any]) -> bool:
         """Whether a sample has the field, and a value of it that can be compared so."""
@@ -133,12 +150,12 @@ def refuse(
     return ""
 
 
-def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]]) -> None:
-    """Raise ValueError for a condition that can be asked of no sample; reads only as far as it
-    must.
-    """
+def refuse_unknown(asked: Iterable[Asked], metas: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError for what can be asked of no sample; reads only as far as it must."""
     # Most often the first sample answers all of them, and one is read.
-    waiting = [parse(text) for text in conditions]
+    waiting = list(asked)
+    if not waiting:
+        return
     fields: set[str] = set()
     for n, meta in enumerate(metas):
         if n < 1000:  # the error names them; samples of one data set mostly have the same
@@ -146,18 +163,24 @@ def refuse_unknown(conditions: tuple[str, ...], metas: Iterable[dict[str, Any]])
         waiting = [condition for condition in waiting if not condition.can_be_asked(meta)]
         if not waiting:
             return
-    if not waiting:
-        return
 
     condition = waiting[0]
     is_known = condition.field in fields
-    why = "has a number in it" if is_known and condition.sign in ORDERED else "has that field"
+    why = "has a number in it" if is_known and condition.asks_number else "has that field"
     near = "" if is_known else did_you_mean(condition.field, fields)
     if near.startswith("; known"):
         near = ""  # the list follows
     raise ValueError(
         f"{condition.text!r}: no sample {why}{near}; the fields are {', '.join(sorted(fields))}"
     )
+
+
+def number_of(meta: dict[str, Any], field: str) -> float | None:
+    """The number in a field, the largest of a list; None where there is none."""
+    value = _look_up(meta, field)
+    entries = value if isinstance(value, list) else [value]
+    numbers = [_number(entry) for entry in entries]
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def fields_of(meta: dict[str, Any]) -> set[str]:

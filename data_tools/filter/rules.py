@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools.filter.conditions import parse
+from vlp.data_tools.filter.languages import Identifier
 from vlp.data_tools.filter.uids import is_listed
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ class Rules:
     min_relations: int = 0
     action: bool = False
     min_score: float | None = None
+    # how languages are told
+    identifier: Identifier = field(default_factory=Identifier)
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on."""
+        settings = asdict(self)
+        # Said only where it is asked, so that folders from before there was a choice go on.
+        del settings["identifier"]
+        return settings | (self.identifier.settings() if self.languages else {})
+
+    def is_wanted(self, caption: str) -> bool | None:
+        """Whether a caption is in one of the languages; None where that is unclear."""
+        return self.identifier.is_in(caption, self.languages)
 
     def refuse_sample(self, sample: Content) -> str:
         """Why a sample is dropped whatever its captions, or ""."""
@@ -61,7 +75,7 @@ class Rules:
 
         # All reasons are asked in this order, and the first is the one that is counted.
         n_words = len(caption.split())
-        is_wanted = traits.is_in(caption, self.languages) if self.languages else True
+        is_wanted = self.is_wanted(caption) if self.languages else True
         too_long = 0 < self.max_words < n_words
         too_simple = self.min_relations and traits.complexity(caption) < self.min_relations
 
@@ -81,46 +95,35 @@ class Rules:
         """Whether a sample needs a caption to stay."""
         # Rules about the sample alone leave one without a caption as it is.
         without_pictures = replace(self, min_side=0, max_aspect=0.0, keep=(), drop=(), uids="")
-        return without_pictures != Rules()
+        return without_pictures != Rules(identifier=self.identifier)
 
 
 def rules_of(args: argparse.Namespace) -> Rules:
     """The rules that the options name; raises ValueError."""
-    languages = _languages(args)
     for text in (*args.keep, *args.drop):
         parse(text)
-    options = {name: getattr(args, name) for name in Rules.__dataclass_fields__}
-    options |= {"languages": languages, "uids": args.uids or ""}
+    identifier = Identifier.of(args.language_model, args.min_probability)
+    taken = Rules.__dataclass_fields__.keys() - {"identifier"}
+    options = {name: getattr(args, name) for name in taken}
+    options |= {"languages": _languages(args, identifier), "uids": args.uids or ""}
     options |= {"keep": tuple(args.keep), "drop": tuple(args.drop)}
-    rules = Rules(**options)
-
-    # A score without a model, or a model without a score, would do nothing.
-    if (args.min_score is None) != (not args.model):
-        raise ValueError(
-            "--min-score X and --model REF go together: "
-            "one is the least cosine, the other says whose"
-        )
-    if rules == Rules():
-        raise ValueError(
-            "no rule is given, such as --min-side 200 or --min-words 3; "
-            "`vlp data filter --help` lists them"
-        )
+    rules = Rules(**options, identifier=identifier)
     _check_values(rules)
     return rules
 
 
-def _languages(args: argparse.Namespace) -> tuple[str, ...]:
-    from vlp.data_tools._english.traits import LANGUAGES, UNCLEAR
+def _languages(args: argparse.Namespace, identifier: Identifier) -> tuple[str, ...]:
+    from vlp.data_tools._english.traits import UNCLEAR
 
     # A trailing comma is no language.
     codes = [code.strip() for code in args.languages.split(",")]
     languages = tuple(code for code in codes if code)
-    unknown = set(languages) - set(LANGUAGES)
-    if unknown:
+    if not languages and identifier != Identifier():
         raise ValueError(
-            f"--languages does not know {', '.join(sorted(unknown))}; "
-            f"it tells apart {', '.join(LANGUAGES)}"
+            "--language-model and --min-probability belong to --languages CODES, which is not given"
         )
+    if languages:
+        identifier.check(languages)
     if UNCLEAR in languages and args.unclear == "drop":
         raise ValueError(
             f"--languages names {UNCLEAR}, --unclear drop refuses it; leave one of them out"

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.data_tools._run import work
@@ -88,6 +87,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Survey, search, decide, write, and print what was left out and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, jobs, transform
     from vlp.data_tools.mine.decide import Decide
     from vlp.data_tools.mine.order import write_order
@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools.mine.store import Store, survey
     from vlp.data_tools.mine.write import AddMined
 
-    sources, pool, folder = expand(args.source), work.pool(args), Path(args.to)
+    sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
+    # An exact search multiplies matrices on the device of a model.
+    model_pool = pool.of_model(args.device)
     rules = options.rules(args)
     store = Store(sources, args.embeddings)
     _check(args, store)
@@ -114,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
     searches = jobs(sources, folder, "neighbours")
     if not all(job.mark.exists() for job in searches):
         build_index(search)
-    searched = work.carry_out("search", searches, search, pool)
+    search_pool = model_pool if search.method == "exact" else pool
+    searched = work.carry_out("search", searches, search, search_pool)
     if not work.all_done(searched):
         return 0
     (folder / INDEX_FILE).unlink(missing_ok=True)
@@ -125,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     decide = Decide(store, folder, rules, args.find, judge, args.delta)
-    decided = work.carry_out("choose", jobs(sources, folder, "chosen"), decide, pool)
+    judge_pool = model_pool if judge else pool
+    decided = work.carry_out("choose", jobs(sources, folder, "chosen"), decide, judge_pool)
     change = AddMined(store, folder, args.images, judge is not None)
     results = transform(sources, folder, "mine", change, pool)
     counts = work.total(decided) | work.total(results) | _without(searched)
@@ -137,8 +141,7 @@ def _check(args: argparse.Namespace, store: Store) -> None:
     """Raise ValueError for embeddings that are none, or not of these samples and their model."""
     from vlp import stored_embeddings
     from vlp.config import Captions
-    from vlp.data.sources.shards import Options
-    from vlp.data.sources.shards import open as open_shards
+    from vlp.data.sources.shards import Options, opened
 
     if store.n < 2:
         raise ValueError(f"{args.source} holds {store.n} usable samples; expected at least 2")
@@ -151,7 +154,7 @@ def _check(args: argparse.Namespace, store: Store) -> None:
     # By content: a few samples are embedded again, where the model is on this machine.
     shards = Options(args.source, embeddings=args.embeddings)
     captions = Captions(choose="first", missing="drop")
-    stored_embeddings.check_with_teacher(open_shards(shards, captions))
+    stored_embeddings.check_with_teacher(opened(store.paths, shards, captions))
 
 
 def _without(searched: list[work.Result]) -> Counter[str]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp.data_tools._run.arrays import load, save
 from vlp.data_tools._run.kept import Kept
 from vlp.data_tools.mine.judge import Pair
 from vlp.data_tools.mine.judge import scores as scores_of
 from vlp.data_tools.mine.rules import Neighbours, Rules, choose, in_window
-from vlp.data_tools.mine.store import Identities, Store, identities, load, save
+from vlp.data_tools.mine.store import Identities, Store, identities
 from vlp.judges import Judge
 
 if TYPE_CHECKING:

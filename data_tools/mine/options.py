@@ -174,7 +174,6 @@ def judge(args: argparse.Namespace) -> Judge | None:
 def search(args: argparse.Namespace, store: Store, folder: Path) -> Search:
     """The search; raises ValueError where it needs FAISS and that is not installed."""
     from vlp.data_tools.mine.search import Search
-    from vlp.joining import local_device
 
     method = _method(args, store.n)
     cells = 0
@@ -188,7 +187,7 @@ def search(args: argparse.Namespace, store: Store, folder: Path) -> Search:
         top=args.top,
         method=method,
         cells=cells,
-        device=local_device(args.device, shared=True),
+        device=args.device,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlp.data.format import ShardWriter, index
+from vlp.data.format import ShardWriter, index_written
 from vlp.data_tools._belonging import settle
 from vlp.data_tools._run import work
 from vlp.data_tools._run.shards import Changed, put
@@ -51,7 +51,7 @@ def write_order(
     ]
     results = work.carry_out("order", jobs, WriteOrder(store, folder, size), pool)
     if work.all_done(results):
-        index(sorted(folder.glob("*.tar")))
+        index_written(sorted(folder.glob("*.tar")))
     return results, counts
 
 

@@ -4,6 +4,7 @@ index of FAISS.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vlp.data_tools.mine.store import Store, save
+from vlp.data_tools._run.arrays import save
+from vlp.data_tools.mine.store import Store
 from vlp.eval.search import nearest
 
 if TYPE_CHECKING:
@@ -76,7 +78,11 @@ class Search:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(scores, numbers) of the `top` nearest samples but itself, by falling score; −1: none."""
         if self.method == "exact":
-            return nearest.exact(query, self.store.blocks(self.searched), of_rows, top, self.device)
+            from vlp.joining import local_device
+
+            # In the process that searches: it may have another GPU than the one of the call.
+            device = local_device(self.device, shared=True)
+            return nearest.exact(query, self.store.blocks(self.searched), of_rows, top, device)
         scores, numbers = _read_index(self.folder / INDEX_FILE).search(query, top + 1)
         return without_itself(scores, numbers, of_rows, top)
 
@@ -119,4 +125,4 @@ def _spread(store: Store, side: Side, n: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _read_index(path: Path) -> Any:
     """The index that `build_index` wrote, read once a process."""
-    return nearest.import_faiss().read_index(str(path))
+    return nearest.import_faiss().read_index(os.fspath(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from vlp.data.embedded import Embeddings
 from vlp.data.index import index
 from vlp.data_tools._english.words import bare
-from vlp.files import write_atomically
+from vlp.data_tools._run.arrays import load, save
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
@@ -160,21 +159,3 @@ def digest(text: str) -> int:
     """64 bits of a text, never NOTHING."""
     hashed = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(hashed, "little") or 1
-
-
-def save(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays into one file, whole or not at all."""
-    file = io.BytesIO()
-    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stubs know no arrays by name
-    write_atomically(path, file.getvalue())
-
-
-def load(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file that `save` wrote; raises ValueError for damage."""
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); delete it with its mark, {path.stem}.json"
-        ) from None

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp.data.wrong_captions import GIVEN
+from vlp.data_tools._run.arrays import load
 from vlp.data_tools._run.shards import Changed
-from vlp.data_tools.mine.store import Store, digest, load
+from vlp.data_tools.mine.store import Store, digest
 from vlp.data_tools.negatives.fields import with_negatives
 from vlp.data_tools.negatives.rules import Negative
 

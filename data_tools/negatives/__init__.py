@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,6 +128,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the shards and print what was made, what was dropped and why."""
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
@@ -136,16 +136,16 @@ def run(args: argparse.Namespace) -> int:
             "nothing to do: name --to DIR to write shards, or --print N to look at negatives"
         )
     sources, pool = expand(args.source), work.pool(args)
+    if args.rewriter:
+        pool = pool.of_model(args.device, alone=True)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     claim(folder, "negatives", sources, change.settings())
-    if args.rewriter:
-        pool = replace(pool, processes=1)  # the model takes all cores
     results = transform(sources, folder, "negatives", change, pool)
     counts = work.total(results)
 
@@ -187,9 +187,10 @@ def _change(args: argparse.Namespace) -> AddNegatives:
 
 
 def _rewriter(args: argparse.Namespace) -> Rewriter:
+    from vlp.data.stored import destination
     from vlp.data_tools.negatives.rewriter import Rewriter
 
-    folder = Path(args.to) if args.to else None
+    folder = destination(args.to) if args.to else None
     return Rewriter(model.LanguageModel.of(args, args.rewriter), args.prompt, folder)
 
 

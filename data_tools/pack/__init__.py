@@ -38,6 +38,7 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
   vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
       --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
+                                       (checked as a whole, here: there is no --ray)
 """
 
 
@@ -45,15 +46,27 @@ def run(args: argparse.Namespace) -> int:
     """Pack; returns 1 after naming everything unusable, having written nothing. Raises ValueError,
     OSError.
     """
+    from vlp.data.stores import is_address
+
+    places = (args.source, args.to, args.captions or "")
+    if any(is_address(place) for place in places):
+        from vlp.data_tools.pack.send import packed
+
+        return packed(args, _locked)
+    target = Path(args.to)
+    return _locked(args, target, target)
+
+
+def _locked(args: argparse.Namespace, target: Path, name: Path) -> int:
     from vlp.locks import held
 
-    target = Path(args.to)
     advice = "Wait until it is done, or name another folder with --to"
     with held(target, beside=True, advice=advice):
-        return _pack(args, target)
+        return _pack(args, target, name)
 
 
-def _pack(args: argparse.Namespace, target: Path) -> int:
+def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
+    """Pack into `target`, which is called `name` in what is said."""
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
@@ -91,7 +104,7 @@ def _pack(args: argparse.Namespace, target: Path) -> int:
 
     n_captions = sum(len(item.captions) for item, _ in named)
     print(
-        f"{target}: {len(named)} images with {n_captions} captions "
+        f"{name}: {len(named)} images with {n_captions} captions "
         f"and {len(classes)} classes in {shards.n} shards"
     )
     for line in loss_of(shards.totals, len(named)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vlp.data_tools.pack.pictures import FORMATS
+from vlp.data_tools.pack import pictures
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,31 +115,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "1,2/3 to train, 3/3 to test",
     )
     add("--samples-per-shard", type=int, default=10_000, metavar="N")
-    add(
-        "--max-side",
-        type=int,
-        metavar="N",
-        help="shrink images whose longer side has more than N pixels to N; none is enlarged",
-    )
-    add(
-        "--format",
-        choices=FORMATS,
-        default="keep",
-        help="of the images: as they came (default; what is shrunk stays JPEG, PNG, WebP or AVIF, "
-        "other kinds become PNG), or encoded anew unless they are of this format already",
-    )
-    add(
-        "--quality",
-        type=int,
-        metavar="Q",
-        help="of JPEG, WebP and AVIF that are encoded, 1 to 100 (default: 90)",
-    )
-    add(
-        "--lossless",
-        action="store_true",
-        help="with --format: images that came without loss (PNG, BMP, …) stay without, as lossless "
-        "WebP, else as PNG",
-    )
+    pictures.arguments(parser)
     add("--layout", choices=("train", "clip_benchmark"), default="train")
     add(
         "--split",

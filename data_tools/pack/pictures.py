@@ -26,6 +26,36 @@ _LONGEST = {"WEBP": 16383, "JPEG": 65500}
 _DEFAULT_QUALITY = 90
 
 
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Options on how pictures are written."""
+    add = parser.add_argument
+    add(
+        "--max-side",
+        type=int,
+        metavar="N",
+        help="shrink images whose longer side has more than N pixels to N; none is enlarged",
+    )
+    add(
+        "--format",
+        choices=FORMATS,
+        default="keep",
+        help="of the images: as they came (default; what is shrunk stays JPEG, PNG, WebP or AVIF, "
+        "other kinds become PNG), or encoded anew unless they are of this format already",
+    )
+    add(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help="of JPEG, WebP and AVIF that are encoded, 1 to 100 (default: 90)",
+    )
+    add(
+        "--lossless",
+        action="store_true",
+        help="with --format: images that came without loss (PNG, BMP, …) stay without, as lossless "
+        "WebP, else as PNG",
+    )
+
+
 class Written(NamedTuple):
     """A picture as it goes into a shard, and what that cost."""
 

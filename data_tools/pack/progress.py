@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from vlp.data_tools._run.work import clock
+from vlp.data_tools._run.progress import clock
 
 _TERMINAL_S, _LINES_S = 0.2, 30.0  # between two lines
 

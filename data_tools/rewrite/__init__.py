@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from vlp.data.paths import expand
+    from vlp.data.stored import destination
     from vlp.data_tools._run.shards import claim, transform
 
     if not args.to and not args.n_print:
@@ -110,21 +111,22 @@ def run(args: argparse.Namespace) -> int:
             "nothing to do: name --to DIR to write shards, or --print N to look at answers"
         )
     sources, pool = expand(args.source), work.pool(args)
+    pool = pool.of_model(args.device, alone=True)
     change = _change(args)
     if args.n_print:
         print(work.printable(_examples(sources, change, args.n_print)))
     if not args.to:
         return 0
 
-    folder = Path(args.to)
+    folder = destination(args.to)
     claim(folder, "rewrite", sources, change.settings())
-    pool = replace(pool, processes=1)  # the model takes all cores
     results = transform(sources, folder, "rewrite", replace(change, folder=folder), pool)
     print(work.report(work.total(results), f"{folder}:"))
     return 0
 
 
 def _change(args: argparse.Namespace) -> Rewrite:
+    from vlp.data.stored import source
     from vlp.data_tools._writer.answers import read_earlier
     from vlp.data_tools._writer.generate import Drawing, Generator
     from vlp.data_tools.rewrite.change import Rewrite
@@ -142,7 +144,7 @@ def _change(args: argparse.Namespace) -> Rewrite:
             )
 
     drawing = Drawing(args.n, args.temperature, args.seed)
-    earlier = read_earlier(Path(args.reuse)) if args.reuse else {}
+    earlier = read_earlier(source(args.reuse)) if args.reuse else {}
     language_model = model.LanguageModel.of(args, args.model)
     Generator(language_model.load())  # a masked model is refused now
     return Rewrite(

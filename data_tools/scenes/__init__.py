@@ -28,20 +28,18 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vlp.data.stored import destination
 from vlp.data_tools._run import work
 from vlp.data_tools.scenes.folder import write
 from vlp.data_tools.scenes.render import PROOFS, Scene, generate
 
 __all__ = ["EXAMPLE", "HELP", "PROOFS", "Scene", "arguments", "generate", "run", "write"]
 
-if TYPE_CHECKING:
-    pass
-
 HELP = "render scenes with captions: training shards and evaluation sets"
-EXAMPLE = "vlp data scenes --to data/scenes --train 20000 --val 1000 --test 1000 --size 64 --seed 0"
+EXAMPLE = """vlp data scenes --to data/scenes --train 20000 --val 1000 --size 64 --seed 0
+  vlp data scenes --to data/scenes --train 10000000 --ray
+"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,11 +106,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="default: one a core; the result is the same for any number",
     )
+    work.ray_argument(parser)
 
 
 @work.alone
 def run(args: argparse.Namespace) -> int:
     """Fill the folder and print what it holds and how fast it was made."""
+    on_ray = work.on_cluster(args)
     start = time.perf_counter()
     n_scenes = write(
         args.to,
@@ -125,11 +125,12 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         seed=args.seed,
         processes=args.processes,
+        ray=on_ray,
     )
     seconds = time.perf_counter() - start
 
     for split, n in n_scenes.items():
-        print(f"{Path(args.to, split)}: {n} scenes")
+        print(f"{destination(args.to) / split}: {n} scenes")
     total = sum(n_scenes.values())
     print(f"{total} scenes in {seconds:.1f} s: {total / seconds:.0f} scenes/s")
     return 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from vlp.data.stored import destination
+from vlp.data_tools._run.pool import Pool
 from vlp.data_tools.scenes.render import PROOFS, Scene, generate
-from vlp.lifetime import end_with_parent
 
 CLASSIFIED = ("zeroshot", "novel_zeroshot")
 
@@ -36,15 +35,17 @@ def write(
     size: int = 64,
     seed: int = 0,
     processes: int | None = None,
+    ray: bool = False,
 ) -> dict[str, int]:
     """Fill `folder` with all sets and return their numbers of scenes; a set of none is left out.
 
-    The bytes do not depend on `processes`. `n_zeroshot` is rounded up to whole rounds through the
-    56 classes and `n_proofs` through the nine numbers, so that both stay balanced. With more than
-    one process the calling script needs the usual `if __name__ == "__main__":`, because processes
-    are started afresh (a fork may hang once torch ran).
+    The bytes do not depend on `processes`, nor on whether they run on the Ray cluster that this
+    process is connected to (`ray`). `n_zeroshot` is rounded up to whole rounds through the 56
+    classes and `n_proofs` through the nine numbers, so that both stay balanced. With more than one
+    process the calling script needs the usual `if __name__ == "__main__":`, because processes are
+    started afresh (a fork may hang once torch ran).
     """
-    folder = Path(folder)
+    folder = destination(folder)
     # Whole rounds: each class, each number and each form of a wrong caption as often as the others.
     n_zeroshot, n_proofs = _whole(n_zeroshot, 56), _whole(n_proofs, 27)
     n_scenes = {
@@ -75,8 +76,9 @@ def write(
         for first in range(0, n, n if split in BENCHMARKS else SAMPLES_PER_SHARD):
             n_of_shard = n if split in BENCHMARKS else min(SAMPLES_PER_SHARD, n - first)
             jobs.append((folder, split, first, n_of_shard, seed, size))
-    processes = processes or os.cpu_count() or 1
-    for _ in _map(jobs, min(processes, len(jobs))):
+
+    pool = Pool(processes or (None if ray else os.cpu_count() or 1), ray=ray)
+    for _ in pool.finished(_write, jobs):
         pass
 
     _describe_sets(folder, n_scenes)
@@ -88,22 +90,6 @@ def _whole(n: int, unit: int) -> int:
 
 
 Job = tuple[Path, str, int, int, int, int]  # folder, split, first scene, scenes, seed, size
-
-
-def _map(jobs: list[Job], processes: int) -> Iterator[None]:
-    if processes <= 1:
-        yield from map(_write, jobs)
-        return
-
-    # Afresh: a fork may hang once torch ran. Without the end of their own, processes of a killed
-    # call would wait for ever.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
-        try:
-            yield from pool.map(_write, jobs)
-        finally:
-            # After Ctrl-C what was begun ends, and nothing else begins.
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _write(job: Job) -> None:
@@ -173,12 +159,12 @@ def _class(scene: Scene, split: str) -> int:
 
 def _describe_sets(folder: Path, n_scenes: dict[str, int]) -> None:
     """The small text files of clip_benchmark's layout, and one index a folder of shards."""
-    from vlp.data.format import index
+    from vlp.data.format import index_written
     from vlp.files import write_atomically
 
     for split in n_scenes:
         if split not in BENCHMARKS:
-            index(sorted((folder / split).glob("*.tar")))
+            index_written(sorted((folder / split).glob("*.tar")))
             continue
 
         # The files that clip_benchmark looks for beside its tars.

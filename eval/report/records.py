@@ -63,6 +63,7 @@ def record(task: Plugin, encoder: Encoder, result: TaskResult) -> dict[str, Any]
         "counts": result.counts,
         "data_sha256": result.digest,
         "model_sha256": encoder.fingerprint,
+        "width": encoder.width,
         "scale": encoder.scale,
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }

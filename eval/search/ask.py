@@ -1,7 +1,8 @@
 """`vlp search`: the pictures of a collection that are nearest to a text or to a picture.
 
 cosine(q, x_i) of unit rows, the embedding q of a query and x_i of each picture; exact up to a
-million pictures, above by an inverted file of FAISS where it is installed
+million pictures, above by an inverted file of FAISS where it is installed. With --stored-as the rows
+are held in a byte or a bit a number, and the best by those compared as floats.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from vlp.eval import narrow
 from vlp.eval.search import options as shared
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from vlp.eval.models import Encoder
     from vlp.eval.pictures import Picture
+    from vlp.eval.quantised import Kind
     from vlp.eval.search.library import Library
 
 HELP = "find the pictures of a folder or of shards that fit a text or a picture"
@@ -29,11 +32,24 @@ EXAMPLE = """examples:
   vlp search exported/demo photos "a red bicycle" "two dogs"
   vlp search ViT-B-32:laion2b_s34b_b79k "shards/{000..041}.tar" "a red bicycle" --html found.html
   vlp search runs/demo photos --image example.jpg --top 5
+  vlp search exported/demo photos "two dogs" --stored-as binary --rescore 8
   vlp search exported/demo photos                    asks for queries, a line each
 
 PHOTOS: a folder, a tar, a pattern of tars, a picture; several joined by ::. They are embedded once:
 the next call, and one that goes on where another was stopped, embeds what is new.
 """
+
+
+FLOAT = "float16"  # as a library's rows are
+RESCORE = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How rows of fewer bits are searched."""
+
+    kind: Kind
+    rescore: int = RESCORE  # of the top·rescore nearest by them the top by float
 
 
 class Match(NamedTuple):
@@ -60,6 +76,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("queries", nargs="*", metavar="QUERY", help="texts; none: lines of the standard input")
     add("--image", action="append", default=[], metavar="FILE", help="a picture as a query")
     add("--top", type=int, default=10, metavar="N", help="answers a query (default: %(default)s)")
+    stored_help = "hold a byte (int8) or a bit (binary) a number instead of two bytes"
+    add("--stored-as", choices=(FLOAT, "int8", "binary"), default=FLOAT, help=stored_help)
+    rescore_help = f"of --stored-as: compare M times as many as floats (default: {RESCORE})"
+    add("--rescore", type=int, metavar="M", help=rescore_help)
     add("--html", metavar="FILE", help="write the answers as one page with thumbnails")
     add("--json", metavar="FILE", help="write the answers as JSON")
     shared.arguments(parser)
@@ -87,8 +107,12 @@ def run(options: argparse.Namespace) -> int:
         n = len(opened.pictures)
         print(f"{n:,} pictures, embedded by {encoder.name} in {folder}", file=sys.stderr)
 
+    stored = _stored(options)
+    if stored is not None and not options.quiet:
+        print(_sizes(opened, stored), file=sys.stderr)
+
     answers = []
-    for answer in _answers(opened, encoder, options.queries, examples, options.top):
+    for answer in _answers(opened, encoder, options.queries, examples, options.top, stored):
         print(_lines(answer), flush=True)
         answers.append(answer)
     _write(options, answers)
@@ -99,6 +123,11 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse what could not be carried out to the end."""
     if options.top < 1:
         raise ValueError(f"--top is {options.top}; expected at least 1")
+    if options.rescore is not None and options.stored_as == FLOAT:
+        raise ValueError("--rescore belongs to --stored-as int8 or binary; name one of them")
+    if options.rescore is not None and options.rescore < 1:
+        raise ValueError(f"--rescore is {options.rescore}; expected at least 1")
+    narrow.check(options.width)
     for name in ("html", "json"):
         target = getattr(options, name)
         if target and Path(target).is_dir():
@@ -109,17 +138,29 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--image {example}: there is no such file")
 
 
+def _stored(options: argparse.Namespace) -> Stored | None:
+    """The rows of fewer bits that are asked for; None: the library's own."""
+    if options.stored_as == FLOAT:
+        return None
+    return Stored(options.stored_as, RESCORE if options.rescore is None else options.rescore)
+
+
 def _answers(
-    opened: Library, encoder: Encoder, texts: list[str], examples: list[Picture], top: int
+    opened: Library,
+    encoder: Encoder,
+    texts: list[str],
+    examples: list[Picture],
+    top: int,
+    stored: Stored | None,
 ) -> Iterator[Answer]:
     """The answers in the order of the queries: pictures, texts, or else lines as they come."""
     for example in examples:
-        image = example.open(encoder.decoding)
-        yield Answer(example.name, nearest(opened, encoder.encode_images([image]), top), example)
+        row = encoder.encode_images([example.open(encoder.decoding)])
+        yield Answer(example.name, nearest(opened, row, top, stored), example)
 
     lines = texts if texts or examples else _typed()
     for text in lines:
-        yield Answer(text, nearest(opened, encoder.encode_texts([text]), top))
+        yield Answer(text, nearest(opened, encoder.encode_texts([text]), top, stored))
 
 
 def _typed() -> Iterator[str]:
@@ -135,13 +176,22 @@ def _typed() -> Iterator[str]:
             yield line.strip()
 
 
-def nearest(opened: Library, query: Tensor, top: int) -> list[Match]:
-    """The pictures nearest to a query [1, D], by falling cosine."""
+def nearest(opened: Library, query: Tensor, top: int, stored: Stored | None = None) -> list[Match]:
+    """The pictures nearest to a query [1, D], by falling cosine. stored: None: the library's own
+    rows are compared.
+    """
     import numpy as np
 
     from vlp.eval.search.nearest import EXACT_UP_TO, exact
 
     top = min(top, len(opened.pictures))
+    if stored is not None:
+        from vlp.eval.search import coded
+
+        rows = coded.of_library(opened, stored.kind)
+        answers = coded.nearest(opened, rows, query, top, stored.rescore)
+        return [Match(opened.pictures[number], score) for score, number in answers]
+
     row = query.cpu().numpy()
     index = _index(opened) if len(opened.pictures) > EXACT_UP_TO else None
     if index is None:
@@ -153,6 +203,18 @@ def nearest(opened: Library, query: Tensor, top: int) -> list[Match]:
         for score, number in zip(scores[0].tolist(), numbers[0].tolist())
         if number >= 0
     ]
+
+
+def _sizes(opened: Library, stored: Stored) -> str:
+    """What the rows take as they are searched, beside what they take as floats."""
+    from vlp.eval.search import coded
+
+    n_bytes = coded.of_library(opened, stored.kind).n_bytes
+    n_float = 2 * opened.width * len(opened.pictures)
+    return (
+        f"searched as {stored.kind}: {n_bytes:,} bytes instead of {n_float:,}; the "
+        f"{stored.rescore} × --top nearest are compared as {FLOAT}"
+    )
 
 
 def _index(opened: Library) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def write_index(index: Any, blocks: Blocks, path: Path) -> None:
 
     with replacing(path) as temporary:
         try:
-            faiss.write_index(numbered, str(temporary))
+            faiss.write_index(numbered, os.fspath(temporary))
         except RuntimeError as error:  # FAISS's one kind, such as for a full disk
             raise ValueError(f"{path} cannot be written: {str(error)[:200]}") from None
 

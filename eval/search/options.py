@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """How a model is run, and where its embeddings are kept."""
+    from vlp.eval import narrow
+
     add = parser.add_argument
     add(
         "--index",
@@ -25,6 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the forward pass (default: %(default)s)",
     )
+    narrow.arguments(parser)
     add("--batch", type=int, help="pictures a forward pass (default: 64, on a GPU 256)")
     add("--workers", type=int, help="threads that decode (default: cores, at most 8)")
     add("--quiet", action="store_true", help="no progress lines")
@@ -34,12 +37,14 @@ def encoder(options: argparse.Namespace) -> Encoder:
     """The model that the options name; raises ModelError."""
     import torch
 
-    from vlp.eval import memory, models
+    from vlp.eval import memory, models, narrow
     from vlp.joining import local_device
 
     memory.keep_freed()
     autocast = torch.bfloat16 if options.precision == "bf16" else None
-    return models.load(options.model, local_device(options.device, shared=True), autocast)
+    narrow.check(options.width)
+    loaded = models.load(options.model, local_device(options.device, shared=True), autocast)
+    return narrow.narrowed(loaded, options.width)
 
 
 def context(options: argparse.Namespace, device: object) -> Context:

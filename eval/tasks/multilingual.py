@@ -29,7 +29,7 @@ VERSION = 2  # 1 took equal pictures for several images
 KNOWN_AS = "zeroshot_retrieval"
 MAIN = "mean_image_retrieval_recall@1"
 # of every language, and their mean
-SCORES = tuple(f"*_{name}" for name in retrieval.SCORES if "recall" in name)
+SCORES = tuple(f"*_{name}" for name in retrieval.OF_FLOAT if "recall" in name)
 
 
 @dataclass(frozen=True)

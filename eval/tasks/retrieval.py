@@ -5,12 +5,16 @@ Text retrieval counts an image as found if any of its captions is among the k be
 image retrieval is counted over captions, each of which seeks its one image. `mean_recall` is the
 mean of R@1, R@5 and R@10 one way, as Chinese-CLIP reports it. Ranks are exact; a tie counts against
 the model (vlp.eval.metrics).
+
+With `stored_as` the recalls are also those of a search over embeddings of a byte or a bit a number,
+of which the k·`rescore` best are compared as floats (vlp.eval.quantised), as *_int8 and *_binary
+beside the float's; the counts say what the embeddings take.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -19,7 +23,7 @@ from torch import Tensor
 
 from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics
+from vlp.eval import embed, metrics, quantised
 from vlp.eval.datasets import open_source
 from vlp.eval.datasets.source import Record, Source, join_equal_pictures
 from vlp.eval.embed import Context
@@ -32,10 +36,9 @@ KNOWN_AS = "zeroshot_retrieval"
 MAIN = "image_retrieval_recall@1"
 KS = (1, 5, 10)
 _OF_RANKS = (*(f"recall@{k}" for k in KS), "mean_recall", "mean_rank", "median_rank")
-SCORES = (
-    *(f"image_retrieval_{name}" for name in _OF_RANKS),
-    *(f"text_retrieval_{name}" for name in _OF_RANKS),
-)
+_OF_HITS = (*(f"recall@{k}" for k in KS), "mean_recall")
+WAYS = ("image", "text")
+OF_FLOAT = tuple(f"{way}_retrieval_{name}" for way in WAYS for name in _OF_RANKS)
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,17 @@ class Options(Texts, TableOptions):
     # annotations without their image, images without a caption
     missing: Literal["error", "skip"] = "error"
     language: str = "en"  # recorded in the result
+    # also search embeddings of fewer bits: int8, a byte a number; binary, a bit
+    stored_as: list[Literal["int8", "binary"]] = field(default_factory=list)
+    # m: of the k·m best by those, the k best by float; 1: none but the k
+    rescore: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if len(set(self.stored_as)) < len(self.stored_as):
+            raise ValueError(f"stored_as is {self.stored_as}; name each kind once")
+        if self.rescore < 1:
+            raise ValueError(f"rescore is {self.rescore}; expected at least 1")
         if isinstance(self.captions, dict):
             raise ValueError(
                 f"captions is {self.captions}; shares and roles have no meaning in evaluation: "
@@ -63,6 +74,12 @@ class Options(Texts, TableOptions):
             raise ValueError(
                 f"captions_per_image is {self.captions_per_image}; expected at least 1"
             )
+
+
+def scores(options: Options) -> list[str]:
+    """The recalls and ranks both ways, and the recalls of embeddings of fewer bits."""
+    of_hits = [f"{way}_retrieval_{name}" for way in WAYS for name in _OF_HITS]
+    return [*OF_FLOAT, *(f"{name}_{kind}" for kind in options.stored_as for name in of_hits)]
 
 
 def read(options: Options) -> Source:
@@ -124,6 +141,8 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     if data.n_joined:
         result.counts["equal_pictures_joined"] = data.n_joined
     score(result, image_rank, text_rank, owner)
+    if options.stored_as:
+        score_stored(result, image, text, owner, options)
     return result
 
 
@@ -134,37 +153,71 @@ def score(
     owner: Tensor,  # [M] the image of each caption
 ) -> None:
     """Fill in recalls, mean and median ranks both ways, and the recalls' chance."""
-    n_images, n_texts = len(image_rank), len(text_rank)
-    per_image = torch.bincount(owner, minlength=n_images).double()
-    one = torch.ones(n_images, dtype=torch.float64)
+    k = torch.tensor(KS)
+    n_images = len(image_rank)
+    _score_recalls(result, image_rank.unsqueeze(1) <= k, text_rank.unsqueeze(1) <= k, owner)
 
-    def by_image(values: Tensor) -> Tensor:
-        # An image and its captions are drawn together in the bootstrap.
-        sums = torch.zeros(n_images, dtype=torch.float64).index_add_(0, owner, values.double())
-        return torch.stack([sums, per_image], 1)
+    result.items["image_retrieval_mean_rank"] = _by_image(text_rank, owner, n_images)
+    result.items["text_retrieval_mean_rank"] = _of_images(image_rank)
+    result.values["image_retrieval_median_rank"] = float(text_rank.double().quantile(0.5))
+    result.values["text_retrieval_median_rank"] = float(image_rank.double().quantile(0.5))
+
+
+def score_stored(
+    result: TaskResult,
+    image: Tensor,  # [N, D]
+    text: Tensor,  # [M, D]
+    owner: Tensor,  # [M] the image of each caption
+    options: Options,
+) -> None:
+    """Fill in the recalls of a search over embeddings of fewer bits, and what those take."""
+    n_rows, width = len(image) + len(text), image.shape[1]
+    result.counts["bytes_as_float32"] = n_rows * width * 4
+    places = torch.arange(len(image))
+    for kind in options.stored_as:
+        of_image = quantised.hits(image, text, places, owner, kind, KS, options.rescore)
+        of_text = quantised.hits(text, image, owner, places, kind, KS, options.rescore)
+        _score_recalls(result, of_image, of_text, owner, f"_{kind}")
+        result.counts[f"bytes_as_{kind}"] = n_rows * quantised.bytes_a_row(kind, width)
+
+
+def _score_recalls(
+    result: TaskResult,
+    image_hits: Tensor,  # [N, len(KS)] bool: a caption of the image is among the k best
+    text_hits: Tensor,  # [M, len(KS)] bool: the caption's image is
+    owner: Tensor,
+    suffix: str = "",
+) -> None:
+    """Fill in R@k and their mean both ways with their chances."""
+    n_images, n_texts = len(image_hits), len(text_hits)
+    per_image = torch.bincount(owner, minlength=n_images).double()
 
     # Image retrieval is counted over captions, text retrieval over images.
-    for k in KS:
-        image_retrieval, text_retrieval = (
-            f"image_retrieval_recall@{k}",
-            f"text_retrieval_recall@{k}",
-        )
-        result.items[image_retrieval] = by_image(text_rank <= k)
-        result.items[text_retrieval] = torch.stack([(image_rank <= k).double(), one], 1)
+    for k, of_images, of_texts in zip(KS, image_hits.T, text_hits.T):
+        image_retrieval = f"image_retrieval_recall@{k}{suffix}"
+        text_retrieval = f"text_retrieval_recall@{k}{suffix}"
+        result.items[image_retrieval] = _by_image(of_texts, owner, n_images)
+        result.items[text_retrieval] = _of_images(of_images)
         result.chance[image_retrieval] = min(1.0, k / n_images)
         result.chance[text_retrieval] = _chance_any(per_image, n_texts, k)
 
-    for way in ("image", "text"):
-        of_way = [f"{way}_retrieval_recall@{k}" for k in KS]
+    for way in WAYS:
+        of_way = [f"{way}_retrieval_recall@{k}{suffix}" for k in KS]
         mean = torch.stack([result.items[name] for name in of_way]).mean(0)
-        result.items[f"{way}_retrieval_mean_recall"] = mean
+        result.items[f"{way}_retrieval_mean_recall{suffix}"] = mean
         chances = [result.chance[name] for name in of_way]
-        result.chance[f"{way}_retrieval_mean_recall"] = sum(chances) / len(KS)
+        result.chance[f"{way}_retrieval_mean_recall{suffix}"] = sum(chances) / len(KS)
 
-    result.items["image_retrieval_mean_rank"] = by_image(text_rank)
-    result.items["text_retrieval_mean_rank"] = torch.stack([image_rank.double(), one], 1)
-    result.values["image_retrieval_median_rank"] = float(text_rank.double().quantile(0.5))
-    result.values["text_retrieval_median_rank"] = float(image_rank.double().quantile(0.5))
+
+def _by_image(values: Tensor, owner: Tensor, n_images: int) -> Tensor:
+    """[N, 2] of captions' values: an image and its captions are drawn together in the bootstrap."""
+    sums = torch.zeros(n_images, dtype=torch.float64).index_add_(0, owner, values.double())
+    return torch.stack([sums, torch.bincount(owner, minlength=n_images).double()], 1)
+
+
+def _of_images(values: Tensor) -> Tensor:
+    """[N, 2] of images' values."""
+    return torch.stack([values.double(), torch.ones(len(values), dtype=torch.float64)], 1)
 
 
 def _chance_any(n_captions: Tensor, total: int, k: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,15 @@ from typing import Any
 
 from tests.benchmarks import report
 from vlp.data.format import ShardWriter
-from vlp.data_tools.scenes.words import SHAPES
+from vlp.data_tools.scenes.words import HELDOUT_COUNTS, NUMBERS, SHAPES
 
 VERSION = 2  # raised whenever `make` makes other samples
+BALANCE = "equal"  # of the numbers that counting pairs state
+N_PROOFS = 2700  # items of each kind; a third of counting's show a combination that is held out
+SINGULAR = {plural: shape for shape, plural in SHAPES.items()}
+_NUMBER = rf"\b({'|'.join(NUMBERS[2:])}|\d+) "
+NUMBER_BEFORE = re.compile(_NUMBER)
+COUNTED_SHAPE = re.compile(rf"{_NUMBER}(?:\w+ )*?({'|'.join(SINGULAR)})\b")
 DUPLICATED = 0.3  # share of the samples whose caption many others have, too
 
 
@@ -34,10 +41,17 @@ def make(folder: Path) -> None:
     else:
         whole(folder, make_scenes)
 
-    # Of the data above alone, so that more arms do not make them anew.
-    if not (folder / "duplicates").exists():
-        train = folder / "scenes" / "train"
-        whole(folder / "duplicates", lambda part: plant_duplicates(train, part))
+    # Each of the data above alone, so that more arms do not make them anew.
+    train = folder / "scenes" / "train"
+    derived: dict[str, Callable[[Path], None]] = {
+        "duplicates": lambda part: plant_duplicates(train, part),
+        "numberless": lambda part: without_numbers(train, part),
+        "counted": lambda part: count(train, part),
+        "proofs_of_counting": prove_counting,
+    }
+    for name, fill in derived.items():
+        if not (folder / name).exists():
+            whole(folder / name, fill)
 
 
 def whole(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -74,6 +88,64 @@ def plant_duplicates(source: Path, to: Path) -> None:
                 first = record["scene"]["groups"][0]
                 captions = [f"a picture of {first['color']} {SHAPES[first['shape']]}"]
             writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
+
+
+def without_numbers(source: Path, to: Path) -> None:
+    """The scenes of `source` with captions that tell one from several, but not how many."""
+    with ShardWriter(to, samples_per_shard=1000) as writer:
+        for sample in samples_of(source):
+            record = json.loads(sample.pop("json"))
+            captions = [NUMBER_BEFORE.sub("", text) for text in record.pop("captions")]
+            writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
+
+
+def count(source: Path, to: Path) -> None:
+    """Counting pairs of `source`, without counterfactuals that training never shows to be true.
+
+    A number and shape that are always wrong in training would be learnt as wrong.
+    """
+    every = to / "every"
+    vlp("counting", str(source), "--to", str(every), "--balance", BALANCE)
+
+    with ShardWriter(to, samples_per_shard=1000) as writer:
+        for sample in samples_of(every):
+            record = json.loads(sample.pop("json"))
+            captions = record.pop("captions")
+            kept = [text for text in record["counterfactuals"] if is_shown(text)]
+            record |= {"counterfactuals": kept, "counterfactuals_of": [0] * len(kept)}
+            writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
+    shutil.rmtree(every)
+
+
+def is_shown(caption: str) -> bool:
+    """Whether training shows every number of a shape that a caption states."""
+    stated = {
+        (number_of(number), SINGULAR[shape]) for number, shape in COUNTED_SHAPE.findall(caption)
+    }
+    return stated.isdisjoint(HELDOUT_COUNTS)
+
+
+def number_of(text: str) -> int:
+    return int(text) if text.isdigit() else NUMBERS.index(text)
+
+
+def prove_counting(to: Path) -> None:
+    """Proofs of counting in more pictures than the scenes have; those whose number and shape
+    training shows, and the others.
+    """
+    numbers = {"proofs": N_PROOFS, "train": 0, "val": 0, "test": 0, "zeroshot": 0, "retrieval": 0}
+    options = [f"--{name}={n}" for name, n in numbers.items()]
+    vlp("scenes", "--to", str(to / "every"), "--size", "32", "--seed", "1", *options)
+
+    every = list(samples_of(to / "every" / "counting"))
+    for name, is_heldout in (("seen", False), ("heldout", True)):
+        with ShardWriter(to / name, samples_per_shard=1000) as writer:
+            for sample in every:
+                record = json.loads(sample["json"])
+                if bool(record["heldout"]) == is_heldout:
+                    captions = record.pop("captions")
+                    writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
+    shutil.rmtree(to / "every")
 
 
 def mine(folder: Path, model: Path, shards: str) -> None:

@@ -40,6 +40,11 @@ TERMS: dict[str, dict[str, Any]] = {
     "cyclip": {},
     "uniformity": {},
     "cross_uniformity": {},
+    "decoupled_uniformity": {},
+    "koleo": {},
+    "cacr": {},
+    "kernel_mixture": {},
+    "mixup": {},
     "distill": {},
     "ranked": {},
     "sogclr": {},
@@ -50,12 +55,18 @@ TERMS: dict[str, dict[str, Any]] = {
     "mixing": {"hardest": 64, "mixed_pairs": 64, "mixed_queries": 16},
     "multi_view": {},
     "slip": {},
+    "mv_infonce": {},
+    "mv_dhel": {},
+    "poly_view": {},
+    "barlow": {"views": True},
+    "swap": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
     "hard_negatives.intra": {"form": "intra"},
     "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
     "captions.decoupled": {"form": "decoupled"},
+    "matryoshka": {},
 }
 
 
@@ -169,7 +180,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "sample_id": lambda: torch.arange(B, device=device),
         "label": lambda: torch.arange(B, device=device) // 4,
     }
-    given = {name: make() for name, make in others.items() if name in objective.needs}
+    given = {name: make() for name, make in others.items() if name in objective.reads}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()

@@ -2,9 +2,10 @@
 exist.
 """
 
+import json
 from dataclasses import replace
 
-from tests.benchmarks import evidence
+from tests.benchmarks import evidence, evidence_arms, evidence_data
 from vlp import config
 
 
@@ -30,7 +31,8 @@ def test_arms_of_a_table_are_runs_that_differ_in_objective_topology_or_teacher()
 def test_arms_of_the_first_tables_are_the_file_itself():
     base, found = config.load(evidence.BASE), 0
     for arm, settings in evidence.ARMS.items():
-        if evidence.SMALL[0] not in settings.settings:
+        of_other_data = {evidence_arms.SMALL[0], evidence_arms.COUNTED[0]}
+        if of_other_data.isdisjoint(settings.settings):
             chosen = config.load(evidence.BASE, evidence.recipe(arm, 3)["overrides"])
             assert (chosen.data, chosen.model, chosen.train, chosen.eval) == (
                 base.data,
@@ -52,6 +54,38 @@ def test_tables_compare_known_arms_by_scores_of_the_evaluation():
         labels = {task.label for task in loaded.eval}
         assert {label for label, _ in table.columns.values()} <= labels
     assert set().union(*(table.arms for table in evidence.TABLES.values())) == evidence.ARMS.keys()
+
+
+def test_counting_learns_numbers_from_counting_captions_alone(scenes, tmp_path):
+    evidence_data.without_numbers(scenes / "train", tmp_path / "numberless")
+    captions = []
+    for meta in records(tmp_path / "numberless"):
+        captions += meta["captions"]
+    assert len(captions) >= 900
+    numbers = set(evidence_data.NUMBERS[2:]) | set(map(str, range(2, 11)))
+    assert not [text for text in captions if numbers & set(text.split())]
+    assert [text for text in captions if " a " in f" {text} "]  # one and several stay apart
+
+
+def test_counterfactuals_are_of_combinations_that_training_shows(scenes, tmp_path, monkeypatch):
+    # So few scenes do not hold every number equally often.
+    monkeypatch.setattr(evidence_data, "BALANCE", "none")
+    evidence_data.count(scenes / "train", tmp_path / "counted")
+    n_texts = 0
+    for meta in records(tmp_path / "counted"):
+        assert 6 <= len(meta["counterfactuals"]) <= 8
+        for text in meta["counterfactuals"]:
+            (number, shape) = evidence_data.COUNTED_SHAPE.findall(text)[0]
+            combination = (evidence_data.number_of(number), evidence_data.SINGULAR[shape])
+            assert combination not in evidence_data.HELDOUT_COUNTS
+            n_texts += 1
+    assert n_texts >= 300
+
+
+def records(folder):
+    """The JSON of every sample."""
+    for sample in evidence_data.samples_of(folder):
+        yield json.loads(sample["json"])
 
 
 def test_spread():

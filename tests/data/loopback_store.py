@@ -2,7 +2,8 @@
 connections, stalls.
 
 It answers what fsspec's HTTP and S3 file systems ask of a server that holds files: HEAD, GET with
-ranges, and S3's ListObjectsV2 on `/bucket`. Requests are neither signed nor checked.
+ranges, and S3's ListObjectsV2, PUT and DELETE on `/bucket`. Requests are neither signed nor
+checked; there is one bucket.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ class Store(ThreadingHTTPServer):
 
     While "away" is the next one, HEAD fails too. `served`: bodies sent whole; `n_sent`: bytes of
     bodies, cut ones included.
+
+    `faulty`: how a request of any kind goes wrong, by its number from 0: "error", "drop" before it
+    is carried out, "late" after, "stall", or "cut" in the middle of what is sent.
+    `refused_from`: the number of the first request that is refused, as by credentials that have
+    ended. `read_only`: what writes is refused.
     """
 
     daemon_threads = True
@@ -41,6 +47,19 @@ class Store(ThreadingHTTPServer):
         self.suffered: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.n_sent: Counter[str] = Counter()
+
+        # Of every request, whatever it asks for.
+        self.requests: list[str] = []
+        self.faulty: dict[int, str] = {}
+        self.refused_from: int | None = None
+        self.read_only = False
+
+    def numbered(self, request: str) -> tuple[int, str]:
+        """The number of a request, and the fault that it suffers, or nothing."""
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append(request)
+            return number, self.faulty.get(number, "")
 
     @property
     def url(self) -> str:
@@ -70,10 +89,87 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        if not self._suffers():
+            self._answer(body=False)
 
     def do_GET(self) -> None:
-        self._answer(body=True)
+        if not self._suffers():
+            self._answer(body=True)
+
+    def do_PUT(self) -> None:
+        data = self._sent()
+        file = self._file()
+        if self._suffers(writes=True):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        self.etag = _etag(data)
+        self._done(200)
+
+    def do_DELETE(self) -> None:
+        if self._suffers(writes=True):
+            return
+        self._file().unlink(missing_ok=True)
+        self._done(204)
+
+    def _file(self) -> Path:
+        name = unquote(urlsplit(self.path).path).removeprefix("/bucket").strip("/")
+        return self.server.root / name
+
+    def _sent(self) -> bytes:
+        """The body of a request; botocore may send it in signed pieces."""
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
+            return data
+        pieces = []
+        while data:
+            head, _, data = data.partition(b"\r\n")
+            size = int(head.split(b";")[0], 16)
+            if not size:
+                break
+            pieces.append(data[:size])
+            data = data[size + 2 :]
+        return b"".join(pieces)
+
+    def _suffers(self, writes: bool = False) -> bool:
+        """Whether a request is answered by a fault alone."""
+        number, self.ill = self.server.numbered(f"{self.command} {self.path}")
+        refused_from = self.server.refused_from
+        if (refused_from is not None and number >= refused_from) or (
+            writes and self.server.read_only
+        ):
+            self._refuse(403, "AccessDenied" if refused_from is None else "ExpiredToken")
+            return True
+        if not urlsplit(self.path).path.startswith("/bucket") and writes:
+            self._refuse(404, "NoSuchBucket")
+            return True
+        if self.ill == "error":
+            self._refuse(500, "InternalError")
+            return True
+        if self.ill == "stall":
+            time.sleep(STALL_S)
+        if self.ill in ("drop", "stall"):
+            self.close_connection = True
+            return True
+        return False
+
+    def _refuse(self, status: int, code: str) -> None:
+        body = f"<Error><Code>{code}</Code><Message>told by the store</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _done(self, status: int) -> None:
+        """Answer what has been carried out."""
+        if self.ill in ("late", "cut"):
+            self.close_connection = True
+            return
+        self.send_response(status)
+        self.send_header("ETag", getattr(self, "etag", '"0"'))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _answer(self, *, body: bool) -> None:
         address = urlsplit(self.path)
@@ -93,14 +189,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def _listing(self, query: dict[str, list[str]]) -> bytes:
         prefix = query.get("prefix", [""])[0]
+        delimiter = query.get("delimiter", [""])[0]
         files = sorted(
             path.relative_to(self.server.root).as_posix()
             for path in self.server.root.rglob("*")
             if path.is_file()
         )
         entries = []
+        folders = set()
         for name in files:
-            if name.startswith(prefix):
+            if name.startswith(prefix) and delimiter and delimiter in name[len(prefix) :]:
+                folders.add(prefix + name[len(prefix) :].partition(delimiter)[0] + delimiter)
+            elif name.startswith(prefix):
                 data = (self.server.root / name).read_bytes()
                 entries.append(
                     f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size>"
@@ -108,6 +208,10 @@ class Handler(BaseHTTPRequestHandler):
                     f"<ETag>{_etag(data)}</ETag></Contents>"
                 )
 
+        entries += [
+            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+            for folder in sorted(folders)
+        ]
         listing = (
             "<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>"
             f"{''.join(entries)}</ListBucketResult>"
@@ -118,6 +222,8 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, data: bytes, body: bool, name: str = "", content_range: str = ""
     ) -> None:
         fault = self.server.fault(name) if body else ""
+        if self.ill in ("late", "cut"):
+            fault = "drop"
         if fault == "error":
             status, data = 500, b"try again"
         elif fault == "denied":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -153,35 +154,78 @@ def test_rows_that_no_index_holds_are_found_in_the_tar_or_refused(tmp_path):
         received[10]
 
 
-def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch, capsys):
-    """What was read from the tars instead may make room; the index is no help then either."""
+def damage_rows(place: Path, n_samples: int) -> None:
+    data = place.read_bytes()
+    place.write_bytes(data[: -n_samples * 24] + bytes(n_samples * 24))
+
+
+def test_damaged_rows_are_mended_where_they_are_met(tmp_path, capsys):
     folder = constant_shards(tmp_path, 25, 10)
     place = folder / index_file.NAME
-    expected, data = keys_of(opened(folder)), bytearray(place.read_bytes())
-    data[-25 * 24 :] = bytes(25 * 24)
-    place.write_bytes(data)
+    expected, good = keys_of(opened(folder)), place.read_bytes()
+    damage_rows(place, 25)
+    assert keys_of(opened(folder)) == expected and place.read_bytes() == good
+    assert capsys.readouterr().err.count("the index mended") == 1
+
+    # Nothing is left to mend.
+    assert keys_of(opened(folder)) == expected
+    assert "mended" not in capsys.readouterr().err
+
+
+def test_damaged_rows_are_never_used_however_many_shards_have_them(tmp_path, monkeypatch, capsys):
+    """Of an index that cannot be written. What was read from the tars instead may make room."""
+    folder = constant_shards(tmp_path, 25, 10)
+    place = folder / index_file.NAME
+    expected = keys_of(opened(folder))
+    damage_rows(place, 25)
+    damaged = place.read_bytes()
 
     monkeypatch.setattr(_stored_rows, "_KEPT_SHARDS", 1)
     source = opened(folder)
+    index_file._handles.clear()
+    # Root may write whatever the mode says, but to no folder.
+    aside = place.rename(tmp_path / "aside")
     in_turn = [0, 10, 20, 1, 11, 21]
     assert [source[i].key for i in in_turn] == [expected[i] for i in in_turn]
-    assert capsys.readouterr().err.count("delete that index") == 1
+    assert capsys.readouterr().err.count("the tar is read again") == 1
+    assert aside.read_bytes() == damaged and not place.exists()
 
 
-def test_damaged_rows_of_remote_shards_say_what_to_delete(tmp_path, monkeypatch):
+def test_damaged_rows_of_remote_shards_go_so_that_the_next_start_has_whole_ones(
+    tmp_path, monkeypatch
+):
     folder = constant_shards(tmp_path / "data", 5, 5)
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     options = RemoteOptions(f"file://{folder}/")
     open_remote(options, Captions())
     (copy,) = (tmp_path / "cache" / "index").glob("*.bin")
-    copy.write_bytes(copy.read_bytes()[: -5 * 24] + bytes(5 * 24))
+    damage_rows(copy, 5)
 
+    # Where a shard is here already, its rows are written back.
     index_file._handles.clear()
-    source = open_remote(options, Captions())
-    assert source[3].key == "k3"
+    assert open_remote(options, Captions())[3].key == "k3"
+    assert open_remote(options, Captions()).n_captions().tolist() == [2] * 5
+
+    damage_rows(copy, 5)
+    index_file._handles.clear()
     damaged = open_remote(options, Captions())
-    with pytest.raises(ValueError, match=rf"{copy} is of no use .* delete that index"):
+    with pytest.raises(ValueError, match=rf"{copy} is of no use .* its copy is removed; start"):
         damaged.n_captions()
+    assert not copy.exists()
+    index_file._handles.clear()
+    assert open_remote(options, Captions()).n_captions().tolist() == [2] * 5
+
+
+def test_shards_of_a_machine_whose_clock_is_ahead_are_indexed_once(tmp_path, monkeypatch):
+    """Times are compared with those that the index noted, not with this machine's clock."""
+    folder = constant_shards(tmp_path, 25, 10)
+    (folder / index_file.NAME).unlink()
+    for path, time_s in zip(sorted(folder.glob("*.tar")), (4e9, 0, 1e9), strict=True):
+        os.utime(path, (time_s, time_s))
+    expected = keys_of(opened(folder))
+    os.utime(folder / index_file.NAME, (0, 0))
+    monkeypatch.setattr(index_module, "scan", lambda path: pytest.fail(f"{path} was read"))
+    assert keys_of(opened(folder)) == expected
 
 
 def test_an_index_that_another_run_replaces_goes_on_to_be_read(tmp_path, monkeypatch):

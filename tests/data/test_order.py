@@ -18,6 +18,7 @@ from vlp.data.deal import Deal
 from vlp.data.mix import Begin, Mixture
 from vlp.data.permutation import permute, permute_each
 from vlp.data.steps import Steps
+from vlp.data.units import CaptionsOfSamples
 from vlp.seeds import derive
 from vlp.types import Sample
 
@@ -213,6 +214,37 @@ def test_several_permutations_at_once_are_each_by_itself():
         assert together[here].tolist() == permute(sizes[w], keys[w], places[here]).tolist()
 
 
+class Captioned(Numbers):
+    """A source of which sample i has counts[i] captions."""
+
+    def __init__(self, counts: np.ndarray) -> None:
+        super().__init__(len(counts))
+        self.counts = counts
+
+    def n_captions(self) -> np.ndarray:
+        return self.counts
+
+
+def test_captions_are_found_by_number_in_a_byte_a_sample():
+    """Of few samples and of many, of samples without captions, and of more than a byte counts."""
+    chance = np.random.default_rng(7)
+    n_cases = 0
+    for n, most in ((1, 1), (63, 3), (64, 5), (65, 255), (1000, 300), (40_000, 5)):
+        counts = chance.integers(0, most + 1, n)
+        counts[-1] = most
+        units = CaptionsOfSamples(Captioned(counts.astype(np.min_scalar_type(most))))
+        samples, captions = units.rows(np.arange(len(units)), 0, np.zeros(len(units)))
+        assert samples[:, 0].tolist() == np.repeat(np.arange(n), counts).tolist()
+        ends = np.cumsum(counts)
+        before = ends - counts
+        assert captions[:, 0].tolist() == (np.arange(ends[-1]) - np.repeat(before, counts)).tolist()
+        assert units.before(np.arange(n + 1)).tolist() == [*before.tolist(), ends[-1]]
+        n_cases += 1
+        if most <= 255:
+            assert units._counts.nbytes + units._ends.nbytes <= 1.2 * n + 200
+    assert n_cases == 6
+
+
 def test_a_changed_batch_goes_on_where_the_epoch_stood():
     mix = Mixture([Numbers(1000)], [None], seed=2)
     before = [mix.batch(step, 30) for step in range(10)]
@@ -220,6 +252,55 @@ def test_a_changed_batch_goes_on_where_the_epoch_stood():
     after = [mix.rows(step, 70, range(70)).samples for step in range(10, 20)]
     assert len(set(np.concatenate(before + after).tolist())) == 1000
     assert mix.end(10, 30) == Begin(10, 300)
+
+
+def at_joint(shares: list[Fraction], first_size: int, n_steps: int, second_size: int) -> list[int]:
+    """Of each source: how many of its draws come twice, or are passed over (below 0), where batches
+    of another size begin.
+    """
+    joint = first_size * n_steps
+    sources, counts = Deal(shares, first_size)(0, joint)
+    later_sources, later_counts = Deal(shares, second_size)(joint, 50 * second_size)
+    repeated = []
+    for s in range(len(shares)):
+        n_before = int((sources == s).sum())
+        assert counts[sources == s].tolist() == list(range(n_before))
+        after = later_counts[later_sources == s]
+        repeated.append(n_before - int(after[0]))
+        assert after.tolist() == list(range(after[0], after[0] + len(after)))
+    return repeated
+
+
+def test_where_a_weighted_batch_changes_a_source_goes_on_within_fewer_draws_than_sources():
+    """Behind its last draw where its share of both batches is a whole number of draws."""
+    chance = random.Random(1)
+    n_cases = n_off = 0
+    for _ in range(200):
+        weights = [chance.choice([1, 2, 3, 4, 6, 8, 12]) for _ in range(chance.randint(2, 5))]
+        shares = [Fraction(weight) for weight in weights]
+        first_size, second_size = chance.randint(2, 40), chance.randint(2, 40)
+        repeated = at_joint(shares, first_size, chance.randint(1, 9), second_size)
+        assert max(map(abs, repeated)) < len(shares)
+        n_off += any(repeated)
+
+        total = sum(weights)
+        assert not any(at_joint(shares, 2 * total, 3, 5 * total))
+        n_cases += 1
+    assert n_cases == 200 and n_off > 3
+
+
+def test_of_any_first_draws_a_source_is_hardly_behind_and_little_ahead():
+    chance = random.Random(2)
+    n_cases = 0
+    for _ in range(100):
+        shares = [Fraction(chance.randint(1, 40)) for _ in range(chance.randint(2, 9))]
+        sources, _ = Deal(shares, chance.randint(1, 64))(0, 500)
+        for s, share in enumerate(shares):
+            due = np.arange(1, 501) * float(share / sum(shares))
+            ahead = np.cumsum(sources == s) - due
+            assert ahead.min() > -1 and ahead.max() < len(shares) - 1 + 1e-9
+            n_cases += 1
+    assert n_cases > 300
 
 
 class Pictures(Numbers):

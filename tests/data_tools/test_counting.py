@@ -114,6 +114,15 @@ def test_senseless_counting_options_are_refused(
         call(counting, shards, "--to", tmp_path / "out", *options)
 
 
+def test_two_processes_count_what_one_counts(shards: Path, tmp_path: Path) -> None:
+    call(counting, shards, "--to", tmp_path / "one")
+    call(counting, shards, "--to", tmp_path / "two", "--processes", 2)
+    one, two = (
+        {p.name: p.read_bytes() for p in (tmp_path / n).glob("*.tar")} for n in ("one", "two")
+    )
+    assert one == two and len(one) == 2  # one shard counts nothing
+
+
 def test_the_detector_must_agree_and_is_asked_once(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

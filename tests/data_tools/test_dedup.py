@@ -20,10 +20,9 @@ from tests.data.material import REAL, needs_data
 from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from vlp.data.format import ShardWriter
-from vlp.data.index import index
 from vlp.data.members import Picture
 from vlp.data_tools import dedup, embed, scenes
-from vlp.data_tools.dedup.copies import DropCopies, Place
+from vlp.data_tools.dedup.drop import Decision, DropCopies
 from vlp.data_tools.dedup.near import COLORS, FINGERPRINT, Limits, decide, fingerprint, neighbours
 from vlp.data_tools.scenes.draw import encode
 
@@ -65,6 +64,7 @@ COPIES = {f"copy{i}" for i in range(0, 24, 4)}
         ([], COPIES),
         (["--against", "EVAL"], COPIES | {"scene1", "scene5"}),
         (["--against", "EVAL", "--keep-copies", "--processes", "2"], {"scene1", "scene5"}),
+        (["--against", "EVAL", "--search", "buckets"], COPIES | {"scene1", "scene5"}),
     ],
 )
 def test_planted_copies_go_and_nothing_else(
@@ -83,6 +83,7 @@ def test_planted_copies_go_and_nothing_else(
         }.items():
             assert re.search(rf"dropped: {reason} +{n}\b", said) or n == 0
         assert re.search(r"unreadable: pictures +1\b", said)
+        assert not (tmp_path / "out" / "_search").exists()
     told = [
         json.loads(line) for line in (tmp_path / "out" / "copies.jsonl").read_text().splitlines()
     ]
@@ -219,12 +220,13 @@ def test_a_sample_takes_no_more_captions_than_the_index_counts(tmp_path: Path, c
 def test_a_copy_that_changed_after_indexing_costs_its_captions_only(tmp_path: Path, capsys) -> None:
     alike(tmp_path, [("a", ["a dog"], {}, False), ("b", ["one dog"], {}, False)])
     path = tmp_path / "in" / "00001.tar"
-    [shard] = index([path])
-    altered = Place(str(path), shard.places(0), shard.digest(0) ^ 1)
+    decision = Decision(tmp_path / "out", sorted((tmp_path / "in").glob("*.tar")), [2, 2], 0)
+    change = DropCopies(decision, True, [None, None])
+    decision.check_unchanged()  # reads the index
+    path.write_bytes(path.read_bytes().replace(b"one dog", b"two dog"))
 
     counts: Counter[str] = Counter()
     kept = read(tmp_path / "in")
-    change = DropCopies([np.array([-1, -1])], 0, {0: [altered]}, [None])
     after = list(change([kept["a"], kept["other0"]], 0, counts))
     assert [changed.captions for changed in after] == [["a dog"], ["another"]]
     assert counts == {"not merged: copies that changed after they were indexed": 1}
@@ -254,6 +256,22 @@ def test_shards_that_change_between_comparing_and_writing_are_refused(
     with pytest.raises(ValueError, match=rf"other samples \({n_now}\) than those \(4\)"):
         call(dedup, tmp_path / "in", "--to", tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+def test_a_decision_of_an_earlier_version_is_taken_over(planted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    call(dedup, planted / "in", "--to", out)
+    # As a call of then left the folder, killed after it had decided that one sample goes.
+    for path in [*out.glob("_dropped*"), *out.glob("*.tar"), *out.glob("*_dedup.json")]:
+        if path.name != "_dedup.json":
+            path.unlink()
+    copy_of = np.full(31, -1)
+    copy_of[2] = 0
+    np.save(out / "_copies.npy", copy_of)
+
+    call(dedup, planted / "in", "--to", out)
+    before = list(read(planted / "in"))
+    assert list(read(out)) == [*before[:2], *before[3:]]
 
 
 def read_one(path: Path) -> list[str]:
@@ -362,6 +380,8 @@ def test_embeddings_find_copies_that_hashes_miss(planted: Path, tmp_path: Path) 
         tmp_path / "held",
         "--cosine",
         0.99,
+        "--search",
+        "buckets",
     )
     call(dedup, tmp_path / "in", "--to", tmp_path / "both", *options)
     assert {"same", "scene1", "scene5"} <= set(read(tmp_path / "in")) - set(read(tmp_path / "both"))
@@ -398,6 +418,8 @@ def test_photos_recoded_and_halved_are_found_and_distinct_ones_are_not() -> None
             "--embeddings is given 1 times; expected once for the source",
         ),
         (["--cosine", 0], r"must lie in \(0, 1\]"),
+        (["--probes", 0], "must be at least 1"),
+        (["--memory", "nan"], r"must lie in \[0.05, 10000\] \(GB\)"),
         (["--keep-copies"], "drops only what --against SHARDS holds"),
     ],
 )

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -23,7 +24,7 @@ from vlp.cli import _ended_by_signals
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
-from vlp.data_tools._run import work
+from vlp.data_tools._run import progress, work
 from vlp.data_tools._run.kept import Kept
 from vlp.lifetime import Stopped
 
@@ -82,7 +83,6 @@ def test_a_killed_call_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> N
     assert changed == {marks[0].name, tars[0].name} and digests(out) == digests(tmp_path / "whole")
 
 
-@pytest.mark.slow
 class EndsAtThird:
     """Work whose third job asks the call that made it to end."""
 
@@ -118,6 +118,7 @@ def test_a_call_that_is_asked_to_end_says_what_is_finished(tmp_path: Path, proce
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
     source, out = write(tmp_path / "in", 12, 200), tmp_path / "out"
     rng = random.Random(0)
@@ -196,7 +197,7 @@ def test_who_takes_which_part(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args = argparse.Namespace(part=part, processes=1)
+    args = argparse.Namespace(part=part, processes=1, ray=None)
     if expected is None:
         with pytest.raises(ValueError, match="names no part of the shards; expected --part K/N"):
             work.pool(args)
@@ -269,7 +270,7 @@ def test_progress_tells_shards_throughput_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     clock = iter([0.0, 2.0, 8.0, 20.0])
-    monkeypatch.setattr(work.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     jobs = [work.Job(tmp_path / f"{i}.json", i, size) for i, size in enumerate((10, 30, 60))]
     work.carry_out("test", jobs, fail_at_three, work.Pool())
     assert capsys.readouterr().err.splitlines() == [
@@ -282,6 +283,14 @@ def test_progress_tells_shards_throughput_and_time_left(
 def test_processes_must_be_at_least_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--processes 0 must be at least 1"):
         call(negatives, write(tmp_path / "in", 1, 2), "--to", tmp_path / "out", "--processes", 0)
+
+
+def test_a_mark_does_not_depend_on_the_order_of_counting(tmp_path: Path) -> None:
+    jobs = [work.Job(tmp_path / f"{i}.json", names, 1) for i, names in enumerate(("ab", "ba"))]
+    counted = [{"counts": Counter(names)} for names in ("ab", "ba")]
+    assert [*counted[0]["counts"]] != [*counted[1]["counts"]]
+    work.carry_out("test", jobs, lambda names: {"counts": Counter(names)}, work.Pool())
+    assert jobs[0].mark.read_bytes() == jobs[1].mark.read_bytes()
 
 
 def test_kept_values_stay_what_they_first_were(tmp_path: Path) -> None:

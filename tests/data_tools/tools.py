@@ -23,6 +23,8 @@ CAPTIONS = [
 def call(tool: ModuleType, *options: Any) -> int:
     parser = argparse.ArgumentParser()
     tool.arguments(parser)
+    # Beside the options stands what no process can be sent.
+    parser.set_defaults(parser=parser, run=lambda args: tool.run(args))
     return tool.run(parser.parse_args([str(option) for option in options]))
 
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 from dataclasses import fields
+from itertools import dropwhile
 
 import yaml
 
@@ -11,7 +12,7 @@ from vlp import cli, config, plugin
 from vlp.schema import ConfigError
 
 SHELL = ("cd", "rm", "for", "source", "export", "make", "python", "pytest", "git", "ruff",
-         "kubectl")  # fmt: skip
+         "kubectl", "pip")  # fmt: skip
 
 
 def commands():
@@ -38,7 +39,23 @@ def check_vlp(words):
         plugin.keyed("vlp.eval.tasks", _tasks(options))
 
 
+def check_ray(words):
+    """Raise for what the real command `ray` refuses."""
+    from click import ClickException
+    from ray.scripts.scripts import cli as ray
+
+    try:
+        ray.commands[words[0]].make_context(words[0], words[1:])
+    except ClickException as error:
+        raise ValueError(error.message) from None
+
+
 def check_command(words):
+    # Settings of the environment stand before the command.
+    words = list(dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\w+", word), words))
+    if words[0] == "ray":
+        return check_ray(words[1:])
+
     # Also behind srun and its like.
     if "vlp" in words:
         return check_vlp(words[words.index("vlp") + 1 :])

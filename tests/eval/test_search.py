@@ -16,7 +16,7 @@ from tests.eval.material import direction, known_encoder, picture, png
 from vlp.cli import main
 from vlp.eval.embed import Context
 from vlp.eval.pictures import DataError
-from vlp.eval.search import ask, library, nearest
+from vlp.eval.search import ask, coded, library, nearest
 from vlp.eval.search.listing import pictures_in
 
 QUIET = Context(batch=4, workers=0)
@@ -302,3 +302,86 @@ def test_rows_are_compared_in_blocks():
     expected = np.sort(query @ rows.T, axis=1)[:, ::-1][:, :5]
     np.testing.assert_allclose(scores, expected, rtol=1e-5)
     np.testing.assert_allclose((query @ rows.T)[np.arange(3)[:, None], numbers], scores, rtol=1e-5)
+
+
+# --- a byte or a bit a number ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_stored_rows_find_what_floats_find(kind, photos, tmp_path, monkeypatch):
+    """All rescored: the same pictures with the same cosines, over several parts and blocks, beside
+    a picture that does not open.
+    """
+    monkeypatch.setattr(library, "PART", 3)
+    monkeypatch.setattr(coded, "_BLOCK", 2)
+    (photos / "broken.png").write_bytes(b"no picture")
+    encoder, _ = counting_encoder()
+    opened = library.update(tmp_path / "library", encoder, pictures_in(str(photos)), QUIET)
+
+    n_compared = 0
+    for text in "0123456":
+        query = encoder.encode_texts([text])
+        for top in (1, 3, 100):
+            whole = ask.nearest(opened, query, top)
+            stored = ask.nearest(opened, query, top, ask.Stored(kind, rescore=7))
+            assert [match.picture for match in stored] == [match.picture for match in whole]
+            np.testing.assert_allclose(
+                [match.score for match in stored], [match.score for match in whole], atol=1e-6
+            )
+            n_compared += 1
+    assert n_compared == 21
+
+
+def test_only_the_listed_are_compared_as_floats(photos, tmp_path):
+    """rescore 1: of the best k by bits, ordered by float; a definition by hand."""
+    encoder, _ = counting_encoder()
+    opened = library.update(tmp_path / "library", encoder, pictures_in(str(photos)), QUIET)
+    rows = np.concatenate([rows for _, rows in opened.blocks()]).astype(np.float32)
+    query = encoder.encode_texts(["3"])
+    agree = ((rows > 0) == (query.numpy() > 0)).sum(1)
+
+    matches = ask.nearest(opened, query, 4, ask.Stored("binary", rescore=1))
+    numbers = {picture: number for number, picture in opened.pictures.items()}
+    listed = [numbers[match.picture] for match in matches]
+    assert sorted(agree[listed]) == sorted(agree)[-4:]
+    scores = [match.score for match in matches]
+    assert scores == sorted(scores, reverse=True)
+    np.testing.assert_allclose(scores, (rows @ query.numpy()[0])[listed], atol=1e-6)
+
+
+def test_stored_rows_are_kept_for_what_the_library_holds(photos, tmp_path, capsys):
+    encoder, _ = counting_encoder()
+    folder = tmp_path / "library"
+
+    def search():
+        opened = library.update(folder, encoder, pictures_in(str(photos)), QUIET)
+        names = found_as(opened, encoder, "9", "int8")
+        return names, sorted(path.name for path in folder.glob("*.int8.safetensors"))
+
+    _, kept = search()
+    assert len(kept) == 1 and search()[1] == kept
+    (photos / "new.png").write_bytes(png(picture(9)))
+    names, grown = search()
+    assert len(grown) == 1 and grown != kept and names == [str(photos / "new.png")]
+
+    (folder / grown[0]).write_bytes(b"torn")
+    capsys.readouterr()
+    assert search() == (names, grown)
+    assert "is damaged" in capsys.readouterr().err
+
+
+def found_as(opened, encoder, text, kind):
+    matches = ask.nearest(opened, encoder.encode_texts([text]), 1, ask.Stored(kind))
+    return [match.picture.name for match in matches]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rescore", "2"], "--rescore belongs to --stored-as"),
+        (["--stored-as", "int8", "--rescore", "0"], "--rescore is 0; expected at least 1"),
+    ],
+)
+def test_rescoring_of_nothing_is_refused(options, message, photos, tmp_path, capsys):
+    assert main(["search", str(tmp_path / "absent"), str(photos), "a", *options]) != 0
+    assert message in capsys.readouterr().err

@@ -193,6 +193,28 @@ def onnx(export):
 
 
 @consumer
+def onnx_int8(export):
+    """The 8-bit files by onnxruntime and numpy alone, all rows at once and one by one."""
+    import numpy
+    import onnxruntime
+
+    record = {}
+    for side, name, key in (("image", "pixel_values", "pixels"), ("text", "input_ids", "ids")):
+        whole = Path(export["folder"]) / "onnx" / f"{side}.onnx"
+        path = whole.with_name(f"{side}.int8.onnx")
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        inputs = numpy.array(export[key], numpy.float32 if side == "image" else numpy.int64)
+        (rows,) = session.run([f"{side}_embeds"], {name: inputs})
+        (first,) = session.run([f"{side}_embeds"], {name: inputs[:1]})
+        assert numpy.abs(first[0] - rows[0]).max() < 1e-3
+        record[side] = rows.tolist()
+        record[f"{side} bytes"] = path.stat().st_size
+        record[f"{side} bytes of float32"] = whole.stat().st_size
+    assert "torch" not in sys.modules
+    return record
+
+
+@consumer
 def safetensors(export):
     """Shapes and dtypes of every file of weights, read without a library of models."""
     from safetensors import safe_open

@@ -11,18 +11,22 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.eval.material import png
 from tests.export.test_export_more import described, noise
 from tests.export.test_places import places
 from tests.loopback_hub import TOKEN, loopback_hub
 from tests.models import small_siglip
 from tests.models.tiny import TEXT, inputs, tiny
 from vlp.data import text
+from vlp.data.format import ShardWriter
 from vlp.eval import models
 from vlp.export.folder import export
+from vlp.export.int8_form import Int8
 from vlp.export.push import push
 
 TOLERANCE = 1e-5  # largest difference of a coordinate
@@ -32,7 +36,8 @@ GUIDE = Path(__file__).parents[2] / "docs/guides/export.md"
 
 OPEN_CLIP = ("open_clip_folder", "open_clip_hub")
 TRANSFORMERS = ("transformers", "pipeline", "sentence_transformers")
-ARRAYS = ("onnx", "safetensors")
+ARRAYS = ("onnx", "onnx_int8", "safetensors")
+LEAST_COSINE = 0.98  # of 8 bits with float32, on the tiny models
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def made(name, folder, hub):
     model = tiny(**keys_of(form, source))
     # As its folder may be called.
     place = folder / f"{name}, v1.0 é"
-    export(model, place, dtype=form.dtype, onnx="onnx" in form.consumers)
+    int8 = Int8(pairs_of(source), 4) if "onnx_int8" in form.consumers else None
+    export(model, place, dtype=form.dtype, onnx="onnx" in form.consumers, int8=int8)
     if "huggingface" not in form.keys:
         assert not places(place, folder)
 
@@ -152,14 +158,25 @@ def made(name, folder, hub):
     return description | given, expected
 
 
-def material(model, picture):
-    """What consumers are given, `picture` among it, and what the model itself makes of that."""
+def pairs_of(folder):
+    """Shards of eight pictures of noise, as consumers are given, with a caption each."""
+    generator = np.random.default_rng(7)
+    with ShardWriter(folder / "pairs", 8) as writer:
+        for i in range(8):
+            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            shown = png(Image.fromarray(pixels))
+            writer.add(f"k{i}", shown, "png", [f"a photo of {i} red circles"], {})
+    return str(folder / "pairs")
+
+
+def material(model, file):
+    """What consumers are given, the picture `file` among it, and what the model makes of that."""
     image, texts, labels = noise(model), words(model), ["cat", "two red circles"]
-    image.save(picture)
+    image.save(file)
     pixels, _ = inputs(model, rows=7)
     ids = text.build(model.text_spec)(texts)
     given = {
-        "picture": str(picture),
+        "picture": str(file),
         "texts": texts,
         "labels": labels,
         "pixels": model.pixels(pixels).tolist(),
@@ -243,6 +260,15 @@ def check(record, expected, form):
         torch.testing.assert_close(torch.tensor(record["scores"]), scores, rtol=tolerance, atol=0)
         return
 
+    if consumer == "onnx_int8":
+        for side, whole in (("image", "pixels"), ("text", "ids")):
+            rows = torch.tensor(record[side])
+            torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+            cosines = torch.cosine_similarity(rows, expected[whole])
+            assert LEAST_COSINE < cosines.min() < 1 - 1e-7, f"{side}: {cosines}"
+            assert record[f"{side} bytes"] < 0.45 * record[f"{side} bytes of float32"]
+        return
+
     if consumer == "onnx":
         for n_rows in (1, 3, 7):
             assert apart(record[f"image {n_rows}"], expected["pixels"][:n_rows]) <= form.tolerance
@@ -308,7 +334,7 @@ def test_exports_load_where_vlp_is_not(exports, hub, tmp_path):
 
 
 def test_arrays_need_no_pytorch(exports, hub, tmp_path):
-    assert walk(["clip"], ARRAYS, exports, hub, tmp_path) == 2
+    assert walk(["clip"], ARRAYS, exports, hub, tmp_path) == 3
 
 
 def test_the_guide_says_who_loads_what():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.export.test_export_more import resnet
+from tests.export.test_export_more import described, resnet
 from tests.models.tiny import inputs, language_model, tiny
 from vlp.cli import main
-from vlp.export.folder import export
+from vlp.export.folder import export, export_concatenated
 from vlp.export.place import ExportError
 from vlp.models.load import load
 from vlp.pretrained import image_size
@@ -239,3 +239,49 @@ def test_scores_of_one_size_are_not_those_of_another(tmp_path):
     export_run(tmp_path / "larger", tmp_path / "again")
     assert "0.2749" not in (tmp_path / "again/README.md").read_text()
     assert len(sizes) == 3
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "clip",
+        "resnet",
+        pytest.param("timm", marks=pytest.mark.slow),
+        pytest.param("siglip", marks=pytest.mark.slow),
+        pytest.param("mean pooling", marks=pytest.mark.slow),
+        pytest.param("two parts", marks=pytest.mark.slow),
+    ],
+)
+def test_a_width_is_the_first_numbers_of_the_embeddings(kind, tmp_path):
+    """In the folder, and in open_clip, of a width that is no multiple of 8."""
+    keys = towers(kind, tmp_path) if kind == "two parts" else described(kind, tmp_path)
+    model = tiny(**keys)
+    notes = export(model, tmp_path / "out", width=12)
+    assert any(f"first 12 of {model.embed_dim} numbers" in note for note in notes)
+
+    narrow = load(tmp_path / "out").eval()
+    pixels, ids = inputs(model)
+    with torch.no_grad():
+        whole, rows = model(pixels, ids), narrow(pixels, ids)
+        theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
+        image = theirs.encode_image(model.pixels(pixels), normalize=True)
+    assert narrow.embed_dim == 12 and torch.equal(rows.scale, whole.scale)
+    for side in ("image", "text"):
+        expected = torch.nn.functional.normalize(getattr(whole, side)[:, :12], dim=-1)
+        assert (getattr(rows, side) - expected).abs().max() <= 1e-5
+    assert (image - rows.image).abs().max() <= 1e-5
+
+
+def test_a_width_that_cannot_be_cut_is_refused(tmp_path):
+    model = tiny()
+    width = model.embed_dim
+    with pytest.raises(ExportError, match=f"--width is {width + 1}, but the embeddings have"):
+        export(model, tmp_path / "out", width=width + 1)
+    with pytest.raises(ExportError, match=r"--width 8 is of one model's embeddings"):
+        export_concatenated([tmp_path / "a", tmp_path / "b"], tmp_path / "out", width=8)
+    # Two layers, of which the hidden one has a width between the tower's and D.
+    text = {"name": "huggingface", "context_length": 12, "pretrained": False}
+    text |= {"model": str(language_model(tmp_path)), "pooler": "mean_pooler", "proj": "mlp"}
+    with pytest.raises(ExportError, match=r"--width 8: .*vlp eval, search and embed cut"):
+        export(tiny(text_tower=text), tmp_path / "out", width=8)
+    assert not (tmp_path / "out").exists()

@@ -44,6 +44,7 @@ def data() -> dict[str, Tensor]:
     given["interactive_scale"] = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     given |= {name: rows(Q, TEACHER) for name in ("queue_teacher_image", "queue_teacher_text")}
     given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
+    given |= {name: rows(B, D) for name in ("predicted_image", "predicted_text")}
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -80,7 +81,7 @@ def data() -> dict[str, Tensor]:
 LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
-    "projected_image", "projected_text", "interactive_scale",
+    "projected_image", "projected_text", "interactive_scale", "predicted_image", "predicted_text",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (

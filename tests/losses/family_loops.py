@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.losses.family_data import CANDIDATES, CONCEPTS, B, K, L, V
-from vlp.losses.mixing import draws
+from vlp.losses._draws import draws
 from vlp.seeds import derive
 
 
@@ -334,3 +334,22 @@ def queue_infonce(d):
         logits = d["scale"] * d[own] @ columns.T
         total = total + F.cross_entropy(logits, torch.arange(B)) / 2
     return total
+
+
+WHOLE = ("image_views", "text_views", "negatives", "negative_images", "counterfactual", "captions")
+WHOLE += ("image", "text", "ema_image", "ema_text", "ema_negatives", "queue_image", "queue_text")
+
+
+def matryoshka(options, *terms):
+    """Σ_m c_m Σ_k w_k L_k over the first m numbers of every row; terms: (L_k, w_k)."""
+    widths = options["widths"]
+    weights = options.get("weights", [1 / len(widths)] * len(widths))
+
+    def loop(d):
+        total = 0
+        for width, weight in zip(widths, weights):
+            narrow = d | {name: F.normalize(d[name][..., :width], dim=-1) for name in WHOLE}
+            total = total + weight * sum(w * of_width(narrow) for of_width, w in terms)
+        return total
+
+    return loop

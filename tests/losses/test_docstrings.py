@@ -30,6 +30,8 @@ def test_sections_come_in_one_order(name):
 def test_needs_are_those_of_the_defaults(name):
     (term,) = plugin.keyed("vlp.losses", {name: {}})
     optional = getattr(term.module, "OPTIONAL", frozenset())
+    if hasattr(term.module, "optional"):
+        optional = term.module.optional(term.options)
     named = re.split(r"[;.]", sections(name)["Needs"])[0]
 
     assert set(re.findall(r"\w+", named)) == reads([term]) - optional

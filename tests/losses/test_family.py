@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import captions_loops, distill_loops
+from tests.losses import captions_loops, distill_loops, one_file_loops, view_loops
 from tests.losses.family_data import (
     CANDIDATES,
     LEAVES,
@@ -45,6 +45,7 @@ from tests.losses.family_loops import (
     infonce,
     macl,
     mann_whitney,
+    matryoshka,
     mixing,
     momentum_queue,
     multi_view,
@@ -74,6 +75,13 @@ from vlp.losses import build
 
 NOTHING = {"mixed_pairs": 0, "mixed_queries": 0}
 MIXED = {"hardest": 4, "mixed_pairs": 3, "mixed_queries": 2}
+NESTED = {
+    "widths": [2, D],
+    "weights": [0.5, 2],
+    "of": {"infonce": {}, "uniformity": {"weight": 0.5}},
+}
+HARD = {"widths": [D, 1, 3], "of": {"hard_negatives": {"form": "negclip"}}}
+QUEUED = {"widths": [3], "of": {"momentum_queue": {}}}
 FAMILY = [
     ("infonce", {}, both(infonce)),
     ("siglip", {}, siglip),
@@ -110,6 +118,10 @@ FAMILY = [
     ("mixing", NOTHING, queue_infonce),
     ("multi_view", {}, multi_view),
     ("slip", {}, slip),
+    ("matryoshka", NESTED, matryoshka(NESTED, (both(infonce), 1), (uniformity, 0.5))),
+    ("matryoshka", {"of": {"siglip": {}}}, matryoshka({"widths": [D]}, (siglip, 1))),
+    ("matryoshka", HARD, matryoshka(HARD, (negclip, 1))),
+    ("matryoshka", QUEUED, matryoshka(QUEUED, (momentum_queue, 1))),
     ("self_distillation", {}, self_distillation(False)),
     ("self_distillation", {"negatives": True}, self_distillation(True)),
     ("hard_negatives", {"form": "negclip"}, negclip),
@@ -120,12 +132,14 @@ FAMILY = [
     ("hard_negatives", {"form": "rank"}, rank([0, 0, 0])),
     ("hard_negatives", {"form": "intra"}, intra),
     *captions_loops.CASES,
+    *one_file_loops.CASES,
+    *view_loops.CASES,
     ("hard_negatives", {"form": "sigmoid"}, sigmoid),
     ("hard_negatives", {"form": "sigmoid", "negatives": "images"}, mmclip_images),
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 185  # inputs that have a gradient, over all cases
+N_LIVE = 272  # inputs that have a gradient, over all cases
 
 
 def on_rank() -> list[list]:
@@ -164,7 +178,7 @@ def test_objectives_equal_loops(n_ranks):
                 n_live += i > 0 and bool(wanted.norm() > 1e-6)
             n_cases += 1
 
-    assert n_cases == 4 * len(FAMILY) == 4 * 61 and n_live == 4 * N_LIVE, (
+    assert n_cases == 4 * len(FAMILY) == 4 * 91 and n_live == 4 * N_LIVE, (
         "the comparison must not be empty"
     )
 

@@ -22,10 +22,16 @@ from vlp.models.load import load
 from vlp.types import Batch
 
 LENGTH = 10
-HEADS = {"views": {"width": 24}, "concepts": 5, "captions": {"layers": 1}}
+HEADS = {
+    "views": {"width": 24},
+    "concepts": 5,
+    "captions": {"layers": 1},
+    "predictor": {"width": 24},
+}
 OBJECTIVE = {
     "multi_view": {},
     "slip": {},
+    "siam": {},
     "captioning": {"weight": 2},
     "distill": {"form": "concepts"},
     "infonce": {},
@@ -71,6 +77,25 @@ def reference():
     assert len(mine) > 20 and {name.split(".")[1] for name in mine} == set(HEADS)
     assert all(any(gradients[name]) for name in mine)
     return gradients, weights, loss
+
+
+@pytest.mark.parametrize(
+    "heads_of_run, n_learning",
+    [
+        ({"views": {"width": 24}}, 9),
+        ({"views": {"width": 24, "text": False}}, 5),
+        ({"views": {"width": 24, "image": False}}, 5),
+        ({}, 0),
+    ],
+)
+def test_views_join_a_term_that_can_do_without_them(heads_of_run, n_learning):
+    """`mv_infonce` takes image and text alone, and further views where they are embedded."""
+    gradients, _, _ = gradients_and_weights(
+        2, batch=rich_batch, heads=heads_of_run, objective={"mv_infonce": {}}, length=LENGTH
+    )
+    of_heads = [name for name in gradients if name.startswith("heads.")]
+    assert len(of_heads) == n_learning
+    assert all(any(gradients[name]) for name in of_heads if "scaling" not in name)
 
 
 def test_micro_batches_change_nothing(reference):

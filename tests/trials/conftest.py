@@ -15,6 +15,7 @@ import pytest
 
 from tests.trials.starter import Life, Starter
 from vlp import checkpoint
+from vlp.pretrained.parts import whole_tables
 from vlp.pretrained.runs import KINDS
 
 CONFIG = """
@@ -79,7 +80,8 @@ class Runs:
         digests = {}
         for kind in KINDS:
             digest = hashlib.sha256()
-            for name, value in sorted(getattr(contents, kind).items()):
+            tensors = whole_tables(getattr(contents, kind))
+            for name, value in sorted(tensors.items()):
                 digest.update(name.encode() + value.numpy().tobytes())
             digests[kind] = digest.hexdigest()
         return {"losses": losses, "checkpoint": last.name, "tensors": digests}

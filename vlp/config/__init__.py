@@ -7,7 +7,15 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
 from vlp.config.durations import Duration, Plan, WholePlan
-from vlp.config.model import Captioner, Heads, Model, Scale, TeacherHead, ViewHead
+from vlp.config.model import (
+    Captioner,
+    Heads,
+    Model,
+    PredictorHead,
+    Scale,
+    TeacherHead,
+    ViewHead,
+)
 from vlp.config.optimizer import Group, LayerDecay, Optimizer
 from vlp.config.reading import dump, find, load, parse, read_yaml, recorded, shipped, shown
 from vlp.config.running import Best, HeldOut, Stop, Validation
@@ -36,6 +44,7 @@ __all__ = [
     "Optimizer",
     "Pairwise",
     "Plan",
+    "PredictorHead",
     "Scale",
     "Stage",
     "Stop",

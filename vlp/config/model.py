@@ -29,8 +29,20 @@ class ViewHead:
     """Projection of further views, D → width → D, with a scale of its own."""
 
     width: int = 2048  # of the hidden layer
+    image: bool = True  # pictures have views; false where terms read those of captions alone
     text: bool = True  # captions have views too; false for slip alone
     scale: Scale = Scale()
+
+    def __post_init__(self) -> None:
+        if not (self.image or self.text):
+            raise ValueError("image and text are both false; expected one of them, or views: null")
+
+
+@dataclass(frozen=True)
+class PredictorHead:
+    """What an embedding says of the other side's, D → width → D, for images and for texts."""
+
+    width: int = 2048  # of the hidden layer
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,9 @@ class Captioner:
 
 @dataclass(frozen=True)
 class Heads:
-    """Trained parts that only the objective reads; exports leave them out (vlp.models.heads)."""
+    """Trained parts that only the objective reads (vlp.models.heads); exports leave them out, all
+    but `nonnegative`, which embeddings pass everywhere.
+    """
 
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
@@ -69,6 +83,12 @@ class Heads:
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
+    # predictors of the text by the image and of the image by the text: predicted_text,
+    # predicted_image
+    predictor: PredictorHead | None = None
+    # embeddings are max(0, h), divided by the norm, of a tower's features h: no number is negative,
+    # many are 0 (arXiv 2403.12459)
+    nonnegative: bool = False
 
     def __post_init__(self) -> None:
         if self.concepts < 0:
@@ -109,6 +129,12 @@ class Model:
                 "text_tower is another; write text_tower.context"
             )
 
+        if self.text_tower is not None and _text_dropout_of(self.image_tower):
+            raise ValueError(
+                "image_tower.dropout is of the text tower that an image tower brings, and here "
+                "text_tower is another; write text_tower.dropout"
+            )
+
         text = self.text_tower
         if self.stored_texts is not None and text is not None:
             unusable = getattr(text.common, "locked", False), getattr(text.common, "lora", None)
@@ -135,6 +161,11 @@ class Model:
         return _context_of(self.text_tower or self.image_tower)
 
     @property
+    def text_dropout(self) -> float:
+        """The share of what enters each block of the text tower that training drops."""
+        return _text_dropout_of(self.text_tower or self.image_tower)
+
+    @property
     def precomputed(self) -> bool:
         """Whether the data hold the image tower's embeddings, and training does not run it."""
         common = self.image_tower.common
@@ -144,3 +175,7 @@ class Model:
 def _context_of(tower: Plugin) -> Any:
     # A plug-in of a caller's own may come without the keys of all towers.
     return getattr(tower.common, "context", None)
+
+
+def _text_dropout_of(tower: Plugin) -> float:
+    return getattr(tower.common, "dropout", 0.0)

@@ -13,13 +13,14 @@ _INT64_MAX = 2**63 - 1
 
 
 class Deal:
-    """Draws dealt so evenly that among any first n each source has its share, to within one draw a
-    source.
+    """Draws dealt so evenly that of any first n no source lacks a whole draw of its share; one that
+    takes what others left has less than a draw too many for each of them.
 
     The sources take turns: each takes its part of what those before it left, ⌊x · share / left⌋ of
     the first x draws. So its count is a chain of floors, and draw x belongs to the source whose
     count grows with it. Sources whose share of a batch of `n_draws` is a whole number come first,
-    because only what whole numbers leave is exact: they have as many in every batch.
+    because only what whole numbers leave is exact: they have as many in every batch. So the order
+    is one of the batch's size, too.
     """
 
     def __init__(self, shares: Sequence[Fraction], n_draws: int) -> None:
@@ -73,8 +74,8 @@ class Deal:
         lane (`vlp.data.lanes`) deals its own draws.
 
         draws: their numbers, those of a lane following one another. A batch of `n_draws`, which
-        the lanes divide, has each source's share to within one draw; all draws up to one have it to
-        within one a lane.
+        the lanes divide, holds draws that follow one another in the deal, and is as even; all draws
+        up to one are a stretch of the deal for each lane, and off by as much for each.
         """
         sources = np.empty_like(draws)
         numbers = np.empty_like(draws)

@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vlp.data.rows import Shard
+from vlp.data.stored import source
 from vlp.data.stored_views import StoredViews
 from vlp.text_store import digest
 
@@ -54,7 +55,7 @@ class Embeddings:
         self.folder = folder
 
         # Found by the shards' names alone, because data sets are moved.
-        where = Path(folder).expanduser()
+        where = source(folder)
         self._files = [where / f"{Path(path).stem}.safetensors" for path in paths]
         if len(set(self._files)) < len(self._files):
             raise ValueError(
@@ -109,18 +110,26 @@ class Embeddings:
         """All rows of one side, "image" or "text", of a shard, float16 [n, D], mapped from the
         file: only the parts that are read take memory.
         """
-        path = self._files[shard]
-        with open(path, "rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            about = json.loads(file.read(n_header))[side]
-        start = 8 + n_header + about["data_offsets"][0]
-        shape = tuple(about["shape"])
-        if not all(shape):  # an empty file cannot be mapped
-            return np.zeros(shape, np.float16)
-        return np.memmap(path, np.float16, "r", start, shape)
+        return mapped(self._files[shard], side)
+
+    def file(self, shard: int) -> Path:
+        """Where the embeddings of a shard lie."""
+        return self._files[shard]
 
     def _opened(self, shard: int) -> Any:
         return _opened(self._files[shard], self._times[shard])
+
+
+def mapped(path: Path, name: str) -> np.ndarray:
+    """A float16 tensor [n, D] of a .safetensors file, mapped."""
+    with open(path, "rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(n_header))[name]
+    start = 8 + n_header + about["data_offsets"][0]
+    shape = tuple(about["shape"])
+    if not all(shape):  # an empty file cannot be mapped
+        return np.zeros(shape, np.float16)
+    return np.memmap(path, np.float16, "r", start, shape)
 
 
 class Ensemble:

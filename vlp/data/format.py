@@ -23,7 +23,6 @@ needed here.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections import Counter
@@ -36,11 +35,14 @@ from typing import Any
 
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
-from vlp.data.index import index
+from vlp.data.index import index, piece_of
+from vlp.data.index_file import save_index
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, Picture, negative_member, parse_name
+from vlp.data.scan import scan
+from vlp.data.stored import StoredPath
 from vlp.files import naming, sync, write_atomically
 
-__all__ = ["IMAGE_TYPES", "ShardWriter", "index"]
+__all__ = ["IMAGE_TYPES", "ShardWriter", "index", "index_written"]
 
 
 class ShardWriter:
@@ -70,7 +72,7 @@ class ShardWriter:
     ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard is {samples_per_shard}; expected at least 1")
-        self.folder = Path(folder)
+        self.folder = folder if isinstance(folder, Path) else Path(folder)
         self.samples_per_shard = samples_per_shard
         self.shard_name = shard_name
         self.indexed = indexed
@@ -210,7 +212,9 @@ class ShardWriter:
         # An overwritten shard must not be vouched for by the old statistics.
         stats_path = stats_of(path)
         stats_path.unlink(missing_ok=True)
-        os.replace(self._temporary(), path)
+        if isinstance(path, StoredPath):
+            self._index_piece(path)
+        self._temporary().replace(path)
 
         # img2dataset's names of what it counts, so that its tools read ours.
         n = len(self._digests)
@@ -230,6 +234,12 @@ class ShardWriter:
         self._tar, self._digests, self._totals = None, {}, Counter()
         self._number += 1
 
+    def _index_piece(self, path: Path) -> None:
+        """Index the unfinished shard, while it lies on this machine."""
+        shard = scan(self._temporary())
+        shard.name = path.name
+        save_index(piece_of(path), {path.name: shard})
+
     def __enter__(self) -> ShardWriter:
         return self
 
@@ -247,7 +257,7 @@ class ShardWriter:
 
         # Reading all shards once more also finds what the disk did not keep.
         if self.paths and self.indexed:
-            index(self.paths)
+            index_written(self.paths)
 
     def _give_up(self) -> None:
         """Remove an unfinished shard. Closing it writes its end, which a full disk refuses once
@@ -260,6 +270,14 @@ class ShardWriter:
             self._tar.fileobj.close()
         self._tar = None
         self._temporary().unlink(missing_ok=True)
+
+
+def index_written(paths: list[Path]) -> None:
+    """Index the shards of a folder that is finished."""
+    index(paths)
+    for path in paths:
+        if isinstance(path, StoredPath):
+            piece_of(path).unlink(missing_ok=True)
 
 
 def _as_read(name: str) -> str:

@@ -33,6 +33,7 @@ from vlp.data.index_file import NAME, VERSION, OldIndex, load, open_index, save_
 from vlp.data.paths import unreadable
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
+from vlp.data.stored import StoredPath
 
 _N_COMPARED = 16  # samples of a tar whose inode changed
 # While an index is made it is saved from time to time: first after so long, then each time that
@@ -119,10 +120,34 @@ def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, 
                 log.warn(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
                 _save(folder, shards, names)
                 saved = time.monotonic()
-            shards[path.name] = scan(path)
+            shards[path.name] = _scanned(path)
     finally:  # where one cannot be read, the others are known the next time
         _save(folder, shards, names)
     return shards
+
+
+def piece_of(path: Path) -> Path:
+    """The index of one shard beside it, which whoever writes into a store leaves for whoever
+    indexes the folder and would have to fetch all shards.
+    """
+    return path.with_name(f".{path.stem}.index")
+
+
+def _scanned(path: Path) -> Shard:
+    if not isinstance(path, StoredPath):
+        return scan(path)
+
+    try:
+        shard = open_index(piece_of(path), oldest=VERSION)[path.name]
+        if shard.size == path.stat().st_size:
+            return shard
+    except (OSError, ValueError, KeyError):
+        pass  # another's shard
+
+    # Not the times of its copy.
+    shard, status = scan(path), path.stat()
+    shard.mtime_ns, shard.ctime_ns = status.st_mtime_ns, status.st_ctime_ns
+    return shard
 
 
 def _indices(folder: Path) -> Iterator[dict[str, Shard]]:
@@ -153,6 +178,9 @@ def _unknown(shards: dict[str, Shard], paths: list[Path], anew: Collection[Path]
         shard = shards.get(path.name)
         indexed = None if shard is None else (shard.size, shard.mtime_ns, shard.ctime_ns)
         is_current = indexed == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        # Whoever indexed it before it came to the store knew the times of another machine.
+        if isinstance(path, StoredPath) and shard is not None and shard.ctime_ns:
+            is_current = shard.size == status.st_size
         if shard is None or not is_current or (path in anew and not _loads(shard)):
             result.append(path)
     return result

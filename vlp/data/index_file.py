@@ -122,7 +122,7 @@ def open_index(path: Path, oldest: int = _DIGESTED) -> dict[str, Shard]:
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        shards = _read(file, size, str(path), oldest)
+        shards = _read(file, size, os.fspath(path), oldest)
 
     # Kept open from now on, because another process may replace it.
     for shard in shards.values():
@@ -255,20 +255,21 @@ def save_index(path: Path, shards: Mapping[str, Shard]) -> None:
     beginning = header(list(shards.values()), bodies)
     head = beginning[len(_MAGIC) : len(_MAGIC) + _SUM_BYTES]
     path.parent.mkdir(parents=True, exist_ok=True)
-    places = []
+    extents = []
     with replacing(path) as temporary, temporary.open("xb") as file:
         file.write(beginning)
-        for shard, body in zip(shards.values(), bodies):
+        for shard in shards.values():
             offset = file.tell()
             for part in _parts(shard):
                 file.write(part)
-            n_bytes = file.tell() - offset
-            places.append(Stored(str(path), head, offset, n_bytes, *body))
+            extents.append((offset, file.tell() - offset))
 
     # Only where the file is complete.
-    for shard, stored in zip(shards.values(), places):
+    place = os.fspath(path)
+    for shard, body, (offset, n_bytes) in zip(shards.values(), bodies, extents):
+        stored = Stored(place, head, offset, n_bytes, *body)
         shard.rows, shard.extents, shard.stored = b"", b"", stored
-    opened(str(path), head, again=True)
+    opened(place, head, again=True)
 
 
 class Body(NamedTuple):

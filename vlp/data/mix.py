@@ -6,10 +6,9 @@ one origin, which stand next to each other in their batch. Units of all steps ar
 step · B/G + position. Without weights an epoch is one pseudo-random permutation of all N units of
 all sources, cut into whole batches; what remains at its end is left out (other units each epoch).
 With weights every source runs through permutations of its own, one after another, and the draws are
-dealt to the sources so evenly that among any first n draws each source has its share, to within one
-draw a source. A source whose share of a batch is a whole number of draws has exactly that many in
-every batch: 8 of 256 for 1/32. With `replacement` a draw is any unit (of its source, with weights),
-independent of all others.
+dealt to the sources by their shares (`vlp.data.deal`). A source whose share of a batch is a whole
+number of draws has exactly that many in every batch: 8 of 256 for 1/32. With `replacement` a draw
+is any unit (of its source, with weights), independent of all others.
 
 Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time
 (`Windows`), and with lanes (`vlp.data.lanes`) each part of a batch to windows of its own.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from collections import Counter
 from pathlib import Path
 
 from braceexpand import braceexpand
+
+from vlp.data import stores
+from vlp.data.stored import StoredPath, source
+from vlp.privacy import address
 
 # Endings of compressed tars.
 PACKED = (
@@ -38,6 +43,8 @@ def expand(path: str, packed: bool = False) -> list[Path]:
 
 def unreadable(name: Path | str, error: OSError) -> str:
     """What to tell of a path that the system does not let us read."""
+    if error.errno is None:  # a store's, which tells all
+        return str(error)
     return (
         f"{name} cannot be read: {error.strerror}; check that it is there and that you may read it"
     )
@@ -62,8 +69,11 @@ def is_packed(name: str) -> bool:
 
 def _places(name: str) -> list[Path]:
     """The file or folder of this name, or those that a pattern with * or ? finds."""
+    if stores.is_address(name) and not name.startswith("file://"):
+        return _in_store(name)
+
     # First by its name: a folder may be called `a[1]`.
-    place = Path(name).expanduser()
+    place = source(name)
     if place.exists():
         return [place]
 
@@ -71,6 +81,31 @@ def _places(name: str) -> list[Path]:
     if not places:
         raise ValueError(
             f"shards path {name!r} is neither a folder nor a tar file; {_nearest(place)}"
+        )
+    return places
+
+
+def _in_store(name: str) -> list[Path]:
+    """The same of an address."""
+    place = source(name)
+    assert isinstance(place, StoredPath)
+    if place.exists():
+        return [place]
+
+    # Folder by folder, because a star stands for no slash.
+    patterns = place.parts
+    plain = next((i for i, part in enumerate(patterns) if glob.has_magic(part)), len(patterns))
+    places: list[Path] = []
+    if 2 <= plain < len(patterns):
+        for path in StoredPath(*patterns[:plain]).rglob("*"):
+            fits = len(path.parts) == len(patterns)
+            if fits and all(map(fnmatch.fnmatchcase, path.parts, patterns)):
+                places.append(path)
+    if not places:
+        raise ValueError(
+            f"shards path {address(name)!r} names neither a file nor a folder with files; "
+            "look at its spelling, at its bucket or server, and at your right to read it. "
+            "Of http:// name each shard: https://host/{00000..00041}.tar"
         )
     return places
 
@@ -99,7 +134,11 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    if isinstance(folder, StoredPath):
+        names = [path.name for path in folder.iterdir()]
+    else:
+        names = os.listdir(folder)
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def _stem(name: str) -> str:

@@ -16,6 +16,8 @@ import torch
 from vlp.data.sources import Source
 from vlp.seeds import derive
 
+_BLOCK = 64  # samples whose captions are counted together
+_AT_ONCE = 2**14  # units that are looked for at once
 # Units that a source without shards lets stand together, beside one with windows.
 _RUN = 10_000
 
@@ -71,11 +73,22 @@ class Samples:
 
 
 class CaptionsOfSamples(Samples):
-    """Every caption of a sample is a unit."""
+    """Every caption of a sample is a unit.
+
+    Kept are a byte a sample and the sums of blocks: of a billion samples a number of 8 bytes each
+    would fill the shared memory of every rank.
+    """
 
     def __init__(self, source: Source) -> None:
-        # Units up to and with a sample.
-        self._ends = _shared(np.cumsum(source.n_captions()))
+        counts = source.n_captions()
+        sums = np.add.reduceat(counts, np.arange(0, len(counts), _BLOCK), dtype=np.int64)
+        # Samples behind the last one have no captions: blocks are whole then.
+        room = np.zeros(len(sums) * _BLOCK, counts.dtype)
+        room[: len(counts)] = counts
+
+        self.n = len(counts)
+        self._counts = _narrow(room)
+        self._ends = _shared(np.cumsum(sums))  # units up to and with a block
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -83,16 +96,38 @@ class CaptionsOfSamples(Samples):
     def rows(
         self, units: np.ndarray, key: int, rounds: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        # A caption's number is its place behind the captions of all samples before its own.
-        ends = self._ends.numpy()
-        sample = np.searchsorted(ends, units, side="right")
-        caption = units - self.before(sample)
+        sample, caption = np.empty_like(units), np.empty_like(units)
+        # A batch at once would hold a block for each of its rows.
+        for start in range(0, len(units), _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            sample[part], caption[part] = self._places(units[part])
         return sample[:, None], caption[:, None]
 
+    def _places(self, units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The sample [n] of each unit, and which of its captions it is [n]."""
+        block = np.searchsorted(self._ends.numpy(), units, side="right")
+        in_block = units - self._before_block(block)
+
+        # A caption's number is its place behind the captions of all samples before its own.
+        ends = self._blocks()[block].cumsum(1, dtype=np.int64)
+        number = (ends <= in_block[:, None]).sum(1)
+        ends_before = np.take_along_axis(ends, np.maximum(number - 1, 0)[:, None], 1)[:, 0]
+        return block * _BLOCK + number, in_block - np.where(number > 0, ends_before, 0)
+
     def before(self, samples: np.ndarray) -> np.ndarray:
-        # samples - 1 is the last sample where there is none before: any number does for it.
-        ends_before = self._ends.numpy()[samples - 1]
-        return np.where(samples > 0, ends_before, 0)
+        # The place behind the last sample may be that of a block which is not there.
+        block, number = np.divmod(samples, _BLOCK)
+        present = np.minimum(block, len(self._ends) - 1)
+        is_before = np.arange(_BLOCK) < (number + (block - present) * _BLOCK)[:, None]
+        counts = self._blocks()[present].astype(np.int64)
+        return self._before_block(present) + (counts * is_before).sum(1)
+
+    def _before_block(self, block: np.ndarray) -> np.ndarray:
+        ends_before = self._ends.numpy()[block - 1]  # of the first one any number does
+        return np.where(block > 0, ends_before, 0)
+
+    def _blocks(self) -> np.ndarray:
+        return self._counts.numpy().reshape(-1, _BLOCK)
 
 
 class Origins(Samples):
@@ -100,7 +135,10 @@ class Origins(Samples):
 
     def __init__(self, source: Source, size: int, shuffle: bool) -> None:
         # Samples of one origin follow one another: an origin is a start and a count.
-        starts = np.flatnonzero(np.diff(source.origins(), prepend=-1))
+        origins = source.origins()
+        begins = np.ones(len(origins), bool)
+        np.not_equal(origins[1:], origins[:-1], out=begins[1:])
+        starts = np.flatnonzero(begins)
         counts = np.diff(starts, append=len(source))
         large_enough = counts >= size
 
@@ -108,7 +146,7 @@ class Origins(Samples):
         self.shuffle = shuffle
         self.n_left_out = int(counts[~large_enough].sum())
         self._starts = _shared(starts[large_enough])
-        self._counts = _shared(counts[large_enough])
+        self._counts = _narrow(counts[large_enough])
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -118,7 +156,7 @@ class Origins(Samples):
     ) -> tuple[np.ndarray, np.ndarray]:
         # Without shuffling the first members of each origin are taken.
         starts = self._starts.numpy()[units]
-        counts = self._counts.numpy()[units]
+        counts = self._counts.numpy()[units].astype(np.int64)
         samples = starts[:, None] + np.arange(self.size)
 
         # Of an origin with more members than rows, others stand together in each round.
@@ -163,3 +201,9 @@ def per_shard(source: Source, units: Units) -> np.ndarray:
 def _shared(values: np.ndarray) -> torch.Tensor:
     """In shared memory: loader processes receive a handle instead of a copy."""
     return torch.from_numpy(values.astype(np.int64)).share_memory_()
+
+
+def _narrow(counts: np.ndarray) -> torch.Tensor:
+    """Counts in shared memory, in a byte each where that holds them."""
+    fits = counts.max(initial=0) <= np.iinfo(np.uint8).max
+    return torch.from_numpy(counts.astype(np.uint8 if fits else np.int64)).share_memory_()

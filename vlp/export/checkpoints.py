@@ -13,6 +13,7 @@ from vlp.export.place import ExportError, appearing, check_free
 from vlp.files import naming
 from vlp.locks import held
 from vlp.pretrained import references
+from vlp.pretrained.parts import whole_tables
 
 _BUSY = "Wait until it is done, or name another folder"
 
@@ -33,6 +34,7 @@ def write_checkpoint(run: Path | str, to: Path | str, *, overwrite: bool = False
     path = checkpoint.resolve(reference.path)
     contents = checkpoint.load(path)
     contents.state.pop("tables", None)  # in one piece they are as they are
+    contents.objective = whole_tables(contents.objective)
 
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:
         checkpoint.write_whole(folder, contents)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from vlp.export import averages
+
+if TYPE_CHECKING:  # a parser is made without waiting for torch
+    from vlp.export.int8_form import Int8
 
 EXAMPLE = """examples:
   vlp export runs/demo --to exported/demo
@@ -13,6 +17,8 @@ EXAMPLE = """examples:
   vlp export --average runs/a,runs/b,runs/c --to exported/soup
   vlp export --blend exported/published runs/tuned --alpha 0.5 --to exported/blend
   vlp export runs/mcl1 runs/mcl2 runs/mcl3 --to exported/mcl
+  vlp export runs/demo --onnx --int8 --calibrate "data/pairs/*.tar" --to exported/small
+  vlp export runs/matryoshka --width 128 --to exported/narrow
   vlp export runs/tuned --form adapters --to exported/adapters
   vlp export runs/large --form checkpoint --to checkpoints/large
 
@@ -42,6 +48,29 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--onnx",
         action="store_true",
         help="also write both towers as ONNX (needs pip install vlp[hub])",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="of --onnx: both towers in 8 bits as well, and how far they are from float32",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="SHARDS",
+        help="of --int8: samples by which ranges of activations are fixed, and others that compare "
+        "both (without: weights alone have 8 bits beforehand)",
+    )
+    parser.add_argument(
+        "--calibrate-samples",
+        type=int,
+        metavar="N",
+        help="how many fix the ranges, and how many others compare (default 128)",
+    )
+    parser.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help="the first N numbers of the embeddings as a model, as `matryoshka` trains them",
     )
     parser.add_argument(
         "--overwrite",
@@ -81,6 +110,8 @@ def run(options: argparse.Namespace) -> int:
         "overwrite": options.overwrite,
         "dtype": options.dtype,
         "image_size": options.image_size,
+        "width": options.width,
+        "int8": _int8(options),
     }
     runs = averages.runs(options.runs, options.ema)
     if members is not None:
@@ -91,6 +122,20 @@ def run(options: argparse.Namespace) -> int:
         written = export_run(runs[0], options.to, **settings)
     print("\n".join(written))
     return 0
+
+
+def _int8(options: argparse.Namespace) -> Int8 | None:
+    """What is asked for of 8 bits; None: nothing. ValueError for options that lack another one."""
+    from vlp.export.int8_form import N_SAMPLES, Int8
+
+    n_samples = options.calibrate_samples
+    if not options.int8 and options.calibrate is not None:
+        raise ValueError("--calibrate belongs to --onnx --int8; add them, or leave it out")
+    if options.calibrate is None and n_samples is not None:
+        raise ValueError("--calibrate-samples belongs to --calibrate SHARDS; add it")
+    if not options.int8:
+        return None
+    return Int8(options.calibrate, N_SAMPLES if n_samples is None else n_samples)
 
 
 def _export_part(options: argparse.Namespace) -> list[str]:
@@ -104,6 +149,10 @@ def _export_part(options: argparse.Namespace) -> list[str]:
         "--ema": options.ema,
         "--onnx": options.onnx,
         "--image-size": options.image_size is not None,
+        "--width": options.width is not None,
+        "--int8": options.int8,
+        "--calibrate": options.calibrate is not None,
+        "--calibrate-samples": options.calibrate_samples is not None,
         "--dtype": options.dtype != "float32",
     }
     given = [option for option, value in of_models.items() if value]

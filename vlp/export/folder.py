@@ -23,9 +23,10 @@ from typing import Any
 import yaml
 
 from vlp import averaging, checkpoint
-from vlp.export import licenses, onnx_form, variants
+from vlp.export import int8_form, licenses, onnx_form, variants
 from vlp.export.card import own_scale, render, render_concatenated
 from vlp.export.forms import TOLERANCE, write_open_clip, write_transformers
+from vlp.export.int8_form import Int8
 from vlp.export.place import ExportError, appearing, check_free, write_json
 from vlp.files import naming
 from vlp.locks import held
@@ -53,6 +54,8 @@ def export(
     overwrite: bool = False,
     dtype: str = "float32",
     image_size: int | None = None,
+    width: int | None = None,
+    int8: Int8 | None = None,
     home: Path | None = None,
     provenance: str = "",
     origin: str | None = None,
@@ -64,12 +67,23 @@ def export(
     both for the card. license: an identifier of the Hub, such as apache-2.0, or the name of
     another. onnx: also write both towers as ONNX (needs onnx and onnxscript). dtype: of the stored
     weights, float32, float16 or bf16 (ONNX computes in float32, with their values). image_size:
-    pixels, square, other than the model's. home: where the folder will lie in the end, if not at
-    `to`. provenance: how the model came about, in the card's words, if not by training; origin: a
-    sentence on weights that are an average. The folder appears complete or not at all; ExportError
-    if it exists and is not empty, unless `overwrite`, which keeps every file that no export wrote.
+    pixels, square, other than the model's. width: the first so many numbers of its embeddings, as a
+    model of its own. int8: also write both ONNX files in 8 bits. home: where the folder will lie
+    in the end, if not at `to`. provenance: how the model came about, in the card's words, if not by
+    training; origin: a sentence on weights that are an average. The folder appears complete or not
+    at all; ExportError if it exists and is not empty, unless `overwrite`, which keeps every file
+    that no export wrote.
     """
-    check(to, license=license, onnx=onnx, overwrite=overwrite, dtype=dtype, image_size=image_size)
+    check(
+        to,
+        license=license,
+        onnx=onnx,
+        overwrite=overwrite,
+        dtype=dtype,
+        image_size=image_size,
+        width=width,
+        int8=int8,
+    )
     to, stored = Path(to), variants.known(dtype)
     if onnx and language.is_described(model.open_clip_config):
         raise ExportError(
@@ -79,7 +93,10 @@ def export(
     trained_at = model.image_spec.size
     if image_size is not None:
         model = variants.resized(model, image_size)
-    if model.image_spec.size != trained_at:
+    trained_width = model.embed_dim
+    if width is not None:
+        model = variants.narrowed(model, width)
+    if model.image_spec.size != trained_at or model.embed_dim != trained_width:
         results = ()  # they are the scores of another size
     if not provenance:
         provenance = "exported by vlp" if training is None else "trained with vlp"
@@ -102,14 +119,23 @@ def export(
         reference = from_description(description, file).eval()
         form, transformers_notes = write_transformers(reference, weights, folder)
         notes += transformers_notes
+        # Samples before the towers are traced, which takes longer than to find a damaged one.
+        given = None if int8 is None else int8_form.read(reference, int8)
         if onnx:
             notes += onnx_form.write_onnx(reference, folder / "onnx", TOLERANCE)
+        if given is not None:
+            notes += int8_form.write_int8(folder / "onnx", given)
         notes += variants.note(model, reference, stored)
         if model.image_spec.size != trained_at:
             height, width = trained_at
             notes.append(
                 f"weights: trained on pictures of {height}×{width} pixels, positions interpolated; "
                 "not evaluated at this size"
+            )
+        if model.embed_dim != trained_width:
+            notes.append(
+                f"weights: embeddings are the first {model.embed_dim} of {trained_width} numbers; "
+                "not evaluated at this width"
             )
         variants.narrow(folder, stored)
 
@@ -137,6 +163,8 @@ def check(
     overwrite: bool = False,
     dtype: str = "float32",
     image_size: int | None = None,
+    width: int | None = None,
+    int8: Int8 | None = None,
 ) -> None:
     """Raise ValueError for settings of `export` that no model can be written by, before one is
     read.
@@ -145,8 +173,12 @@ def check(
     licenses.metadata(license)
     if image_size is not None and image_size < 1:
         raise ExportError(f"image_size is {image_size}; expected pixels, at least 1")
+    if width is not None and width < 1:
+        raise ExportError(f"width is {width}; expected numbers of an embedding, at least 1")
     if onnx:
         onnx_form.check_installed()
+    if int8 is not None:
+        int8_form.check(int8, onnx)
     check_free(Path(to), overwrite)
 
 
@@ -159,6 +191,8 @@ def export_run(
     overwrite: bool = False,
     dtype: str = "float32",
     image_size: int | None = None,
+    width: int | None = None,
+    int8: Int8 | None = None,
     home: Path | None = None,
 ) -> list[str]:
     """`export` of a run's newest checkpoint, or of one checkpoint's folder, with the run's results
@@ -167,7 +201,16 @@ def export_run(
     results.json describes a run's last step; an earlier checkpoint is exported without results. Any
     other reference to a model (vlp.pretrained.references) is exported as it is.
     """
-    check(to, license=license, onnx=onnx, overwrite=overwrite, dtype=dtype, image_size=image_size)
+    settings: dict[str, Any] = {
+        "license": license,
+        "onnx": onnx,
+        "overwrite": overwrite,
+        "dtype": dtype,
+        "image_size": image_size,
+        "width": width,
+        "int8": int8,
+    }
+    check(to, **settings)
     reference = references.resolve(run)
     about: dict[str, Any]
     if reference.kind != "run":
@@ -181,8 +224,7 @@ def export_run(
         model = checkpoint.load_model(path, reference.averaged)
         about = _record(path, reference.averaged)
 
-    about |= {"dtype": dtype, "image_size": image_size}
-    return export(model, to, license=license, onnx=onnx, overwrite=overwrite, home=home, **about)
+    return export(model, to, home=home, **about, **settings)
 
 
 def export_average(members: averaging.Members, to: Path | str, **settings: Any) -> list[str]:
@@ -265,6 +307,8 @@ def export_concatenated(
     overwrite: bool = False,
     dtype: str = "float32",
     image_size: int | None = None,
+    width: int | None = None,
+    int8: Int8 | None = None,
 ) -> list[str]:
     """Several models as one, the concatenation of their embeddings (vlp.models.concatenated), each
     written as `export` does.
@@ -277,7 +321,13 @@ def export_concatenated(
         "onnx": onnx,
         "dtype": dtype,
         "image_size": image_size,
+        "int8": int8,
     }
+    if width is not None:
+        raise ExportError(
+            f"--width {width} is of one model's embeddings, and these are {len(runs)} models'; "
+            "leave it out, or export each by itself"
+        )
     check(to, overwrite=overwrite, **settings)
     to, names = Path(to), [f"stage_{i}" for i in range(1, len(runs) + 1)]
     with held(to, beside=True, advice=_BUSY), naming(to), appearing(to, overwrite) as folder:

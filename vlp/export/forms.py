@@ -44,9 +44,15 @@ def write_open_clip(
     notes = [f"{reader}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
     # A copy, because what points into this machine is renamed; without the heads, which embed
-    # nothing.
+    # nothing, but for the last step of embeddings, which open_clip does not know.
     described = json.loads(json.dumps(model.description()))
     del described["vlp"]["heads"]
+    if model.heads_config.nonnegative:
+        described["vlp"]["heads"] = {"nonnegative": True}
+        notes.append(
+            "open_clip: gives rows with negative numbers; max(0, ·), divided by the norm, are the "
+            "embeddings of training, which vlp gives"
+        )
     described["vlp"].pop("lora", None)  # the weights have them merged
     if own_scale is not None:
         term, scale = own_scale

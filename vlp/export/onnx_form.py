@@ -20,7 +20,7 @@ from vlp.models.dual_encoder import DualEncoder
 
 OPSET = 18  # the lowest that PyTorch's exporter writes without converting
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
-_INPUTS = {"image": "pixel_values", "text": "input_ids"}  # as transformers calls them
+INPUTS = {"image": "pixel_values", "text": "input_ids"}  # as transformers calls them
 
 
 class OnnxError(ValueError):
@@ -36,7 +36,7 @@ def write_onnx(model: DualEncoder, folder: Path, tolerance: float) -> list[str]:
     OnnxError beyond `tolerance`; `check_installed` comes before.
     """
     folder.mkdir(parents=True)
-    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in _INPUTS]
+    return [_write(_Tower(model, side), folder / f"{side}.onnx", tolerance) for side in INPUTS]
 
 
 def check_installed() -> None:
@@ -89,7 +89,7 @@ class _Tower(nn.Module):
 def _write(tower: _Tower, path: Path, tolerance: float) -> str:
     import onnxruntime
 
-    input_name, output_name = _INPUTS[tower.side], f"{tower.side}_embeds"
+    input_name, output_name = INPUTS[tower.side], f"{tower.side}_embeds"
     # One ONNX file ends at 2 GiB; larger towers keep their weights beside it.
     n_bytes = sum(weight.numel() * weight.element_size() for weight in tower.parameters())
     difference = 0.0

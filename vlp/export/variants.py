@@ -1,4 +1,6 @@
-"""The same model for other needs: weights of half the size, or pictures of another size."""
+"""The same model for other needs: weights of half the size, pictures of another size, or
+embeddings of fewer numbers.
+"""
 
 from __future__ import annotations
 
@@ -84,10 +86,7 @@ def note(model: DualEncoder, reference: DualEncoder, dtype: torch.dtype) -> list
     """A line on how far the rounded weights are from the model's; none for float32."""
     if dtype == torch.float32:
         return []
-    pixels, ids = model.example(8)
-    if language.reference_of(model.open_clip_config["text_cfg"]):
-        # Its language model may be absent, or large: rows in the place of what it would give.
-        ids = torch.randn(8, model.text.width)
+    pixels, ids = _example(model)
     device = next(model.parameters()).device
     ours, theirs = model(pixels.to(device), ids.to(device)), reference(pixels, ids)
     cosines = [
@@ -100,13 +99,22 @@ def note(model: DualEncoder, reference: DualEncoder, dtype: torch.dtype) -> list
     ]
 
 
+def _example(model: DualEncoder) -> tuple[Tensor, Tensor]:
+    """Pixels and token ids that the model can be run on."""
+    pixels, ids = model.example(8)
+    if language.reference_of(model.open_clip_config["text_cfg"]):
+        # Its language model may be absent, or large: rows in the place of what it would give.
+        ids = torch.randn(8, model.text.width)
+    return pixels, ids
+
+
 def resized(model: DualEncoder, size: int) -> DualEncoder:
     """The model for pictures of `size` × `size` pixels, as training at that size builds it
     (vlp.pretrained.image_size); ExportError for a size that the tower cannot read names others.
     """
     described = copy.deepcopy(model.description())
     described["model_cfg"]["vision_cfg"]["image_size"] = size
-    described["vlp"]["heads"] = {}
+    described["vlp"]["heads"] = {"nonnegative": model.heads_config.nonnegative}
     trained_as = {"model_cfg": model.open_clip_config}
 
     with TemporaryDirectory() as folder:
@@ -116,3 +124,71 @@ def resized(model: DualEncoder, size: int) -> DualEncoder:
             return from_description(described, file, stated=trained_as).eval()
         except ValueError as error:
             raise ExportError(f"--image-size {size}: {error}") from error
+
+
+@torch.no_grad()
+def narrowed(model: DualEncoder, width: int) -> DualEncoder:
+    """The model that embeds as the first `width` numbers of this one, as unit rows: its last
+    projections are cut. ExportError for a width beyond D, or a tower that cannot be cut.
+    """
+    if width > model.embed_dim:
+        raise ExportError(
+            f"--width is {width}, but the embeddings have {model.embed_dim} numbers; name at most "
+            f"{model.embed_dim}"
+        )
+    described = copy.deepcopy(model.description())
+    described["model_cfg"]["embed_dim"] = width
+    described["vlp"]["heads"] = {}
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        try:
+            # Built once without weights, to learn the shapes that they have at this width.
+            shapes = from_description(described).open_clip_state_dict()
+            save_weights(_cut(model, shapes, width), file)
+            narrow_model = from_description(described, file).eval()
+        except ValueError as error:
+            raise ExportError(f"--width {width}: {error}; {_CUT_ADVICE}") from error
+
+    _check_cut(model, narrow_model, width)
+    return narrow_model
+
+
+_CUT_ADVICE = "leave it out: vlp eval, search and embed cut the rows of any model by --width"
+
+
+def _cut(model: DualEncoder, shapes: dict[str, Tensor], width: int) -> dict[str, Tensor]:
+    """The weights with the shapes of a model of embeddings of `width` numbers. ValueError where
+    more than the embedding's dimension differs.
+    """
+    weights = {}
+    for name, value in model.open_clip_state_dict().items():
+        wanted = shapes[name].shape
+        changes = {(before, after) for before, after in zip(value.shape, wanted) if before != after}
+        if changes - {(model.embed_dim, width)}:
+            raise ValueError(
+                f"{name} has the shape {list(value.shape)}, and {list(wanted)} at this width, "
+                "which are not its first numbers"
+            )
+        weights[name] = value[tuple(slice(size) for size in wanted)].cpu()
+    return weights
+
+
+def _check_cut(model: DualEncoder, narrow_model: DualEncoder, width: int) -> None:
+    """Raise ExportError unless the cut model's rows are the first numbers of the whole one's."""
+    pixels, ids = _example(model)
+    device = next(model.parameters()).device
+    whole, cut = model(pixels.to(device), ids.to(device)), narrow_model(pixels, ids)
+    for side in ("image", "text"):
+        prefix = getattr(whole, side).float()[:, :width].cpu()
+        expected = torch.nn.functional.normalize(prefix, dim=-1)
+        apart = (getattr(cut, side) - expected).abs().max().item()
+        # Not <=: NaN is no number that a model was cut to.
+        if not apart <= _CUT_TOLERANCE:
+            raise ExportError(
+                f"--width {width}: the cut {side} tower differs by {apart:.1e} from the first "
+                f"numbers of its embeddings; {_CUT_ADVICE}"
+            )
+
+
+_CUT_TOLERANCE = 1e-4  # largest difference of a coordinate; the products are of other shapes

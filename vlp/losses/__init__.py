@@ -11,19 +11,21 @@ works in any trainer. On several ranks each returns its share, and averaging gra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from vlp import dist, plugin
 from vlp.fields import supplier
 from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
-from vlp.losses._objective import Objective, own_scale, reads
+from vlp.losses._objective import Objective
 from vlp.losses._table import Table
+from vlp.losses._terms import check_width, for_run, leaves, min_views, own_scale, reads
 from vlp.pairwise import Backend, Topology
 
 __all__ = [
-    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "own_scale", "reads", "supplier",
+    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "check_width", "leaves",
+    "min_views",
+    "own_scale", "reads", "supplier",
 ]  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def build(
         raise ValueError(
             f"objective: no term; name at least one of {', '.join(plugin.names(__name__))}"
         )
-    terms = [_for_run(term, samples, steps) for term in chosen]
+    terms = [for_run(term, samples, steps) for term in chosen]
 
     # A topology that does not fit the ranks raises here, not at the first step.
     backend = Backend(
@@ -69,21 +71,3 @@ def build(
         seed=seed,
     )
     return Objective(terms, backend, normalize)
-
-
-def _for_run(term: plugin.Plugin, samples: int | None, steps: int | None) -> plugin.Plugin:
-    """The term with what only the run knows.
-
-    ValueError for a schedule that the run is too short for.
-    """
-    weight = term.common.weight
-    if isinstance(weight, Schedule) and steps is not None and weight.steps > steps:
-        raise ValueError(
-            f"objective.{term.name}.weight moves over {weight.steps:,} steps, but the run has "
-            f"{steps:,}: it would never reach {weight.end:g}; lower its steps, or name the value "
-            "at the run's end"
-        )
-
-    if not hasattr(term.module, "for_run"):
-        return term
-    return replace(term, options=term.module.for_run(term.options, samples, steps))

@@ -114,3 +114,18 @@ class Formed(Candidates):
     # of several positives: out −mean_p log p_p; in −log Σ_p p_p; decoupled: out, each positive
     # against the negatives alone
     form: Literal["out", "in", "decoupled"] = "out"
+
+
+@dataclass(frozen=True)
+class Ignoring:
+    """The key of losses that leave candidates out, and ask nothing else of them."""
+
+    # other candidates that are no negatives of the row
+    ignore: Ignore = Ignore()
+
+    def __post_init__(self) -> None:
+        self.candidates()
+
+    def candidates(self) -> Candidates:
+        """Who is compared with whom; ValueError for a rule that needs a queue."""
+        return Candidates(ignore=self.ignore)

@@ -8,18 +8,20 @@ A loss file holds
 and may hold
     OPTIONAL, or optional(options)   further keywords that it reads where the call carries them
     MIN_CANDIDATES = 2               it compares a row with others
-    MIN_VIEWS = 2                    further views of an image that it needs
+    MIN_VIEWS = 2, or min_views(options)    further views of an image that it needs
     initial_state(options)           dict of tensors and `Table`s; `term` then takes `state` and
                                      returns (value, new state), a `Write` standing for a table
     for_run(options, samples, steps) the options with what only the run knows
     asks(options)                    the candidates of a batch that a cross-encoder has to judge
     exported_scale(options)          its 1/temperature, where it is not the model's learned scale
     label(options)                   its name in logs, where that is not the file's
+    wrapped(options)                 the terms inside it that it evaluates itself
+    check_width(options, width)      raises ValueError where it does not fit embeddings of that D
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +35,7 @@ from vlp.losses._boundary import evaluated
 from vlp.losses._candidate_options import Candidates
 from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
+from vlp.losses._terms import keeps_state, leaves, needs, reads, state_of, value_of
 from vlp.pairwise import Backend, Pairs, reduction
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
@@ -64,15 +67,11 @@ class Objective:
         self.plugins, self.backend, self.normalize = plugins, backend, normalize
 
         # What each term needs is known before the first call, and refused by name in it.
-        self.required = {plugin.label: _needs(plugin) for plugin in plugins}
+        self.required = {plugin.label: needs(plugin) for plugin in plugins}
         self.needs = frozenset().union(*self.required.values()) - ALWAYS
         self.reads = reads(plugins).union(ALWAYS, {"step"})
 
-        self.state = {
-            plugin.label: plugin.module.initial_state(plugin.options)
-            for plugin in plugins
-            if hasattr(plugin.module, "initial_state")
-        }
+        self.state = {plugin.label: state_of(plugin) for plugin in plugins if keeps_state(plugin)}
         # Tables take their memory now: what is not there should be missed at once, not at the first
         # step.
         for state in self.state.values():
@@ -118,8 +117,8 @@ class Objective:
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
         total, terms, new_states = inputs.image.new_zeros((), dtype=dtype), {}, {}
         for plugin in self.plugins:
-            pairs_of_term = replace(pairs, noted={})
-            value, new_state = self._term(plugin, inputs, pairs_of_term)
+            pairs_of_term, state = replace(pairs, noted={}), self.state.get(plugin.label, {})
+            value, new_state = value_of(plugin, inputs, pairs_of_term, state)
             if new_state and counts:
                 new_states[plugin.label] = new_state
             value = value.to(dtype)
@@ -128,19 +127,6 @@ class Objective:
                 terms[f"{plugin.label}.{name}"] = share.to(dtype)
             total = total + plugin.common.weight_at(inputs.step) * value
         return total, terms, new_states
-
-    def _term(
-        self, plugin: Plugin, inputs: Inputs, pairs: Pairs
-    ) -> tuple[Tensor, dict[str, Tensor | Write]]:
-        """(value, new state) of one term; the new state of a term without one is empty."""
-        # A term does not know its label: errors get it here.
-        stateful = plugin.label in self.state
-        arguments = [self.state[plugin.label]] if stateful else []
-        try:
-            result = plugin.module.term(inputs, pairs, plugin.options, *arguments)
-        except ValueError as error:
-            raise ValueError(f"the term {plugin.label!r}: {error}") from error
-        return result if stateful else (result, {})
 
     # State
 
@@ -187,7 +173,7 @@ class Objective:
             for name, value in state.items():
                 yield f"{label}/{name}", value
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take what the first rank of any number of ranks saved; every rank brings the whole.
 
         Collective. ValueError for the state of another objective.
@@ -221,8 +207,8 @@ class Objective:
             if name not in KEYWORDS
         ]
         missing = []
-        for label, needs in self.required.items():
-            for name in sorted(needs | ALWAYS):
+        for label, keywords_of_term in self.required.items():
+            for name in sorted(keywords_of_term | ALWAYS):
                 instead = INSTEAD.get(name, name)
                 if keywords.get(name) is None and keywords.get(instead) is None:
                     missing.append(
@@ -297,7 +283,7 @@ class Objective:
         ValueError, which names the term.
         """
         n = self.candidates(n_rows)
-        for plugin in self.plugins:
+        for plugin in leaves(self.plugins):
             least = getattr(plugin.module, "MIN_CANDIDATES", 1)
             if n < least:
                 raise ValueError(
@@ -316,40 +302,6 @@ def _replaced(old: Tensor, new: Tensor, counts: Tensor) -> Tensor:
     # Before the first step a state may be empty, which stands for zeros.
     kept = old.to(new) if old.shape == new.shape else torch.zeros_like(new)
     return torch.where(counts, new, kept)
-
-
-def reads(plugins: Iterable[Plugin]) -> frozenset[str]:
-    """The keywords that some of the terms read, needed or not."""
-    keywords: frozenset[str] = frozenset()
-    for plugin in plugins:
-        keywords |= _needs(plugin) | _optional(plugin)
-    return keywords
-
-
-def own_scale(plugins: Iterable[Plugin]) -> tuple[str, float] | None:
-    """The term whose temperature is the objective's, and its 1/temperature; None where a term
-    learns the model's scale, or none has a temperature of its own.
-    """
-    plugins = list(plugins)
-    if any("scale" in _needs(plugin) for plugin in plugins):
-        return None
-
-    for plugin in plugins:
-        if hasattr(plugin.module, "exported_scale"):
-            return plugin.label, plugin.module.exported_scale(plugin.options)
-    return None
-
-
-def _needs(plugin: Plugin) -> frozenset[str]:
-    module = plugin.module
-    return frozenset(module.needs(plugin.options) if hasattr(module, "needs") else module.NEEDS)
-
-
-def _optional(plugin: Plugin) -> frozenset[str]:
-    module = plugin.module
-    if hasattr(module, "optional"):
-        return frozenset(module.optional(plugin.options))
-    return frozenset(getattr(module, "OPTIONAL", ()))
 
 
 def _from(name: str) -> str:

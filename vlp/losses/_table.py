@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ from vlp import dist
 from vlp.pairwise import reduction
 
 CHUNK = 2**20  # rows of all ranks that travel at a time when the table is made whole
+
+
+class Whole(Protocol):
+    """A whole table, [samples, c]: a tensor, or one whose rows are read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, samples: slice, /) -> Tensor: ...
 
 
 class Table:
@@ -108,11 +117,11 @@ class Table:
         """
         return self.own[: self._n_rows()]
 
-    def load(self, whole: Tensor) -> None:
+    def load(self, whole: Whole) -> None:
         """Take this rank's share of a whole table, which every rank must bring. Collective.
 
-        Only the share is copied: of a table that `checkpoint.load` maps from its file, a rank
-        holds nothing else.
+        Only the share is copied: of a table that `checkpoint.load` maps from its file, or finds in
+        parts, a rank holds nothing else.
         """
         lengths = dist.gather_objects(len(whole), self.ranks)
         if len(set(lengths)) > 1:

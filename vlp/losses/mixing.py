@@ -9,14 +9,23 @@ norm(α q + (1−α) q'), α ~ U(0, 1), and of the query with one of them, norm(
 U(0, ½). Neither Q nor H has a gradient. Draws are a function of (seed, step, row of the step),
 whatever the ranks.
 
+With `extrapolate` a, the score of a pair is that of norm(m x_i + (1−m) t_i) and
+norm(m t_i + (1−m) x_i), m = 1 + Beta(a, a) drawn for each coordinate: a harder positive. With
+`interpolate` a, every key of the queue becomes norm(λ q + (1−λ) q_π), π a permutation of the queue
+and λ ~ Beta(a, a) for each coordinate.
+
 Relations:
 - with nothing mixed this is `infonce` with a queue
+- m = 1 and λ = 1, as with 0 for both keys, leave the plain loss
 - in the paper, which has one modality, the pair itself is the only candidate of the batch
   (`in_batch: false`)
 
 Papers:
 - MoCHi (arXiv 2010.01028):
   `objective: {mixing: {hardest: 1024, mixed_pairs: 1024, mixed_queries: 128, in_batch: false}}`
+- transformed features (arXiv 2108.02982), at a temperature of .07: `objective: {mixing:
+  {mixed_pairs: 0, mixed_queries: 0, in_batch: false, extrapolate: 2, interpolate: 1.6}}`; the
+  release compares the extrapolated query with the queue as well, and does not normalise by default
 
 Needs: image, text, scale, queue_image, queue_text
 
@@ -36,6 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlp.losses._draws import beta, draws
 from vlp.losses._inputs import Inputs
 from vlp.losses._queue import filled
 from vlp.pairwise import Pairs, logaddexp, softplus, widened
@@ -50,8 +60,17 @@ class Options:
     mixed_pairs: int = 1024  # mixtures of two of them
     mixed_queries: int = 128  # mixtures of the query with one of them
     in_batch: bool = True  # the other pairs of the batch are candidates too
+    # a of m = 1 + Beta(a, a), by which the two sides of a pair move apart; 0: they stay
+    extrapolate: float = 0.0
+    # a of Beta(a, a), by which keys of the queue mix with one another; 0: they stay
+    interpolate: float = 0.0
 
     def __post_init__(self) -> None:
+        if min(self.extrapolate, self.interpolate) < 0:
+            raise ValueError(
+                "extrapolate and interpolate: found "
+                f"{self.extrapolate} and {self.interpolate}, expected numbers >= 0"
+            )
         if self.hardest < 1 or min(self.mixed_pairs, self.mixed_queries) < 0:
             raise ValueError(
                 f"expected hardest >= 1, mixed_pairs and mixed_queries >= 0, found {self}"
@@ -66,6 +85,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     inputs = inputs.operands()
     wide = inputs.wide()
+    step = inputs.step or 0
     scale = torch.as_tensor(inputs.scale, device=inputs.image.device)
     if options.in_batch:
         rows, columns, positive = pairs.logsumexp(inputs.image, inputs.text, scale)
@@ -73,13 +93,38 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
         # No candidate of the batch: empty sums.
         positive = scale * (wide.image * wide.text).sum(1)
         rows = columns = torch.full_like(positive, -torch.inf)
+    if options.extrapolate:
+        positive = scale * _extrapolated(wide, step, pairs, options.extrapolate)
 
     # The queues join the denominators.
-    step = inputs.step or 0
     texts = _from_queue(inputs.image, inputs.queue_text, scale, step, "text", pairs, options)
     images = _from_queue(inputs.text, inputs.queue_image, scale, step, "image", pairs, options)
     rows, columns = logaddexp(rows, texts), logaddexp(columns, images)
     return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
+
+
+def _extrapolated(wide: Inputs, step: int, pairs: Pairs, alpha: float) -> Tensor:
+    """Cosines of the pairs whose sides moved apart, [b]."""
+    n_rows, width = wide.image.shape
+    first_row = pairs.backend.ranks.index * n_rows
+    rows = first_row + torch.arange(n_rows, device=wide.image.device)
+    drawn, *_ = draws(rows, derive(pairs.backend.seed, "extrapolation", step), width)
+    factor = 1 + beta(drawn, alpha).to(wide.image.dtype)
+
+    image = F.normalize(torch.lerp(wide.text, wide.image, factor), dim=1)
+    text = F.normalize(torch.lerp(wide.image, wide.text, factor), dim=1)
+    return (image * text).sum(1)
+
+
+def interpolated(queue: Tensor, seed: int, alpha: float) -> Tensor:
+    """The keys [Q, D], each mixed with another; the same on every rank, which holds them whole."""
+    places = torch.arange(len(queue), device=queue.device)
+    drawn, order, _ = draws(places, seed, queue.shape[1])
+    others = queue[order[:, 0].argsort()]
+    factor = beta(drawn, alpha)
+    return F.normalize(
+        torch.lerp(widened(others), widened(queue), factor.to(widened(queue))), dim=1
+    )
 
 
 def _from_queue(
@@ -93,6 +138,9 @@ def _from_queue(
 ) -> Tensor:
     """log Σ over the queue and the mixtures, [b]."""
     queue = filled(queue, len(query), pairs)
+    if options.interpolate and len(queue):
+        seed = derive(pairs.backend.seed, "interpolated queue", name, step)
+        queue = interpolated(queue, seed, options.interpolate)
 
     # The queue itself; while it is empty there is nothing to mix.
     log_sums = pairs.alone.row_logsumexp(query, queue, scale)
@@ -162,23 +210,3 @@ def mix(
     second[:, with_query] = query.unsqueeze(1)
     weight[:, with_query] = 1 - weight[:, with_query] / 2
     return F.normalize(torch.lerp(second, first, weight.unsqueeze(2).to(first)), dim=2)
-
-
-def draws(rows: Tensor, seed: int, n: int) -> Iterator[Tensor]:
-    """Three times uniform numbers in [0, 1), [b, n] float64, from a hash of (seed, row, column).
-
-    The same for a row on any rank, in any block and on any device.
-    """
-    # A hash and not a generator: the same on any device, and a row's numbers need no other row's.
-    column = torch.arange(n, device=rows.device)
-    for turn in range(3):
-        state = _hash(rows.unsqueeze(1) ^ (seed & 0xFFFFFFFF))
-        state = _hash(state ^ (3 * column + turn + (seed >> 32 & 0x7FFFFFFF)))
-        yield state.double() / 2**32
-
-
-def _hash(state: Tensor) -> Tensor:
-    """Mix the bits of 32-bit numbers held in int64 (the finaliser of MurmurHash3)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        state = ((state ^ (state >> shift)) * factor) & 0xFFFFFFFF
-    return state ^ (state >> 16)

@@ -63,6 +63,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
     encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
+    if model.text_dropout:
+        encoder.drop_text(model.text_dropout)
     if model.new_projection:
         encoder.unlock_projections()
     return encoder

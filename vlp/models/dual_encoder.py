@@ -7,6 +7,7 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from vlp import config
 from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
-from vlp.models.heads import Heads
+from vlp.models.heads import Heads, nonnegative
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
@@ -105,8 +106,7 @@ class DualEncoder(nn.Module):
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. The heads for concepts, teachers and captions read the
-        first `pairs` rows.
+        Views go through the head for views. All other heads read the first `pairs` rows.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -129,6 +129,12 @@ class DualEncoder(nn.Module):
                 rows = outputs[side]
                 if rows is not None:
                     outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
+        if pairs and self.heads.predictor is not None:
+            for side, other in (("image", "text"), ("text", "image")):
+                rows = outputs[side]
+                if rows is not None:
+                    predicted = self.heads.predictor(side, rows[:pairs])
+                    outputs[f"predicted_{other}"] = _unit(predicted)
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
@@ -143,20 +149,26 @@ class DualEncoder(nn.Module):
         """Unit rows of the first rows of a tower's features; what follows are views, which pass the
         head of this modality.
         """
-        embeddings = {name: _unit(features[:n_rows])}
+        embeddings = {name: self._embedding(features[:n_rows])}
         if features.shape[0] == n_rows:
             return embeddings
 
         project = getattr(self.heads.views, name)
-        embeddings[f"{name}_views"] = _unit(project(_unit(features[n_rows:])))
+        embeddings[f"{name}_views"] = _unit(project(self._embedding(features[n_rows:])))
         return embeddings
+
+    def _embedding(self, features: Tensor) -> Tensor:
+        """Unit rows of a tower's features, [rows, D]."""
+        if self.heads_config.nonnegative:
+            features = nonnegative(features)
+        return _unit(features)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[b, 3, H, W] → [b, D] unit rows (float32 under autocast). uint8 is RGB in 0…255 and is
         normalised here, on its device; a floating-point image is taken as normalised already. H, W
         must be `image_spec.size`.
         """
-        return _unit(self._image(image)[0])
+        return self._embedding(self._image(image)[0])
 
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
@@ -178,7 +190,7 @@ class DualEncoder(nn.Module):
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
         context length; where the tower's features do not depend on padding, it may be shorter.
         """
-        return _unit(self._text(text)[0])
+        return self._embedding(self._text(text)[0])
 
     def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
@@ -299,6 +311,16 @@ class DualEncoder(nn.Module):
                 self.lora_scalings[side] = options.alpha / options.r
         self.train(self.training)
 
+    def drop_text(self, share: float) -> None:
+        """Drop this share of what enters each block of the text tower, in training."""
+        if not isinstance(self.text, TextTransformer):
+            raise ValueError(
+                "text_tower.dropout is of open_clip's text transformer (transformer, open_clip), "
+                f"found {type(self.text).__name__}; leave it out"
+            )
+        for block in repeated(self.text):
+            block.register_forward_pre_hook(partial(_dropped, share))
+
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
@@ -374,6 +396,12 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
         getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(trunk, f"{word}_checkpointing_disable")()
+
+
+def _dropped(share: float, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a block: its first input with `share` of the numbers left out."""
+    rows, *others = inputs
+    return F.dropout(rows, share, block.training), *others
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

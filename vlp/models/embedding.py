@@ -22,6 +22,8 @@ from vlp.types import Batch, Features
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
 # that of the outputs is the order in which autograd adds up gradients.
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
+# Fields of a batch that pass a tower and then a head of their own.
+VIEWS = [name for name, row in EMBEDDED.items() if row.head]
 NUMBERS = ("scale", "bias", "view_scale", "interactive_scale")
 
 
@@ -75,6 +77,13 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     if "text_views" in views:
         n_tokens += views["text_views"].numel()
     return n_pictures, n_tokens
+
+
+def further_views(model: nn.Module, batch: Batch) -> list[str]:
+    """The fields of further views that the batch carries and a head of the model projects."""
+    encoder = _encoder(model)
+    supplied = encoder.heads.supplies() if isinstance(encoder, DualEncoder) else frozenset()
+    return [name for name in VIEWS if name in supplied and getattr(batch, name) is not None]
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,7 @@ def _cut(
     """How the texts and their views are to pass the tower, as a keyword with its places on
     `device`; none: as they are.
     """
-    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Concatenated))
-    encoder = next(encoders, None)
+    encoder = _encoder(model)
     if encoder is None or not texts:
         return {}
 
@@ -164,6 +172,12 @@ def _cut(
 
     cut = encoder.cut(np.concatenate(ids), device, n_possible)
     return {} if cut is None else {"cut": cut}
+
+
+def _encoder(model: nn.Module) -> DualEncoder | Concatenated | None:
+    """What an engine may have wrapped."""
+    encoders = (part for part in model.modules() if isinstance(part, DualEncoder | Concatenated))
+    return next(encoders, None)
 
 
 def _joined(parts: dict[str, _Part]) -> Tensor | None:

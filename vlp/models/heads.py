@@ -11,6 +11,10 @@ leave with export.
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
+    predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
+              arXiv 2011.10566): predicted_text, predicted_image
+
+`nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
 
 from __future__ import annotations
@@ -32,21 +36,32 @@ LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 
 class Views(nn.Module):
-    """[rows, D] → [rows, D] for images and, if they have views, texts."""
+    """[rows, D] → [rows, D] for images and texts, as far as they have views."""
 
     def __init__(self, embed_dim: int, options: config.ViewHead) -> None:
         super().__init__()
-        modalities = ("image", "text") if options.text else ("image",)
-        for modality in modalities:
-            layers = (
-                nn.Linear(embed_dim, options.width),
-                nn.GELU(),
-                nn.Linear(options.width, embed_dim),
-            )
-            setattr(self, modality, nn.Sequential(*layers))
+        for modality in ("image", "text"):
+            if getattr(options, modality):
+                setattr(self, modality, _two_layers(embed_dim, options.width))
 
         # Views may want another temperature than pairs.
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
+
+
+def _two_layers(embed_dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, embed_dim))
+
+
+class Predictor(nn.Module):
+    """[rows, D] → [rows, D]: of images their texts, of texts their images."""
+
+    def __init__(self, embed_dim: int, options: config.PredictorHead) -> None:
+        super().__init__()
+        self.image, self.text = (_two_layers(embed_dim, options.width) for _ in range(2))
+
+    def forward(self, side: str, rows: Tensor) -> Tensor:
+        """What rows of one side, "image" or "text", say of the other; of any norm."""
+        return getattr(self, side)(rows)
 
 
 class TeacherMap(nn.Module):
@@ -148,6 +163,19 @@ class Captioner(nn.Module):
         return self.decoder(self.bridge(image_tokens), text_tokens[:, :-1], ids[:, 1:])
 
 
+def nonnegative(features: Tensor) -> Tensor:
+    """max(0, h) of features h of any shape, with the gradient of GELU: a number that is 0 for all
+    samples can still come back (non-negative contrastive learning, arXiv 2403.12459).
+    """
+    values = features.relu()
+    if not torch.is_grad_enabled():
+        return values
+
+    # The value of the first and the gradient of the second, without rounding.
+    smooth = F.gelu(features)
+    return values.detach() + (smooth - smooth.detach())
+
+
 class Heads(nn.Module):
     """The heads of a configuration; those that it does not name are None."""
 
@@ -161,6 +189,7 @@ class Heads(nn.Module):
         self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
+        self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
 
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that these heads give."""
@@ -170,7 +199,8 @@ class Heads(nn.Module):
             if row.head and row.tower and getattr(self, row.head) is not None
         }
 
-        # The head for views is there, but projects images alone.
-        if self.options.views is not None and not self.options.views.text:
-            names.discard("text_views")
+        # The head for views is there, but may project one side alone.
+        for modality in ("image", "text"):
+            if self.options.views is not None and not getattr(self.options.views, modality):
+                names.discard(f"{modality}_views")
         return frozenset(names)

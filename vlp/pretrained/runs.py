@@ -9,15 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from vlp import log
-
-if TYPE_CHECKING:
-    from vlp.pretrained.parts import Reader
+from vlp.pretrained.parts import CheckpointError as CheckpointError  # its readers catch it here
+from vlp.pretrained.parts import Joined, Layout
 
 FOLDER = "checkpoints"
 BEST = "best.json"  # in FOLDER: which checkpoint is the best one
@@ -30,10 +29,6 @@ AVERAGED = "ema."  # begins the labels of results that are the moving average's
 # of a checkpoint in one piece, the files with the weights and with their moving average, and what
 # begins the names of its weights there
 MODEL, TEACHER, AVERAGE = "model.safetensors", "teacher.safetensors", "ema_"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or does not fit."""
 
 
 def resolve(ref: str | Path) -> Path:
@@ -112,22 +107,26 @@ def all_of(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step_*") if not path.suffix)
 
 
-def tensors_of(path: Path, kind: str, reader: Reader | None = None) -> Mapping[str, Tensor]:
+def tensors_of(path: Path, kind: str, layout: Layout | None = None) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint of one kind ("model", "optimizer", "objective", "teacher"), whole
     ones by name; empty where it holds none of that kind.
 
-    From one file they are mapped; of parts each is put together when it is asked for. `reader`: of
-    the parts, where there is one.
+    From one file they are mapped; of parts each is put together when it is asked for. `layout`: of
+    the parts, where their headers have been read.
     """
     file = path / f"{kind}.safetensors"
     if file.exists():
         return load_file(file)
+    layout = layout or layout_of(path)
+    return {} if layout is None else Joined(path, layout, kind)
+
+
+def layout_of(path: Path) -> Layout | None:
+    """Where the tensors of a checkpoint lie in its parts; None for one in one piece."""
     if not in_parts(path):
-        return {}
-
-    from vlp.pretrained.parts import Joined, Reader  # imports torch.distributed, half a second
-
-    return Joined(reader or Reader(path), kind)
+        return None
+    # Not every file that lies there: a part of another checkpoint may have been copied along.
+    return Layout.of(path, sorted(filter(is_part, _manifest(path))))
 
 
 def in_parts(path: Path) -> bool:

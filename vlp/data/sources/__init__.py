@@ -99,6 +99,7 @@ class Source(Protocol):
         """Raise ValueError where `n_shards` at once, those that this machine reads, find no room
         here.
         """
+        return
 
     def is_lost(self, i: int) -> bool:
         """Whether the shard of sample i could not be fetched lately."""
@@ -143,7 +144,7 @@ class Source(Protocol):
         self.n_counterfactuals = max(self.n_counterfactuals, counterfactuals)
 
     def n_captions(self) -> np.ndarray:
-        """How many captions each sample has, int64 [n]."""
+        """How many captions each sample has, whole numbers [n]."""
         raise ValueError(
             f"{type(self).__name__} does not know how many captions its samples have; "
             "pack it into shards"

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vlp import log
+from vlp.caches import cache_folder
 from vlp.data.index_file import checked, open_index, opened
 from vlp.data.rows import EXTENT, ROW, SCATTERED, Shard, Stored, extents
 from vlp.data.scan import scan
@@ -30,7 +31,7 @@ class StoredRows:
 
     The rows of a shard are checked when a process reads the first of them. Where the index was
     damaged, or replaced while the run goes on, they are looked for in the index that is there now,
-    and else the tar is scanned again.
+    and else the tar is scanned again, and the index mended.
     """
 
     def __init__(
@@ -131,24 +132,13 @@ class StoredRows:
         if not self._told:
             self._told = True
             log.warn(
-                f"{stored.path} is of no use for {path} ({reason}): the tar is read again, which "
-                "costs time; delete that index, and the next start makes it anew"
+                f"{stored.path} is of no use for {path} ({reason}): the tar is read again, and the "
+                "index mended where it can be written"
             )
-        try:
-            shard = scan(Path(path))
-        except ValueError as error:  # remote ones are not here before the first step
-            raise ValueError(
-                f"{stored.path} is of no use for {path} ({reason}), nor is the tar ({error}); "
-                "delete that index, and the next start makes it anew"
-            ) from None
-        body = shard.rows + shard.extents
-        if hashlib.sha256(body).hexdigest() != stored.digest:
-            raise ValueError(
-                f"{path} is not what was indexed when the run began, and its index is of no use "
-                f"any more ({reason})"
-            )
-        _make_room(self._scanned)
-        self._scanned[s] = body
+        body = _scanned(stored, path, reason)
+        if not _mended(stored, body):
+            _make_room(self._scanned)
+            self._scanned[s] = body
         return body
 
     def _part(self, s: int, path: str, offset: int, n_bytes: int) -> bytes:
@@ -178,6 +168,45 @@ class StoredRows:
     def _n_rows(self, s: int) -> int:
         _, _, n_bytes, n_extents = self._places[s].tolist()
         return (n_bytes - n_extents * EXTENT.size) // ROW.size
+
+
+def _scanned(stored: Stored, path: str, reason: Exception) -> bytes:
+    """The rows and extents of a shard, from its tar at `path`; ValueError where that has others.
+    `reason`: why those in the index are of no use.
+    """
+    try:
+        shard = scan(Path(path))
+    except ValueError as error:  # remote ones are not here before the first step
+        advice = "delete that index, and the next start makes it anew"
+        if Path(stored.path).is_relative_to(cache_folder()):
+            Path(stored.path).unlink(missing_ok=True)
+            advice = "its copy is removed; start again, which fetches it anew"
+        raise ValueError(
+            f"{stored.path} is of no use for {path} ({reason}), nor is the tar ({error}); {advice}"
+        ) from None
+
+    body = shard.rows + shard.extents
+    if hashlib.sha256(body).hexdigest() != stored.digest:
+        raise ValueError(
+            f"{path} is not what was indexed when the run began, and its index is of no use "
+            f"any more ({reason})"
+        )
+    return body
+
+
+def _mended(stored: Stored, body: bytes) -> bool:
+    """Write rows and extents back to their place in the index, where that is still the same file
+    and may be written; whether it holds them now.
+    """
+    # In place: these are the bytes that its header promises, whoever reads them meanwhile.
+    try:
+        with open(stored.path, "r+b") as file:
+            opened(stored.path, stored.head, again=True)  # ValueError: it is another's by now
+            file.seek(stored.offset)
+            file.write(body)
+        return checked(opened(stored.path, stored.head), stored) == body
+    except (OSError, ValueError):
+        return False
 
 
 def _make_room(kept: dict[int, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ def succeeded(rows: list[tuple[int, Row]]) -> tuple[list[tuple[int, Row]], str]:
     return kept, lost
 
 
-def rows_beside(shard: Path) -> dict[str, Row]:
-    """The rows of the pictures in a shard by key; empty where no such file lies beside it. Raises
-    ValueError, OSError for one that cannot be read.
+def rows_beside(shard: Path, keys: Collection[str] | None = None) -> dict[str, Row]:
+    """The rows of the pictures in a shard by key, of these `keys` alone where some are named; empty
+    where no such file lies beside it. Raises ValueError, OSError for one that cannot be read.
     """
     path = beside(shard)
     if path is None or not _is_one(path):
         return {}
-    rows, _ = parse_parquet(path)
+    rows, _ = parse_parquet(path, None if keys is None else {KEY: keys})
     kept, _ = succeeded(rows)
     return {str(row[KEY]): row for _, row in kept}
 

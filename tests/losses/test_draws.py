@@ -1,8 +1,18 @@
-"""What `mixing` draws; test_family.py has the loss against a loop."""
+"""What terms draw: the same for a row wherever it is drawn, and of the distribution they name."""
 
+import pytest
 import torch
+from scipy.special import betaincinv
 
-from vlp.losses.mixing import draws
+from vlp.losses._draws import beta, draws
+
+
+@pytest.mark.parametrize("alpha", [0.15, 0.5, 1, 1.6, 2, 30])
+def test_beta_has_the_quantiles_of_its_distribution(alpha):
+    uniform, *_ = draws(torch.arange(200), 5, 4)
+    uniform[0] = torch.tensor([0, 0.5, 1 - 2**-32, 1e-6])
+    expected = torch.from_numpy(betaincinv(alpha, alpha, uniform.numpy()))
+    torch.testing.assert_close(beta(uniform, alpha), expected, rtol=0, atol=2e-5)
 
 
 def test_draws_are_uniform_and_independent():

@@ -1,0 +1,203 @@
+"""Joining a Ray cluster, and what its nodes must have for it to do a tool's work."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vlp.data_tools._run import nodes
+from vlp.data_tools._run.nodes import ClusterError
+
+AUTO = "auto"  # the address that --ray alone stands for
+_CONNECT_S = 10  # for a cluster's port to answer
+_ANSWER_S = 180  # for a node to start a process and answer
+_TOKEN = Path.home() / ".ray" / "auth_token"  # where `ray start` keeps a cluster's
+
+
+def import_ray() -> Any:
+    """Ray, an optional dependency; raises ValueError where it is not installed."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("Ray is not installed; install it with pip install 'vlp[ray]'") from None
+    return ray
+
+
+def connect(address: str) -> None:
+    """Join the cluster at HOST:PORT. AUTO: that of RAY_ADDRESS, else the one that was started on
+    this machine, else a new one. Nothing to do where this process has joined one.
+
+    Raises ClusterError where none answers or its nodes differ from this machine.
+    """
+    # Ray looks for a token by itself only where it finds the cluster by itself.
+    if _TOKEN.exists() or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    ray = import_ray()
+    if ray.is_initialized():
+        return
+
+    place = _place(ray, address)
+    if place is not None:
+        _refuse_deaf(place)
+    options = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
+    try:
+        with _own_signals(), _quiet():
+            ray.init(address=place or "local", **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(_why_not(place, error)) from None
+
+    # Ray prints what its daemons report on stdout, where tools print what they have made.
+    ray._private.worker._worker_logs_enabled = False
+    nodes.refuse_differing(nodes.versions(), versions_of_nodes(ray))
+
+
+def _place(ray: Any, address: str) -> str | None:
+    """HOST:PORT of the cluster to join; None where one is to be started."""
+    source = "--ray"
+    if address == AUTO and os.environ.get("RAY_ADDRESS", AUTO) != AUTO:
+        source, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
+    if address == AUTO:
+        begun_here: str | None = ray._private.utils.read_ray_address()
+        return begun_here
+    if address == "local":
+        return None
+
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ClusterError(
+            f"{source} {address}: expected HOST:PORT of a cluster that this machine is a node of "
+            "(ray start says which); to send a call to another one, ray job submit brings it there"
+        )
+    return address
+
+
+def _refuse_deaf(place: str) -> None:
+    """Raise ClusterError where nothing listens: Ray itself would try for many minutes."""
+    host, _, port = place.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {place} ({error}); start one with ray start --head, look "
+            "with ray status, or let ray stop forget one that is gone"
+        ) from None
+
+
+def _why_not(place: str | None, error: Exception) -> str:
+    """What to say where Ray could not join or start a cluster."""
+    name = (
+        f"the Ray cluster at {place} could not be joined" if place else "Ray could not be started"
+    )
+    reasons = [str(reason) for reason in (error, error.__cause__) if reason]
+    if any("AuthToken" in reason or "uthentication" in reason for reason in reasons):
+        return (
+            f"{name}: it asks for another token; bring ~/.ray/auth_token of its head here, or its "
+            "content as RAY_AUTH_TOKEN"
+        )
+
+    # Of versions that differ, the second line tells which.
+    lines = [line.strip() for line in reasons[0].splitlines() if line.strip()]
+    return f"{name} ({' '.join(lines[:4])[:400]}); look with ray status"
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Around a call of Ray that puts an answer of its own to SIGTERM in the place of ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Around a call of Ray that warns by itself, in C++, of what it raises afterwards."""
+    sys.stderr.flush()
+    console = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+        os.close(nowhere)
+
+
+def versions_of_nodes(ray: Any) -> dict[str, dict[str, str]]:
+    """What each node that can work has installed, by the node's name; ClusterError where one cannot
+    say.
+    """
+    workers = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    answers = {_ask(ray, node): _name(node) for node in workers}
+    wait(answers, _ANSWER_S)
+
+    versions: dict[str, dict[str, str]] = {}
+    for answer, name in answers.items():
+        if not answer.done():
+            raise ClusterError(f"{name} has not answered in {_ANSWER_S} s; look with ray status")
+        error = answer.exception()
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise ClusterError(
+                f"{name} cannot import this version of vlp ({error.cause}); install vlp[ray] "
+                "there, the same version as here"
+            )
+        # One that is lost meanwhile will not work.
+        if error is None:
+            versions[name] = answer.result()
+    return versions
+
+
+def _ask(ray: Any, node: dict[str, Any]) -> Future[Any]:
+    """The versions that a node has, once it has said."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Inside, so that it is sent as a whole to nodes that may lack this module.
+    def installed() -> dict[str, str]:
+        from vlp.data_tools._run import nodes
+
+        return nodes.versions()
+
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    # On no core of its own: others may have all of them.
+    task = ray.remote(installed).options(num_cpus=0, scheduling_strategy=place)
+    answer: Future[Any] = task.remote().future()
+    return answer
+
+
+def _name(node: dict[str, Any]) -> str:
+    """A node in words. The last part tells those of one machine apart."""
+    return (
+        f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
+    )
+
+
+def check_device(device: str) -> None:
+    """Raise ClusterError for the device of a model that the cluster lacks."""
+    if device.startswith("cuda:"):
+        raise ClusterError(
+            f"--device {device}: on Ray each process is given a GPU; use --device cuda or auto"
+        )
+    if device == "cuda" and not has_gpus():
+        raise ClusterError(
+            "--device cuda, but no node of the cluster has a GPU (ray status); start one that has, "
+            "or use --device auto or cpu"
+        )
+
+
+def has_gpus() -> bool:
+    """Whether a node of the cluster has a GPU."""
+    n_gpus: float = import_ray().cluster_resources().get("GPU", 0)
+    return n_gpus >= 1

@@ -1,0 +1,200 @@
+"""Work in processes on a Ray cluster.
+
+A process is an actor. It is sent the work once and given one item after another, as a process of
+this machine is (`local`), so that a model is loaded once a process. It has one core and, where the
+work runs a model and the cluster has GPUs, one GPU. More processes are asked for than there is room
+for, so that a cluster that scales grows. An item whose process is lost, with its node or alone,
+goes to another process, which begins it anew.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vlp import log
+from vlp.data_tools._run import cluster, nodes
+from vlp.data_tools._run.local import WorkerLost
+from vlp.data_tools._run.nodes import ClusterError
+from vlp.data_tools._run.progress import say
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+TRIES = 4  # of an item whose process is lost
+_SPARE = 4  # processes that are asked for beyond those that work, at least
+_NOTICE_S = 30  # without a process that works, until that is said
+_END_S = 20  # for processes to be gone
+
+
+def finished(
+    do: Callable[[Item], Done], items: Sequence[Item], most: int | None, device: str | None
+) -> Generator[tuple[Item, Done], None, None]:
+    """Each item with what `do` returned for it, as soon as it is there.
+
+    most: processes at the same time; None: as many as there is room for. device: of the model that
+    `do` runs; None: none. Raises the exception of `do`, WorkerLost, and ClusterError for a node
+    that does not see the files.
+    """
+    # Nothing is started for nothing.
+    if not items:
+        return
+
+    ray = cluster.import_ray()
+    on_gpu = device in ("auto", "cuda") and cluster.has_gpus()
+    if device == "auto" and not on_gpu:
+        log.warn("no node of the cluster has a GPU; what would run on one runs on CPUs")
+    _, paths = nodes.pickled(items)
+    work, paths_of_work = nodes.pickled(do)
+    with nodes.call([*paths, *paths_of_work]) as call:
+        options = {"num_cpus": 1, "num_gpus": int(on_gpu), "scheduling_strategy": "SPREAD"}
+        workers = _Workers(ray, call, ray.put(work), options, most or len(items))
+        try:
+            yield from workers.results(deque(_Task(item) for item in items))
+        finally:
+            workers.end()
+
+
+class Worker:
+    """A process on a node."""
+
+    def __init__(self) -> None:
+        self.do: Callable[[Any], Any] | None = None
+
+    def prepare(self, call: nodes.Call, work: bytes) -> str:
+        """Take over the call; returns what this node lacks, in words."""
+        name = f"node {socket.gethostname()}"
+        # A node may have come since the call began.
+        nodes.refuse_differing(call.versions, {name: nodes.versions()})
+        call.adopt()
+        missing = call.missing()
+        if missing:
+            return f"{name} {missing}"
+
+        self.do = pickle.loads(work)
+        return ""
+
+    def work(self, item: Any) -> Any:
+        """Do one item."""
+        assert self.do is not None  # `prepare` has returned
+        return self.do(item)
+
+
+@dataclass
+class _Task:
+    """An item, and how often it was begun."""
+
+    item: Any
+    n_begun: int = 0
+
+
+@dataclass
+class _Workers:
+    """The processes of one run, and what each is doing."""
+
+    ray: Any
+    call: nodes.Call
+    work: Any  # a reference to its bytes
+    options: dict[str, Any]
+    most: int  # processes at the same time
+    preparing: dict[Future[Any], Any] = field(default_factory=dict)  # to its actor
+    working: dict[Future[Any], tuple[Any, _Task]] = field(default_factory=dict)
+    n_lost_starts: int = 0  # since one has succeeded
+
+    def results(self, waiting: deque[_Task]) -> Iterator[tuple[Any, Any]]:
+        """The items with what became of them; `waiting`: all of them."""
+        was_told = False
+        while waiting or self.working:
+            self._ask_for_more(len(waiting))
+            futures = [*self.preparing, *self.working]
+            ended, _ = wait(futures, _NOTICE_S, FIRST_COMPLETED)
+            if not (ended or self.working or was_told):
+                was_told = True
+                say("the cluster has no room for a process yet; ray status tells who uses it")
+
+            for future in ended:
+                if future in self.preparing:
+                    self._begin(future, waiting)
+                    continue
+                actor, task = self.working.pop(future)
+                if self._is_lost(future):
+                    self._put_back(task, waiting)
+                else:
+                    self._give(actor, waiting)
+                    yield task.item, future.result()
+
+    def end(self) -> None:
+        """End all processes, and wait until nothing writes any more."""
+        actors = [*self.preparing.values(), *(actor for actor, _ in self.working.values())]
+        for actor in actors:
+            with suppress(self.ray.exceptions.RayError):
+                self.ray.kill(actor)
+        wait(self.working, _END_S)
+
+    def _ask_for_more(self, n_waiting: int) -> None:
+        """Start processes, some more than there is room for: that is what a cluster grows by."""
+        n_working = len(self.working)
+        wanted = min(n_waiting, self.most - n_working, max(_SPARE, n_working))
+        for _ in range(wanted - len(self.preparing)):
+            actor = self.ray.remote(Worker).options(**self.options).remote()
+            self.preparing[actor.prepare.remote(self.call, self.work).future()] = actor
+
+    def _begin(self, future: Future[Any], waiting: deque[_Task]) -> None:
+        """Let a process that has started have its first item."""
+        actor = self.preparing.pop(future)
+        if self._is_lost(future):
+            self.n_lost_starts += 1
+            if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
+                raise WorkerLost(
+                    "no process stays alive on the cluster; its logs (/tmp/ray/session_latest/logs "
+                    "on each node) say why. The shards that are finished stay"
+                )
+            return
+
+        self.n_lost_starts = 0
+        if future.result():
+            raise ClusterError(
+                f"{future.result()}, which this machine does; use a folder that all nodes share "
+                "under one name, or addresses such as s3://…"
+            )
+        self._give(actor, waiting)
+
+    def _give(self, actor: Any, waiting: deque[_Task]) -> None:
+        """Let a process do the next item, or end it: what is idle holds its core."""
+        if not waiting:
+            self.ray.kill(actor)
+            return
+        task = waiting.popleft()
+        task.n_begun += 1
+        self.working[actor.work.remote(task.item).future()] = (actor, task)
+
+    def _put_back(self, task: _Task, waiting: deque[_Task]) -> None:
+        """Let an item whose process was lost be the next."""
+        if task.n_begun == TRIES:
+            raise WorkerLost(
+                f"{TRIES} processes ended without a word at one shard, most often for want of "
+                "memory; call again, with fewer --processes: the shards that are finished stay"
+            )
+        say("a process was lost, with its node or alone; its shard begins anew")
+        waiting.appendleft(task)
+
+    def _is_lost(self, future: Future[Any]) -> bool:
+        """Whether the process is gone; raises the exception that the work has raised."""
+        error = future.exception()
+        exceptions = self.ray.exceptions
+        if error is None:
+            return False
+        if isinstance(error, exceptions.RayTaskError):
+            cause: BaseException = error.cause
+            # For who looks for a bug; messages do not show it.
+            cause.add_note(str(error))
+            raise cause from None
+        if isinstance(error, (exceptions.RayActorError, exceptions.ObjectLostError)):
+            return True
+        raise error

@@ -1,0 +1,305 @@
+"""What it costs to find copies among many samples, and how many are found.
+
+    python tests/benchmarks/dedup.py [--sizes 100000 …] [--embedded 100000 …] [--publish]
+
+Fingerprints are fabricated: random hashes and colors, 10 % near copies of another one (1 to 4 bits
+and some levels off), 5 % equal ones, 1 % blank pictures of one hash in many shades. Embeddings are
+random unit rows, the hardest case for cells, 10 % of them copies with cosines from 0.95 to 1.
+Measured is the search in buckets and the decision, by one process on one thread, in a process of
+its own; memory is its peak above that of its imports. For comparison with all pairs: fingerprints
+are decided by both, and of embeddings some rows are compared with all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Run as a file, the folder of this file stands first on the path.
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
+EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
+COMPARED = 1_000_000  # samples for which all pairs are compared as well, or all of some rows
+N_ROWS = 10_000
+EXTRAPOLATED = [400_000_000, 5_000_000_000]
+A_SHARD = 100_000
+WIDTH = 64
+COSINE = 0.95
+MEMORY = 1 << 30
+
+
+def main() -> None:
+    from tests.benchmarks import report
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--embedded", type=int, nargs="+", default=EMBEDDED)
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "N"), help=argparse.SUPPRESS)
+    report.add_arguments(parser)
+    args = parser.parse_args()
+    if args.one:
+        kind, n = args.one
+        print(json.dumps(measured(kind, int(n))))
+        return
+
+    by_hash = [line("fingerprints", n) for n in args.sizes]
+    by_cosine = [line("embeddings", n) for n in args.embedded]
+    rows = [*by_hash, *(extrapolated("fingerprints", by_hash, n) for n in EXTRAPOLATED)]
+    rows += [*by_cosine, *(extrapolated("embeddings", by_cosine, n) for n in EXTRAPOLATED)]
+    slopes = "; ".join(
+        f"{name}: {slope(lines, 'CPU, s'):.2f}"
+        for name, lines in (("fingerprints", by_hash), ("embeddings", by_cosine))
+    )
+    notes = (
+        f"One process, one thread, `--memory {MEMORY / 1e9:.1f}`, embeddings of {WIDTH} numbers. "
+        f"Log-log slopes of CPU seconds over the measured lines: {slopes}. Found: of "
+        "fingerprints, the dropped samples beside those of comparing all with all, with the same "
+        "partner; of embeddings, the pairs of "
+        f"{N_ROWS:,} rows with all others. Every pair is compared before it counts, so none is "
+        "wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of the "
+        "largest measured line, times the sorts that the cheapest number of blocks takes there; "
+        "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
+        "what the stages write for one another."
+    )
+    report.publish("dedup", "Deduplication in buckets", rows, args, notes)
+
+
+def line(kind: str, n: int) -> dict[str, Any]:
+    """The table's line of so many samples, measured in a process of its own."""
+    command = [sys.executable, __file__, "--one", kind, str(n)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    text = done.stdout.splitlines()[-1]
+    print(text, file=sys.stderr, flush=True)
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def measured(kind: str, n: int) -> dict[str, Any]:
+    """The line of `kind`, in this process."""
+    # Now, so that the time and the memory of imports are not counted.
+    from vlp.data_tools.dedup import copies  # noqa: F401
+    from vlp.eval.search.nearest import import_faiss
+    from vlp.joining import local_device
+
+    import_faiss()
+    local_device("auto", shared=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if kind == "fingerprints":
+            return _of_fingerprints(folder, n)
+        return _of_embeddings(folder, n)
+
+
+def _of_fingerprints(folder: Path, n: int) -> dict[str, Any]:
+    from vlp.data_tools.dedup import decision
+    from vlp.data_tools.dedup.near import Limits
+    from vlp.data_tools.dedup.near import decide as decide_exactly
+
+    limits = Limits(4, COSINE, keep_copies=False)
+    sizes, paths = fabricate_prints(folder, n)
+    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
+    copies, _ = _searched(folder, sizes, paths, limits, None)
+    dropped = decision.decide(copies, 0, keep_copies=False)
+    result = _line("fingerprints", n, started, used, before, folder, len(dropped))
+
+    if n == COMPARED:
+        prints = np.concatenate([np.load(path) for path in paths])
+        copy_of, _ = decide_exactly(prints, [], 0, limits)
+        expected = np.flatnonzero(copy_of >= 0)
+        is_same = np.isin(expected, dropped["sample"])
+        same = dropped[np.isin(dropped["sample"], expected)]
+        partners = copy_of[same["sample"]] == same["copy_of"]
+        result["found, %"] = 100 * float(is_same.mean())
+        print(f"same partners: {partners.mean():.6f}, exact {len(expected)}", file=sys.stderr)
+    return result
+
+
+def _of_embeddings(folder: Path, n: int) -> dict[str, Any]:
+    from vlp.data_tools.dedup import decision
+    from vlp.data_tools.dedup.embedded import Rows
+    from vlp.data_tools.dedup.near import Limits
+
+    limits = Limits(-1, COSINE, keep_copies=False)
+    sizes, files = fabricate_rows(folder, n)
+    rows = Rows(files, sizes, WIDTH)
+    before, started, used = peak_bytes(), time.perf_counter(), time.process_time()
+    copies, _ = _searched(folder, sizes, [], limits, rows)
+    dropped = decision.decide(copies, 0, keep_copies=False)
+    result = _line("embeddings", n, started, used, before, folder, len(dropped))
+    if n == COMPARED:
+        result["found, %"] = 100 * _recall(rows, n, copies.similar)
+    return result
+
+
+def _searched(
+    folder: Path, sizes: list[int], paths: list[Path], limits: Any, rows: Any
+) -> tuple[Any, Any]:
+    from vlp.data_tools._run.work import Pool
+    from vlp.data_tools.dedup.cells import n_cells
+    from vlp.data_tools.dedup.plan import Division, planned
+    from vlp.data_tools.dedup.stages import Search
+
+    n = sum(sizes)
+    division = Division(MEMORY, n_cells(n) if rows is not None else 0, 8)
+    plan = planned(folder / "search", n, 0, limits, division)
+    search = Search(folder / "search", paths, sizes, plan, Pool())
+    return search.copies(rows), plan
+
+
+def _line(
+    kind: str, n: int, started: float, used: float, before: int, folder: Path, n_dropped: int
+) -> dict[str, Any]:
+    search = folder / "search"
+    shuffled = sum(path.stat().st_size for path in search.iterdir())
+    return {
+        "what": kind,
+        "samples": n,
+        "seconds": time.perf_counter() - started,
+        "CPU, s": time.process_time() - used,
+        "memory, MB": (peak_bytes() - before) / 1e6,
+        "shuffled, GB": shuffled / 1e9,
+        "dropped": n_dropped,
+        "found, %": None,
+        "core hours": None,
+    }
+
+
+def _recall(rows: Any, n: int, similar: np.ndarray) -> float:
+    """Which part of the pairs of some rows with all others was found."""
+    rng = np.random.default_rng(1)
+    queries = np.sort(rng.choice(n, N_ROWS, replace=False))
+    x = rows.gathered(queries).astype(np.float32)
+    pairs = []
+    for start in range(0, n, A_SHARD):
+        numbers = np.arange(start, min(start + A_SHARD, n))
+        y = rows.gathered(numbers).astype(np.float32)
+        for low in range(0, len(x), 2000):
+            row, column = np.nonzero(x[low : low + 2000] @ y.T >= COSINE)
+            pairs.append(np.stack([queries[low + row], numbers[column]], 1))
+    all_pairs = np.sort(np.concatenate(pairs), 1)
+    expected = np.unique(_key(all_pairs[all_pairs[:, 0] != all_pairs[:, 1]].T, n))
+    found = np.isin(expected, _key((similar["earlier"], similar["later"]), n))
+    print(f"{len(expected)} pairs of {N_ROWS} rows", file=sys.stderr)
+    return float(found.mean())
+
+
+def _key(pairs: Any, n: int) -> np.ndarray:
+    earlier, later = pairs
+    return earlier * n + later
+
+
+def fabricate_prints(folder: Path, n: int) -> tuple[list[int], list[Path]]:
+    """Fingerprints of n samples in shards: (their sizes, their files)."""
+    from vlp.data_tools.dedup.near import FINGERPRINT
+    from vlp.data_tools.dedup.survey import prints_file
+
+    rng = np.random.default_rng(0)
+    sizes, paths = _sizes(n), []
+    earlier = None
+    for number, size in enumerate(sizes):
+        prints = np.zeros(size, FINGERPRINT)
+        prints["seen"] = True
+        prints["hash"] = rng.integers(0, 2**64, size, np.uint64)
+        prints["grid"] = rng.integers(0, 256, (size, 48), np.uint8)
+
+        # Copies of samples of this shard or of the one before, in places of their own.
+        pool = prints if earlier is None else earlier
+        places = rng.permutation(size)
+        near, equal, blank = np.split(places[: 16 * size // 100], [size // 10, 15 * size // 100])
+        prints[equal] = pool[rng.integers(0, len(pool), len(equal))]
+        prints[near] = pool[rng.integers(0, len(pool), len(near))]
+        for _ in range(4):
+            prints["hash"][near] ^= np.uint64(1) << rng.integers(0, 64, len(near), np.uint64)
+        prints["grid"][near] ^= rng.integers(0, 4, (len(near), 48), np.uint8)
+        prints["hash"][blank] = 1 << 63
+        prints["grid"][blank] = np.tile(rng.integers(0, 256, (len(blank), 3), np.uint8), 16)
+
+        paths.append(prints_file(folder, number))
+        np.save(paths[-1], prints)
+        earlier = prints
+    return sizes, paths
+
+
+def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path]]:
+    """Embeddings of n samples in shards: (their sizes, their files)."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    sizes, files = _sizes(n), []
+    earlier = None
+    for number, size in enumerate(sizes):
+        rows = _unit(rng.normal(size=(size, WIDTH)))
+        copied = rng.choice(size, size // 10, replace=False)
+        pool = rows if earlier is None else earlier
+        originals = pool[rng.integers(0, len(pool), len(copied))]
+        cosines = rng.uniform(COSINE, 1, (len(copied), 1))
+        away = rng.normal(size=originals.shape)
+        away = _unit(away - (away * originals).sum(1, keepdims=True) * originals)
+        rows[copied] = cosines * originals + np.sqrt(1 - cosines**2) * away
+
+        files.append(folder / f"{number:05d}.safetensors")
+        save_file({"image": rows.astype(np.float16)}, files[-1])
+        earlier = rows
+    return sizes, files
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _sizes(n: int) -> list[int]:
+    return [min(A_SHARD, n - start) for start in range(0, n, A_SHARD)]
+
+
+def extrapolated(kind: str, rows: list[dict[str, Any]], n: int) -> dict[str, Any]:
+    """The line of n samples, from the largest measured one."""
+    from vlp.data_tools.dedup.bands import Bands
+
+    largest = rows[-1]
+    times = n / largest["samples"]
+    growth = times**1.5
+    shuffled = largest["shuffled, GB"] * times
+    if kind == "fingerprints":
+        costs = [Bands.cheapest(4, size).cost_ns(size) for size in (n, largest["samples"])]
+        growth = max(times, costs[0] / costs[1])
+    result: dict[str, Any] = dict.fromkeys(largest)
+    return result | {
+        "what": f"{kind}, extrapolated",
+        "samples": n,
+        "shuffled, GB": shuffled,
+        "core hours": largest["CPU, s"] * growth / 3600,
+    }
+
+
+def slope(rows: list[dict[str, Any]], measure: str) -> float:
+    """The exponent of growth: the slope of the logarithms by least squares."""
+    if len(rows) < 2:
+        return math.nan
+    sizes = [math.log(row["samples"]) for row in rows]
+    return statistics.linear_regression(sizes, [math.log(row[measure]) for row in rows]).slope
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

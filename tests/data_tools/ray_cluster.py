@@ -1,0 +1,103 @@
+"""A Ray cluster of two nodes on this machine, and what tests of it compare."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.data_tools.tools import call
+from vlp.data_tools._run import cluster, work
+
+ON_RAY = work.Pool(None, ray=True)
+STORE = {"object_store_memory": 80_000_000, "include_dashboard": False}
+# A lost node is missed after a second; Ray's own default is fifteen.
+HEALTH = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 300,
+    "health_check_timeout_ms": 300,
+    "health_check_failure_threshold": 3,
+}
+
+
+class Nodes:
+    """A cluster on this machine: a head, and a node that has a GPU by its own account."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 1, "_system_config": HEALTH, **STORE}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+
+    @property
+    def address(self) -> str:
+        address: str = self.cluster.address
+        return address
+
+    def lose_second(self) -> None:
+        self.cluster.remove_node(self.second, allow_graceful=False)
+
+    def end(self) -> None:
+        import ray
+
+        # Ray leaves the logs of a cluster.
+        session = self.cluster.head_node.get_session_dir_path()
+        ray.shutdown()
+        self.cluster.shutdown()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+@contextmanager
+def joined() -> Iterator[Nodes]:
+    """Two nodes, which this process has joined."""
+    with pytest.MonkeyPatch.context() as environment:
+        # Else Ray would write a token into the home of whoever tests.
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        environment.setenv("VLP_DECODE_LIMIT", "2")
+        environment.delenv("RAY_ADDRESS", raising=False)
+        made = Nodes()
+        try:
+            cluster.connect(made.address)
+            yield made
+        finally:
+            made.end()
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs; one that nobody waits for is left as a zombie."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def jobs(folder: Path, n: int) -> list[work.Job]:
+    return [work.Job(folder / f"{i}.json", i, 1) for i in range(n)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the index, which holds times."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in files
+        if path.name != "_index.bin"
+    }
+
+
+def same_on_ray(tool: Any, options: list[Any], source: str, address: str) -> None:
+    """Run a tool here and on the cluster, from one folder, and compare all that is written."""
+    call(tool, source, *options, "--to", "here")
+    options = [option for option in options if option not in ("--processes", 1)]
+    call(tool, source, *options, "--to", "there", "--ray", address)
+    here, there = contents(Path("here")), contents(Path("there"))
+    assert here.keys() == there.keys() and len(here) > 3
+    differing = [name for name in here if here[name] != there[name]]
+    assert not differing, f"{tool.__name__} {options}: {differing}"
+    shutil.rmtree("here")
+    shutil.rmtree("there")

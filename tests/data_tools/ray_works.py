@@ -1,0 +1,72 @@
+"""Work for the processes of a cluster, in a file that imports little: each of them reads it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlp.data_tools._run import work
+
+PATIENCE_S = 100
+
+
+def told(log: Path) -> list[list[str]]:
+    """The words of each line that works have written."""
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def tell(log: Path, *words: object) -> None:
+    """Add a line in one write: several processes have the file open."""
+    with open(log, "a") as file:
+        file.write(" ".join(map(str, words)) + "\n")
+
+
+@dataclass(frozen=True)
+class WaitsForLeave:
+    """Work that says where it began, and goes on once a file is there."""
+
+    log: Path
+    leave: Path
+
+    def __call__(self, number: int) -> work.Result:
+        import ray
+
+        tell(self.log, number, ray.get_runtime_context().get_node_id(), os.getpid())
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.leave.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return {"counts": {"samples read": number}}
+
+
+@dataclass(frozen=True)
+class EndsItself:
+    """Work whose process ends without a word at one item, the first `times` times."""
+
+    log: Path
+    at: int
+    times: int
+
+    def __call__(self, number: int) -> work.Result:
+        n_begun = sum(words == [str(number)] for words in told(self.log))
+        tell(self.log, number)
+        if number == self.at and n_begun < self.times:
+            os._exit(9)
+        return {"counts": {"samples read": 1}}
+
+
+def fail_at_three(number: int) -> work.Result:
+    """Work with an error of its own."""
+    if number == 3:
+        raise ValueError("three is broken")
+    return {"counts": {"samples read": 1}}
+
+
+def where(number: int) -> work.Result:
+    """Which process works, what it sees of GPUs, and where it is."""
+    # Long enough for every process to have its share.
+    time.sleep(0.1)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    about = {"pid": os.getpid(), "gpus": gpus, "folder": os.getcwd()}
+    return {"counts": {}, **about, "limit": os.environ.get("VLP_DECODE_LIMIT", "")}

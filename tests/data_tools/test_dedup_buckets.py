@@ -1,0 +1,384 @@
+"""The search of `vlp data dedup` in buckets: equal to the comparison of all with all, resumable, of
+bounded size.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from vlp.data_tools._run.work import Pool
+from vlp.data_tools.dedup import alike, arrays, bands, cells
+from vlp.data_tools.dedup.bands import Bands
+from vlp.data_tools.dedup.decision import Copies, decide
+from vlp.data_tools.dedup.embedded import Rows
+from vlp.data_tools.dedup.near import FINGERPRINT, Limits
+from vlp.data_tools.dedup.near import decide as decide_exactly
+from vlp.data_tools.dedup.plan import BYTES_A_ROW, Division, planned
+from vlp.data_tools.dedup.stages import Search
+from vlp.data_tools.dedup.survey import prints_file
+
+
+def search(
+    folder: Path,
+    prints: np.ndarray,
+    sizes: list[int],
+    limits: Limits,
+    *,
+    n_fixed: int = 0,
+    rows_at_once: int = 10**6,
+    embeddings: np.ndarray | None = None,
+    n_cells: int = 4,
+    probes: int = 4,
+    pool: Pool | None = None,
+) -> tuple[Any, Search]:
+    """What the stages find in shards of so many samples: (Copies or None, the stages)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = np.cumsum(sizes)
+    paths = [prints_file(folder, number) for number in range(len(sizes))]
+    for path, low, high in zip(paths, [0, *ends], ends):
+        arrays.save(path, prints[low:high])
+    rows = None
+    if embeddings is not None:
+        files = [folder / f"{number}.safetensors" for number in range(len(sizes))]
+        for file, low, high in zip(files, [0, *ends], ends):
+            save_file({"image": embeddings[low:high]}, file)
+        rows = Rows(files, sizes, embeddings.shape[1])
+
+    division = Division(rows_at_once * BYTES_A_ROW, n_cells, probes)
+    made = planned(folder / arrays.SEARCH_FOLDER, len(prints), n_fixed, limits, division)
+    stages = Search(folder / arrays.SEARCH_FOLDER, paths, sizes, made, pool or Pool())
+    return stages.copies(rows), stages
+
+
+def as_exact(copies: Copies, n: int, n_fixed: int, limits: Limits) -> np.ndarray:
+    """For each sample what it is a copy of."""
+    dropped = decide(copies, n_fixed, limits.keep_copies)
+    copy_of = np.full(n, -1)
+    copy_of[dropped["sample"]] = dropped["copy_of"]
+    return copy_of
+
+
+def flipped(hashes: np.ndarray, n_bits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Hashes with so many bits turned."""
+    turned = hashes.copy()
+    for i, n in enumerate(n_bits.tolist()):
+        for bit in rng.choice(64, n, replace=False).tolist():
+            turned[i] ^= np.uint64(1 << bit)
+    return turned
+
+
+def random_prints(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Copies in chains, equal ones, equal hashes of other colors, pictures that do not open."""
+    prints = np.zeros(n, FINGERPRINT)
+    base = rng.integers(0, 2**64, max(1, n // 6), np.uint64)
+    hashes = base[rng.integers(0, len(base), n)]
+    prints["hash"] = flipped(hashes, rng.integers(0, 6, n) * rng.integers(0, 2, n), rng)
+    prints["grid"] = 12 * rng.integers(0, 3, (n, 1)) + rng.integers(0, 2, (n, 1)) * (
+        rng.integers(0, 4, (n, 48))
+    )
+    prints["seen"] = rng.random(n) < 0.95
+    return prints
+
+
+CASES = [(seed, distance) for seed in range(3) for distance in (0, 1, 4, 8)]
+
+
+def test_random_sets_are_decided_as_by_comparing_all(tmp_path: Path) -> None:
+    n_dropped = 0
+    for seed, distance in CASES:
+        rng = np.random.default_rng(seed)
+        n = int(rng.integers(150, 300))
+        prints = random_prints(rng, n)
+        limits = Limits(distance, 1.0, keep_copies=seed == 2)
+        n_fixed = seed * n // 5
+        sizes = np.diff([0, *np.sort(rng.integers(0, n + 1, 3)), n]).tolist()
+        copies, _ = search(
+            tmp_path / f"{seed}_{distance}",
+            prints,
+            sizes,
+            limits,
+            n_fixed=n_fixed,
+            rows_at_once=[n, n // 2, n // 3][seed],
+        )
+        expected, _ = decide_exactly(prints, [], n_fixed, limits)
+        assert as_exact(copies, n, n_fixed, limits).tolist() == expected.tolist(), (seed, distance)
+        n_dropped += int((expected >= 0).sum())
+    assert n_dropped > 500
+
+
+def unit_rows(rng: np.random.Generator, n: int, width: int = 8) -> np.ndarray:
+    """Rows around a few centres: chains of similar ones, and rows of zeros."""
+    centres = rng.normal(size=(max(1, n // 8), width))
+    rows = centres[rng.integers(0, len(centres), n)] + 0.2 * rng.normal(size=(n, width))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[rng.random(n) < 0.03] = 0
+    return rows.astype(np.float16)
+
+
+@pytest.mark.parametrize("keep_copies", [False, True])
+def test_embeddings_in_cells_are_decided_as_by_comparing_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_copies: bool
+) -> None:
+    # Several blocks a cell.
+    monkeypatch.setattr(cells, "_BLOCK", 16)
+    monkeypatch.setattr(cells, "_OTHERS", 24)
+    n_by_hash = n_by_cosine = 0
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        n, n_fixed = 250, 100
+        prints, rows = random_prints(rng, n), unit_rows(rng, n)
+        limits = Limits([4, -1, 0][seed], 0.95, keep_copies)
+        # All cells are looked into: nothing is missed.
+        copies, _ = search(
+            tmp_path / str(seed), prints, [100, 0, 150], limits, n_fixed=n_fixed,
+            rows_at_once=120, embeddings=rows, n_cells=3, probes=3,
+        )  # fmt: skip
+        expected, cosines = decide_exactly(prints, [rows[:100], rows[100:]], n_fixed, limits)
+        found = as_exact(copies, n, n_fixed, limits)
+        assert ((found >= 0) == (expected >= 0)).all(), seed
+        by_hash = np.isnan(cosines) & (expected >= 0)
+        assert (found[by_hash] == expected[by_hash]).all()
+        n_by_hash += int(by_hash.sum())
+        n_by_cosine += int((~np.isnan(cosines)).sum())
+    assert n_by_hash > 20 and n_by_cosine > 50
+
+
+def test_bands_give_each_near_pair_once() -> None:
+    n_pairs = 0
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 2**64, 40, np.uint64)
+    hashes = np.unique(flipped(base[rng.integers(0, 40, 200)], rng.integers(0, 7, 200), rng))
+    differing = np.bitwise_count(hashes[:, None] ^ hashes[None])
+    for distance, n_blocks, most_rows in (
+        (1, 2, 999),
+        (4, 5, 60),
+        (4, 7, 999),
+        (4, 8, 60),
+        (8, 9, 9),
+    ):
+        cut = Bands(distance, n_blocks)
+        pairs = [
+            (min(pair), max(pair))
+            for first in cut.firsts
+            for i, j, _ in cut.pairs(hashes, first, most_rows)
+            for pair in zip(i.tolist(), j.tolist())
+        ]
+        near = np.argwhere(np.triu(differing <= distance, 1)).tolist()
+        assert sorted(pairs) == sorted(map(tuple, near)), (distance, n_blocks)
+        n_pairs += len(pairs)
+    assert n_pairs > 500
+
+
+def test_more_samples_are_cut_into_more_blocks() -> None:
+    n_blocks = [Bands.cheapest(4, n).n_blocks for n in (10**4, 10**6, 10**8, 5 * 10**9)]
+    assert n_blocks == sorted(n_blocks) and n_blocks[0] < n_blocks[-1]
+    # Ten times the samples cost little more than ten times the time.
+    assert Bands.cheapest(4, 10**9).cost_ns(10**9) < 30 * Bands.cheapest(4, 10**8).cost_ns(10**8)
+
+
+def test_equal_pictures_of_many_shards_take_one_row(tmp_path: Path) -> None:
+    prints = np.zeros(500, FINGERPRINT)
+    prints["seen"] = True
+    limits = Limits(4, 1.0, False)
+    copies, stages = search(tmp_path, prints, [100] * 5, limits, rows_at_once=100)
+    assert as_exact(copies, 500, 0, limits).tolist() == [-1] + [0] * 499
+    assert len(arrays.load(stages.folder / "00000_prints.npy")) == 1
+    assert not len(copies.near) and not +stages.counts
+
+
+def test_a_crowd_of_one_hash_is_compared_with_those_that_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank pictures in many shades: the same is dropped, from far fewer pairs."""
+    rng = np.random.default_rng(0)
+    n = 1000
+    prints = np.zeros(n, FINGERPRINT)
+    prints["seen"] = True
+    prints["grid"] = np.tile(rng.integers(0, 90, (n, 3)), 16)
+    limits = Limits(4, 1.0, False)
+    monkeypatch.setattr(alike, "MOST_ALIKE", n)
+    every, _ = search(tmp_path / "every", prints, [n], limits)
+    expected, _ = decide_exactly(prints, [], 0, limits)
+
+    monkeypatch.setattr(alike, "MOST_ALIKE", 50)
+    few, stages = search(tmp_path / "few", prints, [n], limits)
+    assert 100 < (expected >= 0).sum() < n
+    assert as_exact(every, n, 0, limits).tolist() == expected.tolist()
+    assert ((as_exact(few, n, 0, limits) >= 0) == (expected >= 0)).all()
+    assert len(few.near) < len(every.near) / 2 and not +stages.counts
+
+    # Beyond a number of those that stay, what is passed over is counted.
+    monkeypatch.setattr(alike, "MOST_LEADERS", 10)
+    _, stages = search(tmp_path / "fewer", prints, [n], limits)
+    assert stages.counts[alike.PASSED_OVER] > 1000
+
+
+def test_hashes_that_agree_too_often_are_passed_over_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bands, "LARGEST", 30)
+    prints = np.zeros(200, FINGERPRINT)
+    prints["seen"] = True
+    prints["hash"] = np.random.default_rng(0).integers(0, 2**20, 200, np.uint64)
+    limits = Limits(1, 1.0, False)
+    _, stages = search(tmp_path, prints, [200], limits)
+    # By the bytes turned round, all 200 agree in one of two halves: steps of 30 and more are left.
+    assert stages.counts[alike.PASSED_OVER] == 170 * 171 // 2
+
+
+def test_a_crowd_of_similar_embeddings_keeps_few_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "MOST_SIMILAR", 5)
+    rows = np.ones((400, 4), np.float16) / 2
+    limits = Limits(-1, 0.95, False)
+    prints = np.zeros(400, FINGERPRINT)
+    copies, stages = search(tmp_path, prints, [400], limits, embeddings=rows, n_cells=1, probes=1)
+    assert as_exact(copies, 400, 0, limits).tolist() == [-1] + [0] * 399
+    assert len(copies.similar) < 400 * 5
+    assert stages.counts[cells.LEFT_OUT] == 394 * 395 // 2
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    """What the stages wrote, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("_search/*"))}
+
+
+def material(seed: int = 0) -> dict[str, Any]:
+    """Arguments of `search` whose stages have several jobs each."""
+    rng = np.random.default_rng(seed)
+    return {
+        "prints": random_prints(rng, 120),
+        "sizes": [40, 0, 50, 30],
+        "limits": Limits(1, 0.95, False),
+        "n_fixed": 40,
+        "rows_at_once": 60,
+        "embeddings": unit_rows(rng, 120),
+    }
+
+
+def test_a_search_that_stops_at_any_file_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full at one file after the other; then there is room again."""
+    search(tmp_path / "whole", **material())
+    expected = outputs(tmp_path / "whole")
+    save = arrays.save
+    n_stops = 0
+
+    def stop(path: Path, array: np.ndarray) -> None:
+        # The search's files only, in the order in which it writes them.
+        nonlocal n_left
+        if path.parent.name == arrays.SEARCH_FOLDER:
+            n_left -= 1
+            if n_left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(path, array)
+
+    n_files = sum(name.endswith(".npy") for name in expected)
+    for n_left in range(0, n_files, 6):
+        folder = tmp_path / f"stopped{n_left}"
+        monkeypatch.setattr(arrays, "save", stop)
+        with pytest.raises(OSError, match="No space left on device"):
+            search(folder, **material())
+        monkeypatch.setattr(arrays, "save", save)
+        search(folder, **material())
+        assert outputs(folder) == expected
+        n_stops += 1
+    assert n_stops > 5
+
+
+def test_two_machines_find_what_one_does(tmp_path: Path) -> None:
+    search(tmp_path / "whole", **material())
+    n_calls = 0
+    copies = None
+    while copies is None:
+        part = n_calls % 2 + 1
+        copies, _ = search(tmp_path / "parts", **material(), pool=Pool(1, part, 2))
+        n_calls += 1
+    # Each stage needs both.
+    assert n_calls > 5
+    assert outputs(tmp_path / "parts") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    search(tmp_path / "whole", **material())
+    search(tmp_path / "two", **material(), pool=Pool(2))
+    assert outputs(tmp_path / "two") == outputs(tmp_path / "whole")
+
+
+STAGES = ["sort", "group", "compare", "centres", "assign", "cells"]
+KINDS = [("run", "sort"), ("near", "compare"), ("cells", "assign"), ("centres", "centres")]
+KINDS += [("similar", "cells")]
+
+
+def stage_of(path: Path) -> str:
+    """The stage that writes a file."""
+    return next((stage for kind, stage in KINDS if kind in path.stem), "group")
+
+
+def test_a_damaged_file_of_the_search_is_named(tmp_path: Path) -> None:
+    search(tmp_path, **material())
+    folder = tmp_path / arrays.SEARCH_FOLDER
+    n_damaged = 0
+    for path in sorted(folder.glob("*.npy")):
+        whole = path.read_bytes()
+        marks = {mark: mark.read_bytes() for mark in folder.glob("*_*.json")}
+        path.write_bytes(whole[: len(whole) * 2 // 3])
+        # Who reads it comes later: the file's own job is done.
+        for mark in marks:
+            if STAGES.index(mark.stem.split("_")[1]) > STAGES.index(stage_of(path)):
+                mark.unlink()
+        message = rf"{path.name} is damaged \(.*\); delete the folder {folder}"
+        with pytest.raises(ValueError, match=message):
+            search(tmp_path, **material())
+        path.write_bytes(whole)
+        for mark, content in marks.items():
+            mark.write_bytes(content)
+        n_damaged += 1
+    assert n_damaged > 10
+
+
+@pytest.mark.parametrize("n_samples, n_opening", [([1], 1), ([0, 0], 0), ([3, 0, 2], 0), ([2], 2)])
+def test_next_to_nothing_is_searched_as_well(
+    tmp_path: Path, n_samples: list[int], n_opening: int
+) -> None:
+    n = sum(n_samples)
+    prints = np.zeros(n, FINGERPRINT)
+    prints["seen"][:n_opening] = True
+    rows = np.zeros((n, 4), np.float16)
+    rows[:n_opening, 0] = 1
+    limits = Limits(4, 0.95, False)
+    copies, _ = search(tmp_path, prints, n_samples, limits, embeddings=rows)
+    assert as_exact(copies, n, 0, limits).tolist() == [-1, 0, 0][:n_opening] + [-1] * (
+        n - n_opening
+    )
+
+
+def test_many_files_are_not_open_at_once(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.npy" for i in range(30)]
+    for i, path in enumerate(paths):
+        arrays.save_divided(path, np.array([0, 1, 1]), 2, np.array([i, 100 + i, 200 + i]))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = set(map(int, os.listdir("/proc/self/fd")))
+    limit = next(n for n in range(10**6) if len(set(range(n)) - opened) == 12)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        whole = arrays.joined(paths)
+        parts = [arrays.part(path, 1, 2) for path in paths]
+        sizes = arrays.sizes(paths)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert whole.reshape(30, 3).tolist() == [[i, 100 + i, 200 + i] for i in range(30)]
+    assert [part.tolist() for part in parts] == [[100 + i, 200 + i] for i in range(30)]
+    assert sizes.tolist() == [30, 60]

@@ -1,0 +1,250 @@
+"""Long trials of tools on a Ray cluster: all tools, nodes and calls that are killed at several
+moments, nodes that differ from the machine of the call.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import vlp
+from tests.data.material import encoded, picture
+from tests.data_tools.mining import store, twins
+from tests.data_tools.mining import write as write_twins
+from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
+from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
+from tests.data_tools.test_work import write
+from tests.data_tools.tools import CAPTIONS, call
+from tests.eval.material import tiny_open_clip
+from vlp.data.format import ShardWriter
+from vlp.data_tools import (
+    counting,
+    dedup,
+    embed,
+    mine,
+    negatives,
+    reshard,
+    rewrite,
+    scenes,
+    stats,
+    validate,
+)
+from vlp.data_tools import filter as filtering
+from vlp.data_tools._run import cluster, nodes, on_ray, work
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Nodes]:
+    with joined() as made:
+        yield made
+
+
+def pictured(folder: Path) -> Path:
+    """Three shards of pictures that open, two of them twice."""
+    with ShardWriter(folder, 6) as writer:
+        for i in range(18):
+            image = encoded(picture(i % 16, (24, 24)))
+            writer.add(f"k{i}", image, "png", CAPTIONS[i % len(CAPTIONS)])
+    return folder
+
+
+def test_every_tool_writes_the_same_bytes_on_a_cluster(
+    running: Nodes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    language_models: Path,
+    detector: Path,  # noqa: F811
+) -> None:
+    """The model's device is the CPU: the second node has its GPU in name only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    source, twin = pictured(Path("in")), write_twins(Path("twins"))
+    rows = store(Path("rows"), *twins())
+    clip = tiny_open_clip(Path("clip"))
+    cpu = ["--device", "cpu"]
+    trials: list[tuple[Any, Path, list[Any]]] = [
+        (dedup, source, []),
+        (dedup, source, ["--against", "twins", "--keep-copies"]),
+        (negatives, source, []),
+        (negatives, source, ["--rewriter", language_models / "masked", *cpu]),
+        (rewrite, source, ["--model", language_models / "causal", "--kinds", "short", *cpu]),
+        (mine, twin, ["--embeddings", rows, "--k", 2, "--images", *cpu]),
+        (mine, twin, ["--embeddings", rows, "--order", 2, *cpu]),
+        (embed, source, ["--model", f"local-dir:{clip}", *cpu]),
+        (embed, source, ["--model", f"local-dir:{clip}", "--captions", "txt", *cpu]),
+        (filtering, source, ["--model", f"local-dir:{clip}", "--min-score", -1, *cpu]),
+        (counting, source, ["--balance", 2]),
+        (stats, source, []),
+        (reshard, source, ["--samples-per-shard", 4, "--renumber"]),
+    ]
+    for tool, shards, options in trials:
+        same_on_ray(tool, options, str(shards), running.address)
+
+    # What has options of its own in the place of --to, or no input.
+    call(validate, source, "--notes", "here")
+    call(validate, source, "--notes", "there", "--ray", running.address)
+    assert contents(Path("here")) == contents(Path("there"))
+    sets = ["--train", 1030, "--val", 4, "--test", 4, "--zeroshot", 56, "--retrieval", 8]
+    sets += ["--proofs", 27, "--size", 16]
+    call(scenes, *sets, "--to", "scenes here", "--processes", 1)
+    call(scenes, *sets, "--to", "scenes there", "--ray", running.address)
+    made = contents(Path("scenes here"))
+    assert made == contents(Path("scenes there")) and len(made) > 30
+
+    # A detector takes what GPU there is, so that it is asked on the head alone.
+    seen = ["--detector", detector, "--threshold", 0.01]
+    with pytest.raises(ValueError, match="no caption in in counts anything"):
+        call(counting, source, "--to", "seen", *seen, "--ray", running.address)
+    assert len(trials) == 13
+
+
+def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_path: Path) -> None:
+    source = write(tmp_path / "in", 24, 150)
+    options: list[Any] = ["--samples-per-shard", 40, "--shuffle", 0]
+    call(reshard, source, *options, "--to", tmp_path / "whole")
+    rng = random.Random(0)
+    n_lost = 0
+    for trial in range(4):
+        out = tmp_path / f"out{trial}"
+        after = rng.randint(0, 80)
+
+        def lose(out: Path = out, after: int = after) -> None:
+            deadline = time.monotonic() + 200
+            while len(list(out.glob("0*_reshard.json"))) < after and time.monotonic() < deadline:
+                time.sleep(0.005)
+            running.lose_second()
+
+        thread = threading.Thread(target=lose)
+        thread.start()
+        call(reshard, source, *options, "--to", out, "--ray", running.address)
+        thread.join()
+        n_lost += 1
+        assert contents(out) == contents(tmp_path / "whole")
+        running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+    assert n_lost == 4
+
+
+def workers_of_actors() -> set[int]:
+    """Processes on this machine that Ray runs our work in."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any("ray::Worker" in word for word in process.info["cmdline"] or [])
+    }
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
+    running: Nodes, tmp_path: Path, signum: int
+) -> None:
+    source, out = write(tmp_path / "in", 40, 100), tmp_path / "out"
+    command = [sys.executable, "-m", "vlp.cli", "data", "negatives", str(source), "--to", str(out)]
+    command += ["--ray", running.address]
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while len(list(out.glob("0*_negatives.json"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    begun = workers_of_actors()
+    os.kill(tool.pid, signum)
+    told, _ = tool.communicate()
+    marks = list(out.glob("0*_negatives.json"))
+    assert begun and 3 <= len(marks) < 40
+    if signum == signal.SIGINT:
+        words = f"vlp: ended by SIGINT; negatives: {len(marks)} of 40 shards are finished and stay"
+        assert tool.returncode == 130 and words in told
+    while any(map(lives, begun)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, begun))
+
+    call(negatives, source, "--to", out)
+    call(negatives, source, "--to", tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not list(out.glob(".*"))
+
+
+def test_without_tries_a_lost_node_ends_the_call(
+    running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the test that loses a node in mid-run."""
+    from tests.data_tools import ray_works
+    from tests.data_tools.ray_cluster import ON_RAY, jobs
+
+    monkeypatch.setattr(on_ray, "TRIES", 1)
+    log, leave = tmp_path / "log", tmp_path / "leave"
+
+    def lose() -> None:
+        while len(ray_works.told(log)) < 2:
+            time.sleep(0.02)
+        running.lose_second()
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    with pytest.raises(work.WorkerLost):
+        waits = ray_works.WaitsForLeave(log, leave)
+        work.carry_out("slow", jobs(tmp_path, 6), waits, ON_RAY)
+    thread.join()
+    running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+
+
+def test_a_node_with_another_version_is_named(running: Nodes, tmp_path: Path) -> None:
+    import ray
+
+    # The package of this checkout, of another number.
+    other = tmp_path / "other" / "vlp"
+    other.mkdir(parents=True)
+    here = Path(vlp.__file__).parent
+    for path in here.iterdir():
+        if path.name not in ("__init__.py", "__pycache__"):
+            (other / path.name).symlink_to(path)
+    text = (here / "__init__.py").read_text()
+    (other / "__init__.py").write_text(text.replace(vlp.__version__, "0.0.9"))
+
+    third = running.cluster.add_node(
+        num_cpus=1, env_vars={"PYTHONPATH": str(other.parent)}, **STORE
+    )
+    try:
+        with pytest.raises(nodes.ClusterError, match=r"node .*: vlp 0\.0\.9 \(code .*\(here 0"):
+            nodes.refuse_differing(nodes.versions(), cluster.versions_of_nodes(ray))
+    finally:
+        running.cluster.remove_node(third, allow_graceful=False)
+
+
+def test_a_node_that_does_not_see_the_folder_is_named(running: Nodes, tmp_path: Path) -> None:
+    """A node behind a mount of its own, in which the folder of the shards is empty."""
+    source = write(tmp_path / "in", 6, 4)
+    hide = ["unshare", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs none {source}"
+    if subprocess.run([*hide, mount], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+
+    start = f"{sys.executable} -m ray.scripts.scripts start --block --num-cpus 8"
+    node = subprocess.Popen(
+        [*hide, f"{mount} && exec {start} --address {running.address}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        import ray
+
+        deadline = time.monotonic() + 200
+        while ray.cluster_resources().get("CPU", 0) < 10 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        message = r"node \S+ does not see .*in/00000\.tar.*all nodes share"
+        with pytest.raises(nodes.ClusterError, match=message):
+            call(stats, source, "--to", tmp_path / "out", "--ray", running.address)
+    finally:
+        node.terminate()
+        node.wait()

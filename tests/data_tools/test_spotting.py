@@ -1,0 +1,185 @@
+"""`vlp data filter --ocr`: captions that repeat the text in their picture, read by RapidOCR's own
+weights, by a model of transformers, and by a function of the user's.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from tests.data_tools.mining import counted
+from tests.data_tools.tools import call, read
+from vlp.data.format import ShardWriter
+from vlp.data_tools import filter as filtering
+from vlp.data_tools.filter.spotting import Spotter, overlap
+
+READER = "tests.data_tools.test_spotting:by_size"
+TEXTS = {64: "GRAND OPENING SALE", 48: ["no", "parking"], 32: [], 16: "欢迎光临 hello"}
+
+
+def by_size(pictures: list[Image.Image]) -> list[str | list[str]]:
+    """What "stands" in a picture, by its width."""
+    return [TEXTS[picture.width] for picture in pictures]
+
+
+def broken(pictures: list[Image.Image]) -> list[str]:
+    raise KeyError("x")
+
+
+def too_few(pictures: list[Image.Image]) -> list[str]:
+    return ["a"] * (len(pictures) - 1)
+
+
+def numbers(pictures: list[Image.Image]) -> list[int]:
+    return [1] * len(pictures)
+
+
+def sign(lines: list[str], size: tuple[int, int] = (240, 110)) -> Image.Image:
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(30)
+    for i, line in enumerate(lines):
+        draw.text((8, 8 + 45 * i), line, fill="black", font=font)
+    return picture
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    with ShardWriter(tmp_path / "in", 3) as writer:
+        for width, captions in {
+            64: ["grand opening", "a shop on a street, grand opening", "a shop"],
+            48: ["No parking!", "a sign at a gate says no parking"],
+            32: ["no parking", ""],
+            16: ["hello", "欢迎光临"],
+        }.items():
+            captions = [caption for caption in captions if caption]
+            writer.add(f"w{width}", png(Image.new("RGB", (width, 20))), "png", captions)
+        writer.add("broken", b"no picture", "jpg", ["grand opening"])
+    return tmp_path / "in"
+
+
+def test_captions_that_repeat_the_picture_s_text_go(source: Path, tmp_path: Path, capsys) -> None:
+    options = ["--ocr", READER, "--max-overlap", "0.5", "--ocr-field", "text in it"]
+    call(filtering, source, "--to", tmp_path / "out", *options)
+    after = read(tmp_path / "out")
+    assert {key: sample.captions for key, sample in after.items()} == {
+        "w64": ("a shop on a street, grand opening", "a shop"),
+        "w48": ("a sign at a gate says no parking",),
+        "w32": ("no parking",),
+    }
+    texts = {key: sample.meta["text in it"] for key, sample in after.items()}
+    assert texts == {"w64": ["GRAND OPENING SALE"], "w48": ["no", "parking"], "w32": []}
+    out = capsys.readouterr().out
+    name = "captions dropped: more than 0.5 of its words stand in the picture"
+    assert counted(out, name) == 4 and counted(out, "dropped: no caption left") == 1
+    assert counted(out, "pictures with text in them") == 3
+    assert counted(out, "dropped: no readable picture") == 1
+
+    # The texts alone, for rules of a later call.
+    call(filtering, source, "--to", tmp_path / "kept", "--ocr", READER, "--ocr-field", "t")
+    assert {len(s.captions) for s in read(tmp_path / "kept").values()} == {1, 2, 3}
+    call(filtering, tmp_path / "kept", "--to", tmp_path / "b", "--drop", "t == parking")
+    assert list(read(tmp_path / "b")) == ["w64", "w32", "w16"]
+    again = ["--ocr", "field:t", "--max-overlap", "0.5", "--to", tmp_path / "again"]
+    call(filtering, tmp_path / "kept", *again)
+    assert {key: sample.captions for key, sample in read(tmp_path / "again").items()} == {
+        key: sample.captions for key, sample in after.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "caption, texts, share",
+    [
+        ("", ["a"], 0),
+        ("!?", ["!?"], 0),
+        ("a red dog", [], 0),
+        ("A red dog", ["RED", "dog house"], 2 / 3),
+        ("hello world", ["HELLOWORLD"], 1),  # readers lose blanks
+        ("he is in", ["HELLOISINGER"], 0),  # short words stand inside others by chance
+        ("it's rock-n-roll", ["ROCK N ROLL", "its"], 1 / 2),
+        ("50 apples", ["50% OFF"], 1 / 2),
+        ("Straße", ["STRASSE"], 0),
+        ("红色汽车", ["新款红色汽车上市"], 1),
+    ],
+)
+def test_the_share_of_a_caption_s_words(caption: str, texts: list[str], share: float) -> None:
+    assert overlap(caption, texts) == pytest.approx(share)
+
+
+def test_rapidocr_reads_drawn_text(tmp_path: Path) -> None:
+    pytest.importorskip("rapidocr_onnxruntime")
+    with ShardWriter(tmp_path / "in") as writer:
+        captions = ["Summer sale today", "a red shop front with a sign"]
+        writer.add("sign", png(sign(["Summer sale", "today"])), "png", captions)
+        writer.add("plain", png(sign([])), "png", ["Summer sale today"])
+    options = ["--ocr", "rapidocr", "--max-overlap", "0.6", "--ocr-field", "ocr"]
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", *options)
+    after = read(tmp_path / "out")
+    assert after["sign"].captions == ("a red shop front with a sign",)
+    assert after["plain"].captions == ("Summer sale today",)
+    joined = "".join(after["sign"].meta["ocr"]).lower().replace(" ", "")
+    assert "summersale" in joined and "today" in joined and after["plain"].meta["ocr"] == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ocr", READER], "--ocr alone does nothing: say --max-overlap SHARE, --ocr-field NAME"),
+        (["--max-overlap", "0.5"], "belong to --ocr READER"),
+        (["--ocr-field", "x"], "belong to --ocr READER, which is not given"),
+        (["--ocr", READER, "--max-overlap", "1"], r"--max-overlap 1 must lie in \[0, 1\)"),
+        (["--ocr", READER, "--max-overlap", "-0.1"], r"must lie in \[0, 1\)"),
+        (["--ocr", "tesseract"], "--ocr 'tesseract': expected rapidocr, transformers:MODEL"),
+        (["--ocr", "transformers:"], "--ocr 'transformers:': expected"),
+        (["--ocr", "field:", "--max-overlap", "0.5"], "--ocr 'field:': expected rapidocr"),
+        (["--ocr", "field:nobody", "--max-overlap", "0.5"], "no sample has that field"),
+        (["--ocr", "field:captions", "--ocr-field", "x"], "reads no picture; leave --ocr-field"),
+        (["--ocr", "tests.data_tools.test_spotting:nowhere"], "no attribute 'nowhere'"),
+        (["--ocr", "no.such.module:f"], "No module named 'no'"),
+        (["--ocr", "transformers:/nowhere/at/all"], "/nowhere/at/all cannot be loaded"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    source: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    if "--ocr" in options and len(options) == 2 and READER not in options:
+        options = [*options, "--ocr-field", "t"]
+    with pytest.raises(ValueError, match=message):
+        call(filtering, source, "--to", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("broken", r"broken failed for \d pictures: KeyError: 'x'"),
+        (
+            "too_few",
+            r"too_few gave .* for \d pictures; return a text, or a list of texts, for each",
+        ),
+        ("numbers", r"numbers gave \[1"),
+    ],
+)
+def test_a_function_s_mistakes_are_told(source: Path, tmp_path: Path, name, message) -> None:
+    reader = f"tests.data_tools.test_spotting:{name}"
+    with pytest.raises(ValueError, match=message):
+        call(filtering, source, "--to", tmp_path / "o", "--ocr", reader, "--ocr-field", "t")
+
+
+def test_a_model_of_transformers_reads(tmp_path: Path) -> None:
+    """A tiny image-to-text model with random weights: batches go in, a text for each comes out."""
+    from tests.data_tools.reading import tiny_reader
+
+    spotter = Spotter.of(f"transformers:{tiny_reader(tmp_path / 'm')}", "cpu", None, "t")
+    assert spotter is not None
+    texts = spotter.texts([sign([]), sign(["x"]), Image.new("L", (9, 30))])
+    assert len(texts) == 3 and all(isinstance(text, list) for text in texts)

@@ -1,0 +1,66 @@
+"""Embeddings without negative numbers: trained, evaluated and exported alike."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.models.tiny import inputs, tiny
+from vlp.export import folder
+from vlp.models.heads import nonnegative
+from vlp.models.load import load
+
+HEADS = {"nonnegative": True}
+
+
+def test_the_value_is_relu_s_and_the_gradient_gelu_s():
+    features = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    values, upstream = nonnegative(features), torch.randn(7, 5, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(values, features, upstream)
+    (smooth,) = torch.autograd.grad(F.gelu(features), features, upstream)
+
+    assert torch.equal(values, features.relu()) and torch.equal(gradient, smooth)
+    assert gradient[features < 0].any(), "what is 0 can come back"
+    with torch.no_grad():
+        assert torch.equal(nonnegative(features), features.relu())
+
+
+def test_large_features_pass_as_they_are():
+    features = 20 + torch.rand(4, 6, dtype=torch.float64, requires_grad=True)
+    values = nonnegative(features)
+    (gradient,) = torch.autograd.grad(values.sum(), features)
+    assert torch.equal(values, features) and torch.allclose(gradient, torch.ones_like(gradient))
+
+
+def test_both_sides_are_nonnegative_in_training_and_in_evaluation():
+    model, plain = tiny(heads=HEADS), tiny()
+    pixels, ids = inputs(model)
+    features = model(pixels, ids)
+    for rows, encode, of_plain in (
+        (features.image, model.encode_image(pixels), plain.encode_image(pixels)),
+        (features.text, model.encode_text(ids), plain.encode_text(ids)),
+    ):
+        assert torch.equal(rows, encode) and (rows >= 0).all() and (rows == 0).any()
+        torch.testing.assert_close(rows, F.normalize(of_plain.relu(), dim=1))
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+@pytest.mark.parametrize("image_size", [None, 16])
+def test_an_export_gives_the_embeddings_of_training(tmp_path, image_size):
+    model = tiny(heads=HEADS)
+    notes = folder.export(model, tmp_path / "export", image_size=image_size)
+    loaded = load(tmp_path / "export").eval()
+    pixels, ids = inputs(loaded)
+    assert (loaded.encode_image(pixels) >= 0).all()
+    assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
+
+    assert any("open_clip: gives rows with negative numbers" in note for note in notes)
+    assert not (tmp_path / "export" / "model.safetensors").exists(), "transformers cannot say it"
+
+
+def test_an_export_of_a_plain_model_says_nothing_of_it(tmp_path):
+    notes = folder.export(tiny(), tmp_path / "export")
+    assert not any("negative" in note for note in notes)
+    assert (
+        '"heads"'
+        not in (tmp_path / "export" / "open_clip_config.json").read_text().split('"vlp"')[1]
+    )

@@ -1,0 +1,140 @@
+"""Checkpoints in parts, as files: what is read of them, and what is refused."""
+
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vlp.pretrained import runs
+from vlp.pretrained.parts import CheckpointError, Joined, Layout
+
+WEIGHT = torch.arange(12.0).view(6, 2)
+TEXTS = ("state.json", "model.json", "config.yaml")
+
+
+def name_of(rank):
+    return f"shard-{rank + 1:05d}-model-00001-of-00004.safetensors"
+
+
+def write_part(folder, rank, tensors):
+    """tensors: {name: (value, its first element in the whole tensor)}."""
+    offsets = {name: {"saved_offsets": begins} for name, (_, begins) in tensors.items()}
+    values = {name: value.contiguous() for name, (value, _) in tensors.items()}
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets)}
+    save_file(values, folder / name_of(rank), metadata=metadata)
+
+
+def write_manifest(folder):
+    """Of the parts of three ranks, as they lie there now."""
+    entries = {}
+    for name in (*map(name_of, range(3)), *TEXTS):
+        path = folder / name
+        entries[name] = {"bytes": path.stat().st_size, "sha256": runs.sha256(path)}
+    (folder / "manifest.json").write_text(json.dumps(entries))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint's model by three ranks, two rows of a weight each; the first has more."""
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    for rank in range(3):
+        tensors = {"model/w": (WEIGHT[2 * rank : 2 * rank + 2], [2 * rank, 0])}
+        if rank == 0:
+            tensors["model/scale"] = (torch.tensor(2.5), [])
+            tensors["model/half"] = (torch.ones(3, dtype=torch.bfloat16), [0])
+        write_part(folder, rank, tensors)
+    for name in TEXTS:
+        (folder / name).write_text("{}")
+    write_manifest(folder)
+    return folder
+
+
+def test_tensors_are_whole_and_what_is_changed_of_them_stays_in_memory(folder):
+    tensors = runs.tensors_of(folder, "model")
+    assert sorted(tensors) == ["half", "scale", "w"]
+    assert torch.equal(tensors["w"], WEIGHT) and tensors["scale"] == 2.5
+    assert tensors["half"].tolist() == [1, 1, 1] and tensors["half"].dtype == torch.bfloat16
+    assert len(runs.tensors_of(folder, "teacher")) == 0
+
+    tensors["half"].zero_()
+    tensors["w"].zero_()
+    assert torch.equal(tensors["w"], WEIGHT) and tensors["half"].tolist() == [1, 1, 1]
+    runs.verify(folder)
+
+
+def test_a_layout_is_read_once_for_machines_that_see_the_disk_elsewhere(folder, tmp_path):
+    told = pickle.dumps(runs.layout_of(folder))
+    assert str(tmp_path).encode() not in told
+    elsewhere = tmp_path / "mounted elsewhere"
+    shutil.move(folder, elsewhere)
+    assert torch.equal(Joined(elsewhere, pickle.loads(told), "model")["w"], WEIGHT)
+
+
+def test_the_size_of_a_layout_is_bounded(tmp_path):
+    """24 bytes a part, and what a name and a file cost."""
+    n_ranks, n_tensors = 40, 30
+    for rank in range(n_ranks):
+        tensors = {f"model/{number}": (torch.ones(1, 2), [rank, 0]) for number in range(n_tensors)}
+        write_part(tmp_path, rank, tensors)
+    layout = Layout.of(tmp_path, [name_of(rank) for rank in range(n_ranks)])
+    n_bytes = len(pickle.dumps(layout))
+    assert n_bytes < 24 * n_ranks * n_tensors + 500 * n_tensors + 60 * n_ranks
+    assert Joined(tmp_path, layout, "model")["7"].shape == (n_ranks, 2)
+
+
+def test_parts_of_another_checkpoint_that_were_copied_along_are_not_read(folder):
+    """Five ranks wrote what lay there before: the manifest names three."""
+    for rank in (3, 4):
+        write_part(folder, rank, {"model/w": (WEIGHT[:2], [2 * rank, 0])})
+    assert torch.equal(runs.tensors_of(folder, "model")["w"], WEIGHT)
+    runs.verify(folder)
+
+
+def test_parts_that_make_no_whole_are_refused(folder):
+    """As a folder that was put together by hand has them, with a manifest that fits."""
+    n_cases = 0
+    for rank, value, begins in (
+        (1, WEIGHT[2:3], [2, 0]),  # a row is missing
+        (1, WEIGHT[2:5], [2, 0]),  # one comes twice
+        (1, WEIGHT[2:4, :1], [2, 0]),  # a column is missing
+        (0, WEIGHT[2:4], [2, 0]),  # the part of another rank
+    ):
+        good = (folder / name_of(rank)).read_bytes()
+        write_part(folder, rank, {"model/w": (value, begins)})
+        write_manifest(folder)
+        runs.verify(folder)
+        with pytest.raises(CheckpointError, match="model/w the parts leave gaps, or lie over"):
+            runs.tensors_of(folder, "model")
+        n_cases += 1
+        (folder / name_of(rank)).write_bytes(good)
+    assert n_cases == 4
+
+
+def test_headers_that_cannot_be_read_are_refused(folder):
+    path = folder / name_of(1)
+    good = path.read_bytes()
+    n_cases = 0
+    for bad in (
+        b"",
+        good[:5],
+        good[:40],
+        b"\xff" * 8 + good[8:],
+        good.replace(b"F32", b"F99"),
+        good.replace(b"DCP_SHARDING_INFO", b"DCP_SHARDING_0000"),
+        good.replace(b"saved_offsets", b"saved_0ffsets"),
+        good.replace(b"data_offsets", b"data_0ffsets"),
+        (2).to_bytes(8, "little") + b"[]",
+        good[:-4],
+        good.replace(b'"shape":[2,2]', b'"shape":[2,1]'),
+        good.replace(b'"shape":[2,2]', b'"shape":[9,2]'),
+    ):
+        assert bad != good
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match="is no part of a checkpoint"):
+            runs.tensors_of(folder, "model")
+        n_cases += 1
+    assert n_cases == 12
