@@ -24,6 +24,9 @@ def wait_for_rows(loader: Loader, stop: StopRequest) -> bool:
     """Whether the next batch is here. It is not where the process is asked to stop meanwhile, or
     the data are out of reach: this rank then asks all to stop.
     """
+    # Until all know, the others must not wait for this rank's patience a second time.
+    if stop.lacks:
+        return False
     try:
         return loader.wait(lambda: stop.received != 0)
     except DataAway as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import fsspec
 import pytest
@@ -19,6 +20,8 @@ from vlp.cli import main
 from vlp.data import asking
 from vlp.lifetime import PutOff
 from vlp.train import train
+
+PATIENCE_S = 1.5
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def server(tmp_path, monkeypatch):
 def overrides(url: str, *more: str) -> list[str]:
     """Of a run of nine steps of 48 rows, on shards of three lanes."""
     path = f"{url}/{{00000..00011}}.tar"
-    source = f"{{name: remote, path: '{path}', window: 3, patience_s: 0.5}}"
+    source = f"{{name: remote, path: '{path}', window: 3, patience_s: {PATIENCE_S}}}"
     return [f"data.sources=[{source}]", "data.workers=0", "objective={infonce: {}}", *more]
 
 
@@ -50,7 +53,7 @@ def losses(run) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("error", r"gave no shard for .* \(patience_s is 0.5\): cannot fetch"),
+        ("error", r"gave no shard for .* \(patience_s is 1.5\): cannot fetch"),
         pytest.param(
             "denied",
             r"refuses what it gave before: .*401.*. Renew the credentials",
@@ -93,21 +96,26 @@ def on_rank(path, url, first_fails):
     rank = torch_dist.get_rank()
     asking._PAUSE_S = 0.001
     impatient = overrides(url, "train.timeout_minutes=0.008")
-    with pytest.raises(ValueError, match=r"patience_s is 0.5, but .* \(0.48 s\) the other ranks"):
+    with pytest.raises(ValueError, match=r"patience_s is 1.5, but .* \(0.48 s\) the other ranks"):
         check_patience(config.load(path, impatient))
-    n_opened, real = 0, fsspec.open
+    # Steps that are not logged learn of a request to stop later.
+    options = ["train.device=cpu", "train.micro_batches=1", "log.every=100", "checkpoint.every=100"]
+    n_opened, real, failed_at = 0, fsspec.open, []
 
     def open_some(address, *args, **kwargs):
         nonlocal n_opened
         n_opened += str(address).endswith(".tar")
         if str(address).endswith(".tar") and rank == 1 and n_opened > first_fails:
+            failed_at.append(time.monotonic())
             raise ConnectionResetError("connection reset")
         return real(address, *args, **kwargs)
 
     fsspec.open = open_some
     try:
-        train(config.load(path, overrides(url, "train.device=cpu", "train.micro_batches=1")))
+        train(config.load(path, overrides(url, *options)))
     except PutOff as put_off:
+        # Waited for once: until all ranks know, this one asks for nothing more.
+        assert not failed_at or failed_at[-1] - failed_at[0] < 2 * PATIENCE_S
         return [put_off.status, str(put_off)]
     return []
 
