@@ -22,6 +22,19 @@ _FROM_PIXELS = {
 }
 
 
+def check_patience(config: Config) -> None:
+    """Refuse a source that may be waited for longer than the ranks wait for one another."""
+    timeout_s = 60 * config.train.timeout_minutes
+    for s, plugin in enumerate(config.data.sources):
+        patience_s = getattr(plugin.options, "patience_s", 0.0)
+        if dist.world_size() > 1 and patience_s >= timeout_s:
+            raise ValueError(
+                f"data.sources.{s}.patience_s is {patience_s:g}, but after train.timeout_minutes = "
+                f"{config.train.timeout_minutes:g} ({timeout_s:g} s) the other ranks give up; set "
+                "it lower, or the minutes higher"
+            )
+
+
 def check_batch(config: Config) -> None:
     """Refuse a batch, of the run or of a stage, that ranks and micro-batches do not divide."""
     train, world = config.train, dist.world_size()

@@ -24,6 +24,9 @@ def wait_for_rows(loader: Loader, stop: StopRequest) -> bool:
     """Whether the next batch is here. It is not where the process is asked to stop meanwhile, or
     the data are out of reach: this rank then asks all to stop.
     """
+    # Until all know, the others must not wait for this rank's patience a second time.
+    if stop.lacks:
+        return False
     try:
         return loader.wait(lambda: stop.received != 0)
     except DataAway as error:
@@ -66,9 +69,15 @@ def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> No
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Around all steps: NaN or infinity ends them with what to do."""
+    """Around all steps: NaN or infinity ends them with what to do, and so do held-out samples that
+    cannot be had.
+    """
     try:
         yield
+    except DataAway as error:
+        saved = checkpoint.all_of(Path(config.out))
+        place = f"from {saved[-1]}, with resume=auto" if saved else "from the start"
+        raise DataAway(f"{error}\nOnce the data can be had again, go on {place}") from None
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 

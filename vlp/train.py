@@ -12,7 +12,7 @@ import torch
 
 from vlp import dist, engines, log, stages
 from vlp.assembly import Part, Run, begin, set_up
-from vlp.checks import check_batch, check_teacher
+from vlp.checks import check_batch, check_patience, check_teacher
 from vlp.config import Config
 from vlp.data import server
 from vlp.leaving import explained, leave, leave_if_asked, wait_for_rows
@@ -45,6 +45,7 @@ def train(config: Config, evaluate: Evaluate | None = None) -> Path:
     # The ranks have to be joined before anything is decided for all of them.
     engine = engines.start(config.train)
     check_batch(config)
+    check_patience(config)
     check_teacher(config)
     with alone_in(Path(config.out)):
         return _train(set_up(config, engine), evaluate)

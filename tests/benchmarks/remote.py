@@ -66,7 +66,8 @@ def main() -> None:
         f"One epoch of {args.shards:,} shards of {SAMPLES_A_SHARD} samples, {WINDOW} shards at "
         f"once, batches of {BATCH}, over http on loopback, counted by the server. Log-log slope of "
         f"{column} over nodes: {before:.2f} with one lane, {after:.2f} with {WINDOW}. Above 1 are "
-        "the shards at the borders of two nodes' lanes, one a node, and the end of each tar."
+        "the shards at the borders of two nodes' lanes, one a node, the first of the next epoch, "
+        "fetched ahead, and the end of each tar."
     )
     report.publish("remote", "Remote shards: what nodes fetch", rows, args, notes)
 

@@ -12,11 +12,12 @@ from multiprocessing.pool import ThreadPool
 import fsspec
 import pytest
 
-from tests.data.material import data_of, loader_of, write_shards
+from tests.data.material import data_of, encoded, loader_of, picture, write_shards
 from tests.data.test_loader import joined, same, take
 from vlp.config import Captions
 from vlp.data import asking
 from vlp.data.fetch import Cache
+from vlp.data.format import ShardWriter
 from vlp.data.loader import DataError
 from vlp.data.sources import remote as module
 from vlp.schema import ConfigError
@@ -58,11 +59,16 @@ def test_epochs_are_whole_windowed_and_read_ahead(bucket, tmp_path, monkeypatch)
     assert all(same(a, b) for a, b in zip(one, two))
 
 
-def test_ranks_workers_and_resuming_change_nothing(bucket):
+def test_ranks_workers_and_resuming_change_nothing(bucket, tmp_path, monkeypatch):
     data = data_of(remote(bucket), workers=2)
     reference = take(loader_of(data_of(remote(bucket)), 8), 25)
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "another"))
     loader = loader_of(data, 8)
     assert all(same(next(loader), batch) for batch in reference[:5])
+    # Counted in the loader processes.
+    shard_bytes = (bucket / "00000.tar").stat().st_size
+    assert 3 * shard_bytes <= loader.traffic()["fetched_bytes"] <= 40 * shard_bytes
+    assert 0 < loader.traffic()["used_bytes"] < 5 * shard_bytes
     for world in (1, 2, 4):
         ranks = [loader_of(data_of(remote(bucket)), 8, rank=r, world=world) for r in range(world)]
         for rank in ranks:
@@ -190,12 +196,13 @@ def test_a_server_that_stays_away_and_a_full_disk_end_the_run_with_the_reason(
 
 def test_a_shard_that_failed_rests_before_it_is_tried_again(bucket, monkeypatch):
     source = module.open(module.Options(f"file://{bucket}/"), Captions())
-    flaky = Flaky(4, ConnectionResetError("connection reset"), "00000.tar")
+    # Asked for again once another shard came: the store might have come back.
+    flaky = Flaky(8, ConnectionResetError("connection reset"), "00000.tar")
     monkeypatch.setattr(fsspec, "open", flaky)
     for i in range(10):
         with pytest.raises(OSError, match=r"cannot fetch .*00000.tar \(4 tries\)"):
             source[i]
-    assert flaky.seen.total() == 4
+    assert flaky.seen.total() == 8
     monkeypatch.setattr(module, "_REST_S", 0)
     assert source[3].sample_id == 3
 
@@ -223,3 +230,71 @@ def test_wrong_addresses_say_so(bucket):
     ):
         with pytest.raises(ValueError, match=message):
             loader_of(data_of(remote(bucket, path=path)), 8)
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "world", "batch", "lanes", "window"),
+    [
+        (1, 4, 4, "auto", 3),
+        (3, 4, 4, 8, 3),
+        (5, 2, 4, 2, 3),
+        (9, 4, 8, "auto", 20),
+        (7, 3, 12, 3, 2),
+    ],
+)
+def test_each_sample_comes_once_an_epoch_from_any_number_of_shards(
+    bucket, n_shards, world, batch, lanes, window
+):
+    path = f"file://{bucket}/{{00000..{n_shards - 1:05d}}}.tar"
+    data = data_of(remote(bucket, path=path, window=window), lanes=lanes)
+    ranks = [loader_of(data, batch, rank=r, world=world, pixels=False) for r in range(world)]
+    n_steps = ranks[0].steps_per_epoch
+    assert n_steps == 10 * n_shards // batch
+
+    seen = [int(i) for _ in range(n_steps) for rank in ranks for i in next(rank).sample_id]
+    assert len(set(seen)) == len(seen) == n_steps * batch
+
+
+def test_four_nodes_fetch_each_shard_once_among_them_also_for_stand_ins(
+    bucket, tmp_path, monkeypatch
+):
+    # One sample in ten does not decode, each in another shard.
+    broken = tmp_path / "broken"
+    with ShardWriter(broken, 10) as writer:
+        for i in range(200):
+            image = b"no picture" if i % 10 == 7 else encoded(picture(i % 5))
+            writer.add(None, image, "png", [f"caption {i}"], {})
+    opened: Counter[str] = Counter()
+    real = fsspec.open
+
+    def counted(url, *args, **kwargs):
+        opened[str(url).rpartition("/")[2]] += str(url).endswith(".tar")
+        return real(url, *args, **kwargs)
+
+    ranks = []
+    for rank in range(4):
+        monkeypatch.setenv("VLP_CACHE", str(tmp_path / f"cache{rank}"))
+        data = data_of(remote(broken), lanes=4, bad_share=1.0)
+        ranks.append(loader_of(data, 8, rank=rank, world=4))
+    monkeypatch.setattr(fsspec, "open", counted)
+    for _ in range(ranks[0].steps_per_epoch):
+        for rank in ranks:
+            next(rank)
+    n_bad = sum(rank.counters()["bad_samples"] for rank in ranks)
+    assert n_bad >= 20
+    # Shards at the borders of two nodes, and the first of the next epoch, fetched ahead.
+    n_opened = sum(n for name, n in opened.items() if name.endswith(".tar"))
+    assert 20 <= n_opened <= 20 + 3 + 4
+
+
+def test_nodes_that_share_shards_are_told_what_to_set(bucket, capsys):
+    for world, lanes, batch, advice in (
+        (4, "auto", 12, "data.lanes=4"),
+        (4, 8, 8, ""),
+        (3, 2, 12, "data.lanes=3"),
+        (2, 4, 6, "data.lanes=2"),
+        (1, 3, 8, ""),
+    ):
+        loader_of(data_of(remote(bucket), lanes=lanes), batch, rank=0, world=world)
+        said = capsys.readouterr().err
+        assert (advice in said) if advice else ("lanes" not in said)

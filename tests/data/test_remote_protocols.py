@@ -13,7 +13,6 @@ from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_loader import same, take
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.data import asking, fetch
-from vlp.data.loader import DataError
 from vlp.data.sources import shards as shard_files
 from vlp.data.steps import DataAway
 
@@ -93,13 +92,29 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
     assert server.suffered.total() == before + 1
 
 
-def test_a_server_that_never_recovers_ends_the_run_with_its_name(server):
-    loader = loader_of(data_of({**http(server), "patience_s": 0.2}), 10)
-    server.faults = ["error"] * 1000
-    with pytest.raises(
-        DataError, match=r"gave no shard for .*http://127.0.0.1:\d+/train/\d+.tar \(.*500"
-    ):
+@pytest.mark.parametrize("fault", ["error", "drop", "stall", "away"])
+def test_a_server_that_never_recovers_ends_the_run_with_its_name(server, fault, capsys):
+    loader = loader_of(data_of({**http(server), "stall_s": 0.1, "patience_s": 0.4}), 10)
+    server.faults = [fault] * 10_000
+    place = r"http://127.0.0.1:\d+/train"
+    # A fetch in the background may hold the shard all the time.
+    reason = rf"(cannot fetch {place}/\d+.tar \(|\d+.tar is still being fetched)"
+    with pytest.raises(DataAway, match=rf"step 0: {place} gave no shard for .*{reason}"):
         take(loader, 5)
+    said = capsys.readouterr().err
+    # While a stalled fetch holds it, there is nothing to say of it before the end.
+    assert "it is waited for up to" in said or fault == "stall"
+
+
+def test_a_server_that_comes_back_in_time_costs_nothing_but_time(server):
+    reference = take(loader_of(data_of(http(server)), 10), 8)
+    for copy in (fetch.cache_folder() / "shards").glob("*/*.tar"):
+        copy.unlink()
+    # More than the tries of one shard; the next shard is asked for meanwhile, too.
+    server.faults = ["error"] * 30
+    loader = loader_of(data_of({**http(server), "patience_s": 60}), 10)
+    assert all(same(next(loader), batch) for batch in reference)
+    assert server.suffered["error"] == 30 and loader.counters()["bad_samples"] == 0
 
 
 # ---- the Hub

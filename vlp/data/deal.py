@@ -74,8 +74,8 @@ class Deal:
         lane (`vlp.data.lanes`) deals its own draws.
 
         draws: their numbers, those of a lane following one another. A batch of `n_draws`, which
-        the lanes divide, has each source's share to within one draw; all draws up to one have it to
-        within one a lane.
+        the lanes divide, holds draws that follow one another in the deal, and is as even; all draws
+        up to one are a stretch of the deal for each lane, and off by as much for each.
         """
         sources = np.empty_like(draws)
         numbers = np.empty_like(draws)

@@ -314,6 +314,6 @@ def _locked(path: Path, until: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise OSError(f"another process still fetches {path.stem}") from None
+                    raise OSError(f"{path.stem}.tar is still being fetched") from None
                 time.sleep(_LOOKS_S)
         yield

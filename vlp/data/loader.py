@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlp import dist, log
 from vlp.config import Data
-from vlp.data import sequence
+from vlp.data import nodes, sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
 from vlp.data.offered import check_augment, optional_fields, read_fields, stored_teachers
@@ -32,7 +32,7 @@ from vlp.data.processes import (
     fitting_workers,
     n_parts,
 )
-from vlp.data.steps import DataError, Report, Steps, joined
+from vlp.data.steps import DataAway, DataError, Report, Steps, joined
 from vlp.lifetime import cut_short
 from vlp.text_store import TextStore
 from vlp.types import Batch, ImageSpec, TextSpec
@@ -125,7 +125,7 @@ class Loader:
             )
         self._pixels = pixels
         self._make(batch, image, text)
-        self._check_room()
+        nodes.check_room(self._mixture, rank, world)
         self._batches: list[tuple[int, int]] = [(0, batch)]
         self._content = [source.contents() for source in self._mixture.sources]
 
@@ -147,6 +147,7 @@ class Loader:
         # All ranks read the same sources.
         if rank == 0:
             self._warn_of_problems()
+            self._warn_of_shared_shards(batch)
 
     def _make(self, batch: int, image: ImageSpec, text: TextSpec) -> None:
         """Make steps of `batch` rows of all ranks, of these pixels and tokens."""
@@ -227,14 +228,6 @@ class Loader:
         check_shared_memory(steps.nbytes, n_workers, n_ranks, parts=steps.parts)
         return n_workers
 
-    def _check_room(self) -> None:
-        """ValueError where the shards that this machine reads at once do not fit into its cache."""
-        n_ranks = min(self._world, dist.local_world_size())
-        first_rank = self._rank // n_ranks * n_ranks
-        at_once = self._mixture.shards_at_once(first_rank, n_ranks, self._world)
-        for source, n_shards in zip(self._mixture.sources, at_once):
-            source.check_room(n_shards)
-
     def problems(self) -> list[str]:
         """Sentences on what the sources left out or found odd."""
         return sequence.problems(self._mixture)
@@ -267,7 +260,7 @@ class Loader:
 
             waited_s = time.perf_counter() - started
             if self._next is None and waited_s > self._stall_s:
-                raise DataError(
+                raise DataAway(
                     f"step {self._position} took more than {self._stall_s:g} s to load: "
                     "a stalled disk, mount or server?"
                 )
@@ -329,19 +322,11 @@ class Loader:
         sequence would differ.
         """
         saved = {name: value for name, value in state.items() if name not in ("step", "content")}
+        step = int(state["step"])
         identity, saved = sequence.comparable(
-            self._mixture, self._data, self._identity(int(state["step"])), saved
+            self._mixture, self._data, self._identity(step), saved
         )
-        differences = [
-            f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
-            for name in identity | saved
-            if saved.get(name) != identity.get(name)
-        ]
-        if saved.get("batch") != identity["batch"]:
-            differences.append(
-                f"to go on with another batch from step {state['step']} on, keep the one it had up "
-                "to there as a stage, stages=[{duration: …}, {duration: …, batch: …}]"
-            )
+        differences = sequence.differences(identity, saved, step)
         # A checkpoint from before there were digests says nothing of the content.
         for contents, digests in zip(self._content, state.get("content", [])):
             differences += contents.differing(digests)
@@ -352,8 +337,8 @@ class Loader:
             )
 
         # Of a run that began without lanes, a machine reads more at once.
-        self._check_room()
-        self.go_to(int(state["step"]))
+        nodes.check_room(self._mixture, self._rank, self._world)
+        self.go_to(step)
 
     def go_to(self, step: int) -> None:
         """Let the next batch be that of `step`, and count anew."""
@@ -407,6 +392,12 @@ class Loader:
             f"{self._n_bad} samples could not be used by step {self._position}:\n{names}\n"
             "repair or remove them"
         )
+
+    def _warn_of_shared_shards(self, batch: int) -> None:
+        n_nodes = self._world // len(nodes.ranks_here(self._rank, self._world))
+        shared = nodes.shared_shards(self._mixture, batch, n_nodes)
+        if shared:
+            log.warn(shared)
 
     def _warn_of_problems(self) -> None:
         problems = self.problems()

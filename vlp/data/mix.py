@@ -215,7 +215,9 @@ class Mixture:
             ranges.insert(0, (first + start, n_of_shard, rows_of_two_lanes))
 
         for start, n_samples, stride in ranges:
-            positions = np.arange(row % stride, n_samples, stride)[:_TRIED_AT_ONCE]
+            begin = row % stride
+            end = min(n_samples, begin + _TRIED_AT_ONCE * stride)
+            positions = np.arange(begin, end, stride)
             for candidate in (start + permute(n_samples, key, positions)).tolist():
                 if candidate not in present:
                     yield candidate
@@ -233,41 +235,6 @@ class Mixture:
         shard = int(np.searchsorted(ends, sample, side="right"))
         n = int(self.sources[s].runs[shard])
         return int(ends[shard]) - n, n
-
-    def shards_at_once(self, rank: int, n_ranks: int, world: int) -> list[int]:
-        """Of each source, in how many shards the rows of some neighbouring ranks stand at once."""
-        first_lane = rank * self.lanes // world
-        end_lane = -(-(rank + n_ranks) * self.lanes // world)
-        return [(end_lane - first_lane) * self._width(source.window) for source in self.sources]
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes fetched, and bytes of samples read, of sources with a window, since the last call,
-        by this process.
-        """
-        of_sources = [source.traffic() for source in self.sources if source.window]
-        return sum(fetched for fetched, _ in of_sources), sum(used for _, used in of_sources)
-
-    def prepare(self, ids: np.ndarray) -> None:
-        """Let the sources fetch what these samples need, without waiting."""
-        for s, source in enumerate(self.sources):
-            if source.window:
-                in_source = (ids >= self.firsts[s]) & (ids < self.firsts[s + 1])
-                source.prepare(ids[in_source] - self.firsts[s])
-
-    def ahead(self, size: int) -> int:
-        """How many steps of `size` rows lie between a sample and the one a window later; 0 where
-        nothing is fetched.
-        """
-        # A window's units follow one another, so that many rows pass until the next window.
-        rows_of_windows = [
-            self.lanes * self._width(source.window) * len(units) * self.together / len(source.runs)
-            for source, units in zip(self.sources, self.units)
-            if source.window
-        ]
-        if not rows_of_windows:
-            return 0
-
-        return max(1, int(max(rows_of_windows) / size))
 
     def _check(self) -> None:
         """Raise ValueError for sources that cannot give what is drawn from them."""
@@ -304,13 +271,13 @@ class Mixture:
         # One source with windows makes all of them stand in runs, so that it is not read apart.
         runs = [per_shard(source, units) for source, units in zip(self.sources, self.units)]
         together = np.concatenate(runs) if self.shares is None else None
-        streams = [(together, self._width(width))]
+        streams = [(together, self.width(width))]
 
         for source, own_runs in zip(self.sources, runs):
-            streams.append((own_runs if source.window else None, self._width(source.window)))
+            streams.append((own_runs if source.window else None, self.width(source.window)))
         return streams
 
-    def _width(self, window: int) -> int:
+    def width(self, window: int) -> int:
         """Shards in the window of a lane, where all lanes together read `window` at a time."""
         return -(-window // self.lanes)
 

@@ -35,7 +35,7 @@ def drawing(
     if data.replacement:
         options["replacement"] = True
     lanes = _lanes(data, sources)
-    if lanes > 1:
+    if lanes > 1 and (data.lanes != "auto" or mixture is Mixture):
         options["lanes"] = lanes
 
     # A selection is a mixture of its own, which knows none of these.
@@ -137,6 +137,21 @@ def comparable(
             mixture.lay_out(saved["lanes"])
             identity["lanes"] = saved["lanes"]
     return identity, saved
+
+
+def differences(identity: dict[str, Any], saved: dict[str, Any], step: int) -> list[str]:
+    """In words, in what two comparable identities differ at `step`."""
+    sentences = [
+        f"{name} was {saved.get(name)!r}, is {identity.get(name)!r}"
+        for name in identity | saved
+        if saved.get(name) != identity.get(name)
+    ]
+    if saved.get("batch") != identity["batch"]:
+        sentences.append(
+            f"to go on with another batch from step {step} on, keep the one it had up "
+            "to there as a stage, stages=[{duration: …}, {duration: …, batch: …}]"
+        )
+    return sentences
 
 
 def sources_digest(sources: Sequence[Source], like: str | None = None) -> str:

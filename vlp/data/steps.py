@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, labels, row_numbers, text
+from vlp.data import decode, labels, nodes, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
 from vlp.data.row import Row, choose_caption
@@ -98,11 +98,11 @@ class Steps(Dataset):
         # Only the rows of this part: the whole step of many ranks has a million.
         drawn = self.mixture.rows(step, self.size, numbers)
         # Shards of later rows are fetched meanwhile, and at the start several at once.
-        ahead = self.mixture.ahead(self.size)
+        ahead = nodes.steps_ahead(self.mixture, self.size)
         if ahead:
             later = self.mixture.rows(step + ahead, self.size, numbers)
-            self.mixture.prepare(drawn.samples)
-            self.mixture.prepare(later.samples)
+            nodes.prepare(self.mixture, drawn.samples)
+            nodes.prepare(self.mixture, later.samples)
 
         report = Report([], 0, len(numbers))
         pictures = self._new_pictures(len(numbers))
@@ -115,7 +115,7 @@ class Steps(Dataset):
             except StoreAway as error:
                 raise DataAway(f"step {step}: {error}") from error
             rows.append(row)
-        report.fetched_bytes, report.used_bytes = self.mixture.traffic()
+        report.fetched_bytes, report.used_bytes = nodes.traffic(self.mixture)
 
         # Tokenized together: once the pictures are drawn, no sample is replaced any more.
         tokens, report.n_truncated = self._tokenizer.tokenize([row.caption for row in rows])

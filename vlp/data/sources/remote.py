@@ -123,6 +123,9 @@ class Remote(Source):
         self._failed: dict[str, tuple[float, str]] = {}  # when and why a shard could not be had
         self._n_used_told = 0  # bytes of samples, as `traffic` told
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_n_used_told": 0}  # each process counts by itself
+
     def __len__(self) -> int:
         return len(self.shards)
 
@@ -131,7 +134,8 @@ class Remote(Source):
 
     def check_room(self, n_shards: int) -> None:
         # This window, the next, and the one that slower processes still read.
-        needed = 3 * n_shards * self._largest_bytes
+        n_held = min(3 * n_shards, len(self.shards.paths))
+        needed = n_held * self._largest_bytes
         if needed > self.cache.limit_bytes:
             raise ValueError(
                 f"cache_gb is {self.cache.limit_bytes / 1e9:g}, but three windows of {n_shards} "
@@ -174,43 +178,47 @@ class Remote(Source):
             raise OSError(reason)
 
         started = time.monotonic()
-        told = False
+        told = others_came = False
         while True:
             try:
                 return self.cache.get(url, until=started + self.patience_s)
             except OSError as error:
-                if self._is_alone(url, error):
+                # Once more where the store gives others: it may have come back just now.
+                is_final = _is_final(error)
+                other_comes = not is_final and self._gives_another(url)
+                if is_final or (other_comes and others_came):
                     self._failed[url] = (time.monotonic(), str(error))
                     raise
+                others_came = other_comes
+                if not other_comes:
+                    self._check_patience(url, error, time.monotonic() - started)
+                    if not told:
+                        log.warn(
+                            f"{_store(url)} gives no shard; it is waited for up to "
+                            f"{self.patience_s:,.0f} s: {error}"
+                        )
+                        told = True
 
-                store = address(url).rpartition("/")[0]
-                if is_refused(cause_of(error), url):
-                    raise StoreAway(
-                        f"{store} refuses what it gave before: {error}. Renew the credentials, the "
-                        "signature in the addresses, or what `storage` names"
-                    ) from error
-                waited_s = time.monotonic() - started
-                if waited_s >= self.patience_s:
-                    raise StoreAway(
-                        f"{store} gave no shard for {waited_s:,.0f} s (patience_s is "
-                        f"{self.patience_s:g}): {error}"
-                    ) from error
-                if not told:
-                    told = True
-                    log.warn(
-                        f"{store} gives no shard; it is waited for up to {self.patience_s:,.0f} s: "
-                        f"{error}"
-                    )
-
-    def _is_alone(self, url: str, error: OSError) -> bool:
-        """Whether only this shard cannot be had, for the store gives another one or says that this
-        one is gone, or whether waiting could not help.
-        """
-        if isinstance(error, FileNotFoundError) or is_full(cause_of(error)):
-            return True
+    def _gives_another(self, url: str) -> bool:
+        """Whether the store gives another shard than this one."""
         place = self.shards.paths.index(url)
         other = self.shards.paths[place - 1]
         return other != url and self.cache.answers(other)
+
+    def _check_patience(self, url: str, error: OSError, waited_s: float) -> None:
+        """Raise StoreAway where waiting is over, or would not help, for a store that gives
+        nothing.
+        """
+        if is_refused(cause_of(error), url):
+            raise StoreAway(
+                f"{_store(url)} refuses what it gave before: {error}. Renew the credentials, the "
+                "signature in the addresses, or what `storage` names"
+            ) from error
+        if waited_s >= self.patience_s:
+            raise StoreAway(
+                f"{_store(url)} gave no shard for {waited_s:,.0f} s (patience_s is "
+                f"{self.patience_s:g}): {error}"
+            ) from error
 
     def n_captions(self) -> np.ndarray:
         return self.shards.n_captions()
@@ -229,3 +237,13 @@ class Remote(Source):
 
     def problems(self) -> list[str]:
         return self.shards.problems()
+
+
+def _store(url: str) -> str:
+    """The folder of a shard, without what is secret."""
+    return address(url).rpartition("/")[0]
+
+
+def _is_final(error: OSError) -> bool:
+    """Whether a shard is not there, or this disk is full: waiting helps neither."""
+    return isinstance(error, FileNotFoundError) or is_full(cause_of(error))

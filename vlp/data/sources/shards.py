@@ -161,7 +161,7 @@ class Shards(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         # Loader processes read samples; what all of them are like is asked for before they start.
-        return {**self.__dict__, "_shards": None, "_kinds": None}
+        return {**self.__dict__, "_shards": None, "_kinds": None, "n_bytes_read": 0}
 
     def _unusable(self, problems: list[str], otherwise: str) -> str:
         return f"{self._name()} holds no usable sample: {'; '.join(problems[:3]) or otherwise}"
