@@ -5,7 +5,6 @@ folder, with a page for people.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +86,13 @@ def _counts(note: Path) -> Counter[str]:
 
 def forget_search(folder: Path) -> None:
     """Remove what the stages handed to one another, once all shards are written."""
-    shutil.rmtree(folder / arrays.SEARCH_FOLDER, ignore_errors=True)
+    search = folder / arrays.SEARCH_FOLDER
+    if not search.is_dir():
+        return
+    # By the paths' own ways: the folder may lie in a store.
+    for path in list(search.iterdir()):
+        path.unlink(missing_ok=True)
+    search.rmdir()
 
 
 def _before(folder: Path) -> np.ndarray | None:
