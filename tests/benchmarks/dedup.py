@@ -67,6 +67,9 @@ def main() -> None:
     by_cosine = [line("embeddings", n, args.lines) for n in args.embedded]
     rows = [*by_hash, *(extrapolated("fingerprints", by_hash, n) for n in EXTRAPOLATED)]
     rows += [*by_cosine, *(extrapolated("embeddings", by_cosine, n) for n in EXTRAPOLATED)]
+    for row in rows:
+        # With all its digits: a table's three would make 100 of 99.99.
+        row["found, %"] = row["found, %"] and f"{row['found, %']:.3f}"
     slopes = "; ".join(
         f"{name}: {slope(lines, 'CPU, s'):.2f}"
         for name, lines in (("fingerprints", by_hash), ("embeddings", by_cosine))
