@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.benchmarks import evidence_data, report
-from tests.benchmarks.evidence_arms import ARMS, FIRST_SHARDS, MINER, TABLES, Column, Table
+from tests.benchmarks.evidence_arms import ARMS, FIRST_SHARDS, MINER, TABLES, Table
 from vlp.eval import confidence
 from vlp.eval.report.records import items_path
 
@@ -148,7 +148,7 @@ def finished(out: Path, arm: str, seed: int) -> dict[str, Any] | None:
     return {
         "cost": cost,
         "results": {r["label"]: r for r in json.loads((run / "results.json").read_text())},
-        "items": items_path(run / "results.json"),
+        "folder": run,
     }
 
 
@@ -276,8 +276,8 @@ def row(
         for heading, (label, score) in table.columns.items()
     }
     distances = {
-        distance_heading(heading): distance(runs, baseline, table.columns[heading], unit(heading))
-        for heading in table.paired
+        distance_heading(heading): distance(runs, baseline, data, unit(heading))
+        for heading, data in table.paired.items()
     }
     costs = {
         heading: statistics.mean(run["cost"][name] for run in runs)
@@ -287,27 +287,35 @@ def row(
 
 
 def distance(
-    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], column: Column, unit: int
+    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], data: str, unit: int
 ) -> str | None:
-    """Score minus the baseline's with its 95 % interval, paired over items; None for the baseline,
-    and where not as many of its seeds have finished.
+    """Accuracy on `data` minus the baseline's with its 95 % interval, paired over items; None for
+    the baseline, and where not as many of its seeds have finished.
     """
     if runs is baseline or len(runs) != len(baseline):
         return None
-    pair = (mean_outcomes(of_arm, column) for of_arm in (runs, baseline))
+    pair = (mean_outcomes(of_arm, data) for of_arm in (runs, baseline))
     middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
     return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def mean_outcomes(runs: list[dict[str, Any]], data: str) -> Tensor:
+    """What every item of a set of negatives gives to the accuracy, [items, 2], as the mean over the
+    seeds. Kept beside the run; training keeps scores alone.
+    """
+    of_seeds = []
+    for run in runs:
+        out = run["folder"] / f"{Path(data).name}.json"
+        if not items_path(out).exists():
+            options = ("--task", "negatives", "--data", data, "--out", str(out))
+            command = [sys.executable, "-m", "vlp.cli", "eval", str(run["folder"]), *options]
+            subprocess.run(command, check=True, cwd=run["folder"].parent.parent)
+        of_seeds.append(load_file(items_path(out))["negatives/acc"])
+    return torch.stack(of_seeds).double().mean(0)
+
+
 def distance_heading(heading: str) -> str:
     return f"{heading.removesuffix(', %')}: distance"
-
-
-def mean_outcomes(runs: list[dict[str, Any]], column: Column) -> Tensor:
-    """What every item gives to a score, [items, 2], as the mean over the seeds."""
-    label, score = column
-    of_seeds = [load_file(run["items"])[f"{label}/{score}"] for run in runs]
-    return torch.stack(of_seeds).double().mean(0)
 
 
 def unit(heading: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Table:
     columns: dict[str, Column]
     notes: str
     other_data: bool = False  # its arms differ in what they are trained on, too
-    # Columns of which the difference from the baseline is shown, paired over their items.
-    paired: tuple[str, ...] = ()
+    # Columns of which the distance from the baseline is shown, paired over the items of their data.
+    paired: dict[str, str] = field(default_factory=dict)
 
 
 TABLES = {
@@ -287,5 +287,8 @@ for begin, title, notes in (
         {begin + name: title_of_arm for name, title_of_arm in COUNTING_NAMES.items()},
         COUNTING_COLUMNS | GUARDS,
         notes + COUNTING_NOTES,
-        paired=tuple(COUNTING_COLUMNS),
+        paired={
+            "seen, %": "data/proofs_of_counting/seen",
+            "held out, %": "data/proofs_of_counting/heldout",
+        },
     )
