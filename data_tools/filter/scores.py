@@ -84,9 +84,12 @@ class Stored:
         """The fields that the scores are put into."""
         return {head.name for head in self.heads}
 
-    def put(self, samples: Iterable[Content], shard: int) -> Iterator[Content]:
+    def put(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Content]:
         """A shard's samples, all of them, with their scores in the JSON; a sample without a score
-        loses the field. Raises ValueError where they are not those that were embedded.
+        loses the field. `counts` learns where one stood there. Raises ValueError where they are not
+        those that were embedded.
         """
         image = self.embeddings.mapped(shard, "image")
         text = self.embeddings.mapped(shard, "text")
@@ -97,20 +100,18 @@ class Stored:
             if place >= len(image):
                 break
             for name, scores in columns.items():
-                _put(sample.meta, name, scores[place])
+                # Of another head, of an earlier call, or the user's own: it would be taken for
+                # this one's.
+                if sample.meta.pop(name, None) is not None:
+                    counts[f"--head {name}: replaced what the JSON had there"] += 1
+                if not np.isnan(scores[place]):
+                    sample.meta[name] = float(scores[place])
             yield sample
         if place + 1 != len(image):
             raise ValueError(
                 f"shard {shard} of the source holds other samples than {len(image)} embedded ones; "
                 "make its embeddings anew with `vlp data embed`"
             )
-
-
-def _put(meta: dict[str, Any], name: str, score: float) -> None:
-    # A score of another head, or of an earlier call, would be taken for this one's.
-    meta.pop(name, None)
-    if not np.isnan(score):
-        meta[name] = float(score)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Survey:
         counts: Counter[str] = Counter()
         scored: Iterable[Content] = samples(path, counts)
         if self.stored:
-            scored = self.stored.put(scored, number)
+            scored = self.stored.put(scored, number, counts)
         if self.model:
             scored = with_cosines(self.model, scored, counts)
 

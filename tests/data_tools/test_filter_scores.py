@@ -117,6 +117,25 @@ def test_scores_are_fields_for_the_other_rules(
     assert not scores_of(tmp_path / "again", "near") and len(read(tmp_path / "again")) == N
 
 
+def test_rows_that_are_not_finite_have_no_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A model that overflows in half precision writes them; infinity is no JSON."""
+    image = IMAGE.copy()
+    image[2], image[5], image[7] = np.nan, np.inf, 0
+    source, folder = write(tmp_path / "in"), store(tmp_path / "e", image, TEXT)
+    head = write_head(tmp_path / "h.pth", {"weight": torch.ones(1, D)}, prefix="")
+    heads = ["--embeddings", folder, "--head", f"a={head}", "--head", "extra=cosine"]
+    call(filtering, source, "--to", tmp_path / "out", *heads)
+    expected = {f"k{i}" for i in range(N) if i not in (2, 5, 7)}
+    assert set(scores_of(tmp_path / "out", "a")) == expected
+    assert set(scores_of(tmp_path / "out", "extra")) == expected and len(expected) == N - 3
+
+    # A field of the samples' own goes for the score, and that is said.
+    name = "--head extra: replaced what the JSON had there"
+    assert counted(capsys.readouterr().out, name) == N
+
+
 def test_an_onnx_head(embedded: tuple[Path, Path], tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
@@ -267,6 +286,12 @@ def _write_wrong(folder: Path) -> dict[str, Path]:
     torch.save({"layers.0.weight": torch.zeros(2, D)}, folder / "two.pth")
     torch.save({"conv.weight": torch.zeros(2, 3, 3, 3)}, folder / "conv.pth")
     torch.save({"bn.weight": torch.zeros(D), "bn.running_mean": torch.zeros(D)}, folder / "bn.pth")
+    pair = {"hidden.weight": torch.zeros(2, D), "out.weight": torch.zeros(1, 2)}
+    torch.save(pair, folder / "named.pth")
+    blocks = {"0.0.weight": torch.zeros(2, D), "1.0.weight": torch.zeros(1, 2)}
+    torch.save(blocks, folder / "blocks.pth")
+    bias = {"0.weight": torch.zeros(1, D), "0.bias": torch.zeros(3)}
+    torch.save(bias, folder / "bias.pth")
     torch.save([1, 2], folder / "list.pth")
     torch.save({"weight": torch.full((1, D), torch.nan)}, folder / "nan.pth")
     torch.save(nn.Linear(D, 1), folder / "module.pth")
@@ -284,6 +309,10 @@ def _write_wrong(folder: Path) -> dict[str, Path]:
         (["--head", "a={wrong}/two.pth"], "two.pth gives 2 numbers a picture; expected one score"),
         (["--head", "a={wrong}/conv.pth"], r"holds conv.weight \(2, 3, 3, 3\); expected weights"),
         (["--head", "a={wrong}/bn.pth"], r"running_mean.*export another network as .onnx"),
+        (["--head", "a={wrong}/named.pth"], "layers hidden.weight, out.weight; what stands betwe"),
+        (["--head", "a={wrong}/named.pth,relu"], "export another network as .onnx"),
+        (["--head", "a={wrong}/blocks.pth,relu"], "layers 0.0.weight, 1.0.weight; what stands"),
+        (["--head", "a={wrong}/bias.pth"], r"0.bias has the shape \(3,\), expected \(1,\)"),
         (["--head", "a={wrong}/list.pth"], "holds list, expected a state dict"),
         (["--head", "a={wrong}/module.pth"], "module.pth cannot be read as weights"),
         (["--head", "a={wrong}/gaps.pth"], r"ReLU or only dropout.*gaps.pth,relu or ,linear"),
