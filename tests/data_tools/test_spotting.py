@@ -7,14 +7,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageStat
 
 from tests.data_tools.mining import counted
 from tests.data_tools.tools import call, read
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
-from vlp.data_tools.filter.spotting import Spotter, overlap
+from vlp.data_tools.filter import spotting
+from vlp.data_tools.filter.spotting import Spotter, overlap, runs_model
 
 READER = "tests.data_tools.test_spotting:by_size"
 TEXTS = {64: "GRAND OPENING SALE", 48: ["no", "parking"], 32: [], 16: "欢迎光临 hello"}
@@ -23,6 +25,12 @@ TEXTS = {64: "GRAND OPENING SALE", 48: ["no", "parking"], 32: [], 16: "欢迎光
 def by_size(pictures: list[Image.Image]) -> list[str | list[str]]:
     """What "stands" in a picture, by its width."""
     return [TEXTS[picture.width] for picture in pictures]
+
+
+def of_mean(pictures: list[Image.Image]) -> list[str]:
+    """A text that depends on the pixels alone."""
+    means = [round(ImageStat.Stat(picture.convert("L")).mean[0]) for picture in pictures]
+    return [f"caption {mean % 24} also" for mean in means]
 
 
 def broken(pictures: list[Image.Image]) -> list[str]:
@@ -132,6 +140,46 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(after) == ["sign", "plain", "dot", "thin"]
     assert "could not be read" not in capsys.readouterr().out
     assert "summersale" in joined and "today" in joined and after["plain"].meta["ocr"] == []
+
+
+def test_text_is_read_in_upright_first_pictures(tmp_path: Path) -> None:
+    """Of a turned JPEG, an animation, gray of 16 bits and a picture with transparency."""
+    pytest.importorskip("rapidocr_onnxruntime")
+    whole, exif = sign(["Summer sale"], (240, 60)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 8  # shown, it is turned by a quarter
+    clear = whole.convert("RGBA")
+    clear.putalpha(whole.convert("L").point(lambda value: 255 - value))
+    files = {"jpg": io.BytesIO(), "gif": io.BytesIO(), "tiff": io.BytesIO(), "png": io.BytesIO()}
+    whole.transpose(Image.Transpose.ROTATE_270).save(files["jpg"], "JPEG", exif=exif)
+    whole.save(files["gif"], "GIF", save_all=True, append_images=[sign([], (240, 60))])
+    wide = Image.fromarray(np.asarray(whole.convert("L")).astype(np.uint16) << 8)
+    wide.save(files["tiff"], "TIFF")
+    clear.save(files["png"], "PNG")
+    with ShardWriter(tmp_path / "in") as writer:
+        for kind, file in files.items():
+            writer.add(kind, file.getvalue(), kind, ["summer sale", "a shop"])
+    call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--ocr", "rapidocr",
+         "--max-overlap", 0.5)  # fmt: skip
+    after = {key: sample.captions for key, sample in read(tmp_path / "out").items()}
+    assert after == dict.fromkeys(files, ("a shop",))
+
+
+def test_what_runs_no_model_takes_no_gpu() -> None:
+    names = {
+        None: False,
+        "rapidocr": False,
+        "field:t": False,
+        "a.b:f": True,
+        "transformers:x": True,
+    }
+    assert {name: runs_model(name) for name in names} == names
+
+
+def test_threads_are_read_from_a_list_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenMP reads OMP_NUM_THREADS, for nested teams."""
+    for written, n_threads in (("2,1", 2), ("", -1), ("many", -1), ("3", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", written)
+        assert spotting.n_threads() == n_threads
 
 
 @pytest.mark.parametrize(
