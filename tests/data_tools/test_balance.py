@@ -21,7 +21,7 @@ from vlp.data.format import ShardWriter
 from vlp.data_tools import balance
 from vlp.data_tools.balance.draw import uniform
 from vlp.data_tools.balance.queries import Queries, hash_of
-from vlp.data_tools.balance.report import evenness
+from vlp.data_tools.balance.report import Counts, evenness
 
 
 def spaced(text: str) -> str:
@@ -244,6 +244,11 @@ def test_a_report_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     )
     assert then["after"] == done["after"] and then["samples"] == done["samples"]
     assert not list((tmp_path / "then").glob("*.tar"))
+
+
+def test_a_query_with_a_tab_keeps_the_table_s_columns() -> None:
+    table = "".join(Counts(["a\tb", "line\nbreak", "a  dog"], np.array([2, 1, 0])).table())
+    assert table == "query\tbefore\na b\t2\nline break\t1\na  dog\t0\n"
 
 
 def test_evenness_is_its_definition() -> None:
