@@ -33,6 +33,18 @@ def of_mean(pictures: list[Image.Image]) -> list[str]:
     return [f"caption {mean % 24} also" for mean in means]
 
 
+def of_corners(pictures: list[Image.Image]) -> list[str]:
+    """A picture's mode and size, and how its corners are, from the upper left on."""
+    texts = []
+    for picture in pictures:
+        right, below = picture.width - 1, picture.height - 1
+        places = [(0, 0), (right, 0), (0, below), (right, below)]
+        lights = [sum(picture.getpixel(place)) / 3 for place in places]
+        corners = " ".join("dark" if light < 100 else "light" for light in lights)
+        texts.append(f"{picture.mode} {picture.width} {picture.height} {corners}")
+    return texts
+
+
 def broken(pictures: list[Image.Image]) -> list[str]:
     raise KeyError("x")
 
@@ -142,26 +154,27 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "summersale" in joined and "today" in joined and after["plain"].meta["ocr"] == []
 
 
-def test_text_is_read_in_upright_first_pictures(tmp_path: Path) -> None:
+def test_readers_see_upright_first_pictures_in_colours(tmp_path: Path) -> None:
     """Of a turned JPEG, an animation, gray of 16 bits and a picture with transparency."""
-    pytest.importorskip("rapidocr_onnxruntime")
-    whole, exif = sign(["Summer sale"], (240, 60)), Image.Exif()
+    whole, exif = Image.new("RGB", (64, 40), "white"), Image.Exif()
+    whole.paste("black", (0, 0, 32, 20))
     exif[ExifTags.Base.Orientation] = 8  # shown, it is turned by a quarter
     clear = whole.convert("RGBA")
     clear.putalpha(whole.convert("L").point(lambda value: 255 - value))
-    files = {"jpg": io.BytesIO(), "gif": io.BytesIO(), "tiff": io.BytesIO(), "png": io.BytesIO()}
-    whole.transpose(Image.Transpose.ROTATE_270).save(files["jpg"], "JPEG", exif=exif)
-    whole.save(files["gif"], "GIF", save_all=True, append_images=[sign([], (240, 60))])
     wide = Image.fromarray(np.asarray(whole.convert("L")).astype(np.uint16) << 8)
+    files = {kind: io.BytesIO() for kind in ("jpg", "gif", "tiff", "png")}
+    whole.transpose(Image.Transpose.ROTATE_270).save(files["jpg"], "JPEG", exif=exif)
+    whole.save(files["gif"], "GIF", save_all=True, append_images=[Image.new("RGB", (64, 40))])
     wide.save(files["tiff"], "TIFF")
     clear.save(files["png"], "PNG")
-    with ShardWriter(tmp_path / "in") as writer:
+    with ShardWriter(tmp_path / "kinds") as writer:
         for kind, file in files.items():
-            writer.add(kind, file.getvalue(), kind, ["summer sale", "a shop"])
-    call(filtering, tmp_path / "in", "--to", tmp_path / "out", "--ocr", "rapidocr",
-         "--max-overlap", 0.5)  # fmt: skip
-    after = {key: sample.captions for key, sample in read(tmp_path / "out").items()}
-    assert after == dict.fromkeys(files, ("a shop",))
+            writer.add(kind, file.getvalue(), kind, ["a shop"])
+    reader = "tests.data_tools.test_spotting:of_corners"
+    options = ["--ocr", reader, "--ocr-field", "t"]
+    call(filtering, tmp_path / "kinds", "--to", tmp_path / "out", *options)
+    after = {key: sample.meta["t"] for key, sample in read(tmp_path / "out").items()}
+    assert after == {key: ["RGB 64 40 dark light light light"] for key in files}
 
 
 def test_what_runs_no_model_takes_no_gpu() -> None:
