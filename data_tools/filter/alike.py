@@ -26,7 +26,7 @@ from vlp.data_tools.filter.heads import is_known
 if TYPE_CHECKING:
     import argparse
 
-    from vlp.data.embedded import Embeddings
+    from vlp.data.embedded import Embeddings, Teacher
     from vlp.data_tools._run.work import Pool, Result
     from vlp.data_tools.filter.scores import Stored
 
@@ -66,9 +66,8 @@ class Alike:
         n = sum(len(alike.rows(number)) for number in range(n_shards))
         if not 1 <= n_cells <= n:
             raise ValueError(f"--cells {n_cells} must lie between 1 and the {n:,} pictures")
-        teacher = stored.embeddings.teacher
         for path in alike.files():
-            _check(path, teacher.model, teacher.width)
+            _check(path, stored.embeddings.teacher)
         return alike
 
     def rows(self, shard: int) -> np.ndarray:
@@ -85,9 +84,13 @@ class Alike:
         return files
 
     def settings(self) -> dict[str, Any]:
-        """What the output depends on; files by name and size."""
-        sizes = [[path.name, path.stat().st_size] for path in self.files()]
-        return {"like": sizes, "cells": self.n_cells, "cells_seed": self.seed}
+        """What the output depends on; files by name, size, and whose embeddings they are."""
+        files = []
+        for path in self.files():
+            about = _metadata(path)
+            whose = [about.get("weights", ""), about.get("keys", "")]
+            files.append([path.name, path.stat().st_size, *whose])
+        return {"like": files, "cells": self.n_cells, "cells_seed": self.seed}
 
     def decide(self, folder: Path, pool: Pool) -> Chosen | None:
         """The cells, fitted and chosen if no call before has; None while another part of the work
@@ -185,20 +188,32 @@ def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return arrays["centres"], arrays["chosen"]
 
 
-def _check(path: Path, model: str, width: int) -> None:
+def _check(path: Path, teacher: Teacher) -> None:
     """Raise ValueError for a file of another model's rows, whose cosines would mean nothing."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            about = file.metadata() or {}
-            _, other_width = file.get_slice("image").get_shape()
+            _, width = file.get_slice("image").get_shape()
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} holds no embeddings of pictures ({error}); make it with `vlp data embed`"
         ) from None
-    if about.get("model") != model or other_width != width:
+
+    about = _metadata(path)
+    model, weights = about.get("model", ""), about.get("weights", "")
+    # Older files do not tell their weights.
+    has_other_weights = bool(weights and teacher.weights) and weights != teacher.weights
+    if model != teacher.model or width != teacher.width or has_other_weights:
         raise ValueError(
-            f"{path} is of {about.get('model')}, width {other_width}; the source's embeddings are "
-            f"of {model}, width {width}: embed both with one model"
+            f"{path} is of {model or 'no model'}, width {width}, weights {weights or '?'}; the "
+            f"source's embeddings are of {teacher.model}, width {teacher.width}, weights "
+            f"{teacher.weights or '?'}: embed both with one model"
         )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}

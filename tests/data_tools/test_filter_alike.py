@@ -32,9 +32,10 @@ def in_cells() -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def other(folder: Path, rows: np.ndarray, model: str = "not here") -> Path:
-    folder.mkdir()
-    save_file({"image": rows.astype(np.float16)}, folder / "0.safetensors", {"model": model})
+def other(folder: Path, rows: np.ndarray, model: str = "not here", **about: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    metadata = {"model": model} | about
+    save_file({"image": rows.astype(np.float16)}, folder / "0.safetensors", metadata)
     return folder
 
 
@@ -61,6 +62,17 @@ def test_pictures_of_chosen_cells_stay(
     call(filtering, source, "--to", tmp_path / "both", *both)
     assert digests(tmp_path / "both") == whole
     assert (tmp_path / "both" / "_cells.npz").stat().st_mtime_ns == decided
+
+
+def test_another_set_of_the_same_size_is_another_call(
+    planted: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    source, embedded, like = planted
+    options = ["--embeddings", embedded, "--like", like, "--cells", N_CELLS, "--to", tmp_path / "o"]
+    call(filtering, source, *options)
+    other(like, np.eye(4, D), keys="others")
+    with pytest.raises(ValueError, match="was made from other input or settings"):
+        call(filtering, source, *options)
 
 
 def test_one_part_decides_for_all(planted: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -103,7 +115,11 @@ def test_rows_that_are_not_finite_lie_in_no_cell(tmp_path: Path) -> None:
         ),
         (
             ["--embeddings", "{embedded}", "--like", "{strange}", "--cells", 3],
-            "is of another, width 16; the source's embeddings are of not here, width 16",
+            "is of another, width 16, weights .; the source's embeddings are of not here, width 16",
+        ),
+        (
+            ["--embeddings", "{embedded}", "--like", "{trained}", "--cells", 3],
+            "is of not here, width 16, weights v; .* weights w: embed both with one model",
         ),
         (
             ["--embeddings", "{embedded}", "--like", "{flat}", "--cells", 3],
@@ -119,9 +135,8 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
     source, embedded, like = planted
     strange = other(tmp_path / "strange", np.eye(2, D), "another")
     flat = other(tmp_path / "flat", np.zeros(5))
-    places = {
-        "source": source, "embedded": embedded, "like": like, "strange": strange, "flat": flat
-    }  # fmt: skip
+    places = {"source": source, "embedded": embedded, "like": like, "strange": strange}
+    places |= {"flat": flat, "trained": other(tmp_path / "trained", np.eye(2, D), weights="v")}
     options = [str(option).format(**places) for option in options]
     with pytest.raises(ValueError, match=message):
         call(filtering, source, "--to", tmp_path / "out", *options)
