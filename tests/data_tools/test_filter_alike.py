@@ -69,8 +69,9 @@ def test_another_set_of_the_same_size_is_another_call(
 ) -> None:
     source, embedded, like = planted
     options = ["--embeddings", embedded, "--like", like, "--cells", N_CELLS, "--to", tmp_path / "o"]
+    other(like, np.eye(4, D), keys="of set a")
     call(filtering, source, *options)
-    other(like, np.eye(4, D), keys="others")
+    other(like, np.eye(4, D)[::-1], keys="of set b")
     with pytest.raises(ValueError, match="was made from other input or settings"):
         call(filtering, source, *options)
 
