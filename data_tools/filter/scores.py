@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp.data_tools._run.arrays import load, save
+from vlp.data_tools._run.arrays import load, load_all, save
 from vlp.data_tools.filter.conditions import number_of
 
 if TYPE_CHECKING:
@@ -205,8 +205,8 @@ class Shares:
     def of(cls, survey: Survey, n_shards: int) -> Shares:
         """The thresholds over all surveyed shards; raises ValueError."""
         folder = survey.folder
-        of_shards = [load(_file(folder, number))["values"] for number in range(n_shards)]
-        values = np.concatenate(of_shards)
+        files = [_file(folder, number) for number in range(n_shards)]
+        values = np.concatenate([of_shard["values"] for of_shard in load_all(files)])
         columns = zip(survey.tops, values.T)
         thresholds = tuple(top.threshold(column) for top, column in columns)
         return cls(folder, survey.tops, thresholds, survey.model is not None)

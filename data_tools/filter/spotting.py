@@ -123,7 +123,9 @@ class Spotter:
 
 def runs_model(name: str | None) -> bool:
     """Whether a reader may run on a GPU: a model does, and a function of one's own may."""
-    return bool(name) and name != RAPIDOCR and not name.startswith(f"{FIELD}:")
+    if not name or name == RAPIDOCR:
+        return False
+    return not name.startswith(f"{FIELD}:")
 
 
 def overlap(caption: str, texts: list[str]) -> float:
