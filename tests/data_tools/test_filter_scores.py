@@ -4,6 +4,7 @@ shares against a sort over all samples, on any number of processes, and what is 
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from fractions import Fraction
@@ -353,6 +354,21 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         call(filtering, source, "--to", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_head_cut_anywhere_is_told(tmp_path: Path, as_zip: bool) -> None:
+    """torch, zipfile and pickle each have errors of their own for a damaged file."""
+    whole = io.BytesIO()
+    torch.save(network("relu").state_dict(), whole, _use_new_zipfile_serialization=as_zip)
+    data, n = whole.getvalue(), 0
+    for end in range(0, len(data), len(data) // 60):
+        path = tmp_path / f"{end}.pth"
+        path.write_bytes(data[:end])
+        with pytest.raises(ValueError, match=f"{end}.pth cannot be read as weights"):
+            Head.of(f"a={path},relu").check(D)
+        n += 1
+    assert n > 55
 
 
 def test_embeddings_must_be_of_these_samples(embedded: tuple[Path, Path], tmp_path: Path) -> None:
