@@ -316,6 +316,7 @@ class Write:
             return
         if sample.image:  # its embedding may stand for it
             written = self._written(sample.image, sample.image_type, counts, totals)
+            pictures.tell_size(sample.meta, sample.image, written.data)
             sample.image, sample.image_type = written.data, written.extension
         for place, picture in sample.negative_images.items():
             sample.negative_images[place] = self._written(
@@ -325,15 +326,21 @@ class Write:
     def _written(
         self, data: bytes, image_type: str, counts: Counter[str], totals: Counter[str]
     ) -> Picture:
-        """A picture as it is to be written; as it came where it does not open."""
+        """A picture as it is to be written; as it came where it does not open, or where its new
+        format cannot hold it.
+        """
         from vlp.data.members import Picture
+        from vlp.data.picture import BadImage
 
         counts["pictures"] += 1
         try:
             picture = self.pictures.written(data)
         # Nothing is lost by it: training counts and names what it cannot open.
-        except ValueError:
+        except BadImage:
             counts["pictures left as they came, which do not open"] += 1
+            return Picture(data, image_type)
+        except ValueError:
+            counts["pictures left as they came, of more pixels a side than their format holds"] += 1
             return Picture(data, image_type)
         totals.update(picture.numbers)
         return Picture(picture.data, picture.extension or image_type)

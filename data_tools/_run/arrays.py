@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
 
+from vlp.data import stored
 from vlp.files import write_atomically
 
 
@@ -27,3 +29,10 @@ def load(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is damaged ({error}); delete it with its mark, {path.stem}.json"
         ) from None
+
+
+def load_all(paths: Iterable[Path]) -> Iterator[dict[str, np.ndarray]]:
+    """The arrays of each file in turn; of a store many are fetched at the same time."""
+    paths = list(paths)
+    stored.bring(paths)
+    return map(load, paths)

@@ -27,7 +27,7 @@ from vlp.files import existing
 # What the bytes of an output depend on, besides our own code.
 _LIBRARIES = (
     "numpy", "pillow", "simplejpeg", "safetensors", "torch", "torchvision", "open_clip_torch",
-    "timm", "transformers", "faiss-cpu",
+    "timm", "transformers", "faiss-cpu", "py3langid", "rapidocr-onnxruntime",
 )  # fmt: skip
 _OURS = "VLP_"  # names of our settings in the environment
 _OF_THE_SYSTEM = type(Path())

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlp.data_tools._run.arrays import load, save
+from vlp.data_tools._run.arrays import load, load_all, save
 from vlp.data_tools.balance.queries import Queries, hash_of
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
 def totals(files: Iterable[Path], n_queries: int) -> np.ndarray:
     """How often each query occurs in all shards of these files, int64 [queries]."""
     total = np.zeros(n_queries, np.int64)
-    for path in files:
-        counted = load(path)
+    for counted in load_all(files):
         total[counted["counted"]] += counted["times"]
     return total
 

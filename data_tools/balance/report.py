@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vlp.eval.report.markup import Html
 
 N_SHOWN = 20  # of the commonest and of the rarest queries
+_BLANKS = str.maketrans("\t\r\n", "   ")
 _DECADES = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -56,7 +57,9 @@ class Counts:
         """All queries with their counts, a line each, the commonest first (tab-separated)."""
         yield "query\tbefore\n" if self.after is None else "query\tbefore\tafter\n"
         for number in self.order.tolist():
-            yield "\t".join(str(value) for value in self._row(number).values()) + "\n"
+            # A query may hold what divides columns and lines, though no caption then holds it.
+            cells = (str(value).translate(_BLANKS) for value in self._row(number).values())
+            yield "\t".join(cells) + "\n"
 
 
 def evenness(counts: np.ndarray) -> dict[str, Any]:

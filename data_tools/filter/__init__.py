@@ -30,7 +30,7 @@ from vlp.data_tools.filter.options import arguments
 from vlp.data_tools.filter.repeats import too_common
 from vlp.data_tools.filter.rules import Rules, rules_of
 from vlp.data_tools.filter.scores import CLIP_SCORES, Stored, Survey, Top, surveyed
-from vlp.data_tools.filter.spotting import Spotter
+from vlp.data_tools.filter.spotting import Spotter, runs_model
 
 __all__ = ["EXAMPLE", "HELP", "arguments", "run"]
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     alike = Alike.of(args, stored, len(sources))
     _refuse_fields_nobody_has(rules, tops, stored, args, sources)
     # The dear ones last, so that no weights are read for a command with a mistake in it.
-    model_pool = pool.of_model(args.device) if args.model or args.ocr else pool
+    model_pool = pool.of_model(args.device) if args.model or runs_model(args.ocr) else pool
     spotter = Spotter.of(args.ocr, args.device, args.max_overlap, args.ocr_field)
     model = _encoder.Model.of(args)
 
@@ -97,7 +97,11 @@ def run(args: argparse.Namespace) -> int:
         print(shares.lines())
 
     # And which cells of pictures are wanted.
-    chosen = alike.decide(folder) if alike else None
+    chosen = None
+    if alike:
+        chosen = alike.decide(folder, pool)
+        if chosen is None:
+            return 0
 
     # Every shard by itself, now that all that is shared is known.
     change = Filter(rules, model, repeated, stored, shares, chosen, spotter)
@@ -163,5 +167,7 @@ def _metas(sources: list[Path]) -> Iterator[dict[str, Any]]:
 
 
 def _digest(path: str) -> str:
-    with open(path, "rb") as file:
+    from vlp.data.stored import source
+
+    with open(source(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

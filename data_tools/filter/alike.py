@@ -5,7 +5,9 @@ The pictures of all shards are clustered by k-means (FAISS; on up to FITTED rows
 --seed), each picture of the other set chooses the cell of its nearest centre, and a sample stays
 where its own cell is chosen. Nearest is by the cosine.
 
-    DIR/_cells.npz    centres [cells, D] float32, chosen [cells]: decided once, read by every shard
+    DIR/_cells.npz     centres [cells, D] float32, chosen [cells]: read by every shard
+    DIR/_cells.json    the mark of the decision. It is one job, because threads and processors
+                       change what k-means gives: no two machines may decide each for itself
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlp.data_tools._run.arrays import load, save
+from vlp.data_tools.filter.heads import is_known
 
 if TYPE_CHECKING:
     import argparse
 
-    from vlp.data.embedded import Embeddings
+    from vlp.data.embedded import Embeddings, Teacher
+    from vlp.data_tools._run.work import Pool, Result
     from vlp.data_tools.filter.scores import Stored
 
 FITTED = 256  # rows a cell, at most; FAISS's own bound
@@ -37,7 +41,7 @@ class Alike:
 
     embeddings: Embeddings  # the source's
     n_shards: int
-    other: str  # folder of the other set's embeddings
+    other: Path  # folder of the other set's embeddings
     n_cells: int
     seed: int
 
@@ -54,16 +58,16 @@ class Alike:
                 "--like DIR, --cells K and --embeddings DIR go together: the other set's "
                 "embeddings, the number of cells, the source's embeddings"
             )
+        from vlp.data.stored import source
         from vlp.eval.search.nearest import import_faiss
 
         import_faiss()
-        alike = cls(stored.embeddings, n_shards, other, n_cells, args.seed)
+        alike = cls(stored.embeddings, n_shards, source(other), n_cells, args.seed)
         n = sum(len(alike.rows(number)) for number in range(n_shards))
         if not 1 <= n_cells <= n:
             raise ValueError(f"--cells {n_cells} must lie between 1 and the {n:,} pictures")
-        teacher = stored.embeddings.teacher
         for path in alike.files():
-            _check(path, teacher.model, teacher.width)
+            _check(path, stored.embeddings.teacher)
         return alike
 
     def rows(self, shard: int) -> np.ndarray:
@@ -72,9 +76,7 @@ class Alike:
 
     def files(self) -> list[Path]:
         """The files of the other set's embeddings; raises ValueError where there are none."""
-        from vlp.data.stored import source
-
-        files = sorted(source(self.other).glob("*.safetensors"))
+        files = sorted(self.other.glob("*.safetensors"))
         if not files:
             raise ValueError(
                 f"--like {self.other} holds no embeddings; make them with `vlp data embed`"
@@ -82,22 +84,34 @@ class Alike:
         return files
 
     def settings(self) -> dict[str, Any]:
-        """What the output depends on; files by name and size."""
-        sizes = [[path.name, path.stat().st_size] for path in self.files()]
-        return {"like": sizes, "cells": self.n_cells, "cells_seed": self.seed}
+        """What the output depends on; files by name, size, and whose embeddings they are."""
+        files = []
+        for path in self.files():
+            about = _metadata(path)
+            whose = [about.get("weights", ""), about.get("keys", "")]
+            files.append([path.name, path.stat().st_size, *whose])
+        return {"like": files, "cells": self.n_cells, "cells_seed": self.seed}
 
-    def decide(self, folder: Path) -> Chosen:
-        """The cells, fitted and chosen if a call before has not; raises ValueError."""
-        path = folder / "_cells.npz"
-        if not path.exists():
-            centres = self._fit()
-            chosen = np.zeros(len(centres), bool)
-            for rows in self._other_rows():
-                chosen[nearest(rows, centres)] = True
-            if not chosen.any():
-                raise ValueError(f"--like {self.other} holds no picture that opened")
-            save(path, centres=centres, chosen=chosen)
-        return Chosen(self.embeddings, path)
+    def decide(self, folder: Path, pool: Pool) -> Chosen | None:
+        """The cells, fitted and chosen if no call before has; None while another part of the work
+        does. Raises ValueError.
+        """
+        from vlp.data_tools._run.work import Job, all_done, carry_out
+
+        job = Job(folder / "_cells.json", folder / "_cells.npz", 1)
+        results = carry_out("cells", [job], self, pool)
+        return Chosen(self.embeddings, job.item) if all_done(results) else None
+
+    def __call__(self, path: Path) -> Result:
+        """Fit the cells and choose among them."""
+        centres = self._fit()
+        chosen = np.zeros(len(centres), bool)
+        for rows in self._other_rows():
+            chosen[nearest(rows, centres)] = True
+        if not chosen.any():
+            raise ValueError(f"--like {self.other} holds no picture that opened")
+        save(path, centres=centres, chosen=chosen)
+        return {"counts": {"cells": len(chosen), "cells that are chosen": int(chosen.sum())}}
 
     def _fit(self) -> np.ndarray:
         """Unit centres [cells, D] float32 of the source's pictures; raises ValueError."""
@@ -116,7 +130,7 @@ class Alike:
         firsts = [0, *ends[:-1].tolist()]
         pieces = [rows[part - first] for rows, part, first in zip(shards, parts, firsts)]
         fitted = np.concatenate(pieces).astype(np.float32)
-        fitted = fitted[fitted.any(axis=1)]
+        fitted = fitted[is_known(fitted)]
         if len(fitted) < self.n_cells:
             raise ValueError(f"--cells {self.n_cells}: only {len(fitted):,} pictures open")
 
@@ -133,12 +147,14 @@ class Alike:
         return kmeans.centroids
 
     def _other_rows(self) -> Iterator[np.ndarray]:
-        """The other set's rows, float16 [n, D] a file, those that opened."""
-        from safetensors.numpy import load_file
+        """The other set's rows, [n, D] a file, those that opened."""
+        from safetensors import safe_open
 
         for path in self.files():
-            rows = load_file(path)["image"]
-            yield rows[rows.any(axis=1)]
+            # Alone: captions and crops may take many times as much.
+            with safe_open(path, "numpy") as file:
+                rows = file.get_tensor("image")
+            yield rows[is_known(rows)]
 
 
 @dataclass(frozen=True)
@@ -152,7 +168,9 @@ class Chosen:
         """Of each of a shard's pictures, bool [n]; none that did not open."""
         centres, chosen = _cells(self.path)
         rows = self.embeddings.mapped(shard, "image")
-        return rows.any(axis=1) & chosen[nearest(rows, centres)]
+        inside = is_known(rows)
+        inside[inside] = chosen[nearest(rows[inside], centres)]
+        return inside
 
 
 def nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -170,20 +188,32 @@ def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return arrays["centres"], arrays["chosen"]
 
 
-def _check(path: Path, model: str, width: int) -> None:
+def _check(path: Path, teacher: Teacher) -> None:
     """Raise ValueError for a file of another model's rows, whose cosines would mean nothing."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
-            about = file.metadata() or {}
-            shape = file.get_slice("image").get_shape()
-    except (OSError, SafetensorError) as error:
+            _, width = file.get_slice("image").get_shape()
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path} holds no embeddings of pictures ({error}); make it with `vlp data embed`"
         ) from None
-    if about.get("model") != model or shape[1] != width:
+
+    about = _metadata(path)
+    model, weights = about.get("model", ""), about.get("weights", "")
+    # Older files do not tell their weights.
+    has_other_weights = bool(weights and teacher.weights) and weights != teacher.weights
+    if model != teacher.model or width != teacher.width or has_other_weights:
         raise ValueError(
-            f"{path} is of {about.get('model')}, width {shape[1]}; the source's embeddings are of "
-            f"{model}, width {width}: embed both with one model"
+            f"{path} is of {model or 'no model'}, width {width}, weights {weights or '?'}; the "
+            f"source's embeddings are of {teacher.model}, width {teacher.width}, weights "
+            f"{teacher.weights or '?'}: embed both with one model"
         )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return file.metadata() or {}

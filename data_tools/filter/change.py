@@ -45,7 +45,7 @@ class Filter:
         from vlp.data_tools._run.shards import Changed
 
         # Scores first, because rules may ask for them; the dear ones last.
-        scored = self.stored.put(samples, shard) if self.stored else samples
+        scored = self.stored.put(samples, shard, counts) if self.stored else samples
         kept = self._compared(scored, shard, counts)
         # Lazily: a shard's samples are held one at a time, or as many as a batch.
         kept = (sample for sample in kept if self._passes(sample, counts))

@@ -9,20 +9,22 @@ user names.
                                 as LAION's CLIP-based NSFW detector for ViT-H-14
     --head NAME=cosine          no file: the cosine of the stored picture and first caption
 
-A file of weights does not tell what stands between its layers, only that something does: their
-numbers leave gaps, and dropout leaves the same gap as ReLU.
+A file of weights does not tell what stands between its layers, only that something does: the
+numbers that nn.Sequential gives them leave gaps, and dropout leaves the same gap as ReLU. Layers
+that have names of their own leave no gap, whatever their `forward` puts between them: they are
+refused. A file may lie in a store.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +41,7 @@ _GRAMMAR = (
     f"NAME={COSINE}"
 )
 _WEIGHTS = (".safetensors", ".pth", ".pt")
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.weight$)")  # of a module in nn.Sequential
 _DECIMALS = 4  # below them lies what threads and processors change
 
 Rows = np.ndarray  # [n, D] float16 or float32, unit rows
@@ -49,12 +52,14 @@ class Head:
     """A head by name and file; each process reads it when it first needs it."""
 
     name: str
-    file: str  # COSINE: none
+    file: Path | None  # None: the cosine
     between: str = ""  # one of BETWEEN, or not said
 
     @classmethod
     def of(cls, text: str) -> Head:
         """The head that an option names; raises ValueError."""
+        from vlp.data.stored import source
+
         name, equals, rest = text.partition("=")
         file, _, between = rest.rpartition(",")
         if between not in BETWEEN:
@@ -62,17 +67,20 @@ class Head:
         if not (equals and name.strip() and file):
             raise ValueError(f"--head {text!r}: expected {_GRAMMAR}")
 
-        head = cls(name.strip(), file, between)
+        # As a path, by which the nodes of a cluster are asked for the file.
+        head = cls(name.strip(), None if file == COSINE else source(file), between)
         check_new_field(head.name, f"--head {text}")
-        if file != COSINE and Path(file).suffix not in (*_WEIGHTS, ".onnx"):
+        if head.file is None:
+            return head
+        if head.file.suffix not in (*_WEIGHTS, ".onnx"):
             raise ValueError(f"--head {text!r}: {file} is no file of a head; expected {_GRAMMAR}")
-        if file != COSINE and not Path(file).is_file():
+        if not head.file.is_file():
             raise ValueError(f"--head {text!r}: there is no file {file}")
         return head
 
     def check(self, width: int) -> None:
         """Raise ValueError where the head does not read rows of this width, or gives no number."""
-        if self.file == COSINE:
+        if self.file is None:
             return
         function = self.function()
         try:
@@ -93,7 +101,7 @@ class Head:
 
     def settings(self) -> list[str]:
         """What its scores depend on: the file's content, not its place."""
-        if self.file == COSINE:
+        if self.file is None:
             return [self.name, COSINE, ""]
         with open(self.file, "rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -104,24 +112,37 @@ class Head:
         return _load(self)
 
     def scores(self, image: Rows, text: Rows) -> np.ndarray:
-        """The scores [n] of stored pictures, NaN for one that has none: it did not open, or the
-        cosine is asked for and there is no caption.
+        """The scores [n] of stored pictures, NaN for one that has none: it did not open, the cosine
+        is asked for and there is no caption, or the row or the score is not finite.
         """
-        known = image.any(axis=1)
-        if self.file == COSINE:
-            known &= text.any(axis=1)
-            cosines = (image.astype(np.float64) * text.astype(np.float64)).sum(axis=1)
-            return np.where(known, np.round(cosines, _DECIMALS), np.nan)
+        known = is_known(image)
+        if self.file is None:
+            known &= is_known(text)
 
         scores = np.full(len(image), np.nan)
         if known.any():
-            scores[known] = np.round(self.function()(image[known]), _DECIMALS)
-        return scores
+            if self.file is None:
+                pairs = image[known].astype(np.float64) * text[known].astype(np.float64)
+                scores[known] = pairs.sum(axis=1)
+            else:
+                scores[known] = self.function()(image[known])
+
+        # JSON has no infinity.
+        scores[~np.isfinite(scores)] = np.nan
+        return np.round(scores, _DECIMALS)
+
+
+def is_known(rows: Rows) -> np.ndarray:
+    """Which rows are embeddings, bool [n]: those of pictures that did not open are zeros, and a
+    model that overflows gives rows that are not finite.
+    """
+    return rows.any(axis=1) & np.isfinite(rows).all(axis=1)
 
 
 @cache
 def _load(head: Head) -> Callable[[Rows], np.ndarray]:
-    if head.file.endswith(".onnx"):
+    assert head.file is not None  # the cosine has no network
+    if head.file.suffix == ".onnx":
         return _of_onnx(head.file)
     layers = _layers(head)
 
@@ -141,6 +162,7 @@ def _layers(head: Head) -> list[tuple[Tensor, Tensor, bool]]:
     """(weight, bias, whether ReLU follows) of each linear layer, in order; raises ValueError."""
     import torch
 
+    assert head.file is not None  # as above
     tensors = _tensors(head.file)
     weights = {name: value for name, value in tensors.items() if name.endswith("weight")}
     names = sorted(weights, key=_place)
@@ -151,6 +173,14 @@ def _layers(head: Head) -> list[tuple[Tensor, Tensor, bool]]:
         raise ValueError(
             f"{head.file} holds {listed or 'no tensor'}; expected weights [out, in] and biases of "
             "linear layers alone: export another network as .onnx"
+        )
+
+    # The functions between layers of other names stand in code that is not here.
+    if len(names) > 1 and len({_NUMBER.sub("", name) for name in names}) > 1:
+        raise ValueError(
+            f"{head.file} has layers {', '.join(names)}; what stands between layers is read from "
+            "the numbers of one nn.Sequential (layers.0.weight, layers.2.weight): export another "
+            "network as .onnx"
         )
 
     # A gap in the numbers of modules: something without weights stands there.
@@ -167,21 +197,27 @@ def _layers(head: Head) -> list[tuple[Tensor, Tensor, bool]]:
     for name, gap in zip(names, [*has_gap, False]):
         weight = weights[name].double()
         bias = tensors.get(_bias(name), torch.zeros(len(weight))).double()
+        # One of another length could be spread over all outputs.
+        if bias.shape != (len(weight),):
+            raise ValueError(
+                f"{head.file}: {_bias(name)} has the shape {tuple(bias.shape)}, expected "
+                f"({len(weight)},) as the outputs of {name}"
+            )
         layers.append((weight, bias, gap and head.between == "relu"))
     return layers
 
 
-def _tensors(path: str) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a file; raises ValueError. A pickle is read without running its code."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        if path.endswith(".safetensors"):
+        if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    # torch, zipfile, pickle and safetensors each have kinds of their own for a damaged file.
+    except Exception as error:
         raise _unreadable(path, error) from None
 
     # As Lightning wraps it.
@@ -198,7 +234,7 @@ def _tensors(path: str) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _unreadable(path: str, error: Exception) -> ValueError:
+def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = " ".join(str(error).split())[:200]
     return ValueError(
         f"{path} cannot be read as weights ({type(error).__name__}: {reason}); expected "
@@ -215,7 +251,7 @@ def _place(name: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", name)) or (0,)
 
 
-def _of_onnx(path: str) -> Callable[[Rows], np.ndarray]:
+def _of_onnx(path: Path) -> Callable[[Rows], np.ndarray]:
     """A network of one input [n, D] and one output, [n] or [n, 1]."""
     session = _session(path)
     [source] = session.get_inputs()
@@ -232,7 +268,7 @@ def _one_each(values: np.ndarray) -> np.ndarray:
     return values[:, 0] if values.shape[1] == 1 else values
 
 
-def _session(path: str) -> Any:
+def _session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -242,7 +278,7 @@ def _session(path: str) -> Any:
         ) from None
 
     try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors share no class
         raise _unreadable(path, error) from None
     if len(session.get_inputs()) != 1:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlp.data import stored
 from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def too_common(sources: list[Path], folder: Path, most: int, pool: work.Pool) ->
         return None
 
     # Of all parts: machines read their own shards, and each decides for all.
-    hashes = [np.load(_hashes(folder, number)) for number in range(len(sources))]
+    files = [_hashes(folder, number) for number in range(len(sources))]
+    stored.bring(files)
+    hashes = [np.load(path) for path in files]
     values, n_samples = np.unique(np.concatenate(hashes), return_counts=True)
     return values[n_samples > most]
 

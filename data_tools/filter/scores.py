@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlp.data_tools._run.arrays import load, save
+from vlp.data_tools._run.arrays import load, load_all, save
 from vlp.data_tools.filter.conditions import number_of
 
 if TYPE_CHECKING:
@@ -84,9 +84,12 @@ class Stored:
         """The fields that the scores are put into."""
         return {head.name for head in self.heads}
 
-    def put(self, samples: Iterable[Content], shard: int) -> Iterator[Content]:
+    def put(
+        self, samples: Iterable[Content], shard: int, counts: Counter[str]
+    ) -> Iterator[Content]:
         """A shard's samples, all of them, with their scores in the JSON; a sample without a score
-        loses the field. Raises ValueError where they are not those that were embedded.
+        loses the field. `counts` learns where one stood there. Raises ValueError where they are not
+        those that were embedded.
         """
         image = self.embeddings.mapped(shard, "image")
         text = self.embeddings.mapped(shard, "text")
@@ -97,20 +100,18 @@ class Stored:
             if place >= len(image):
                 break
             for name, scores in columns.items():
-                _put(sample.meta, name, scores[place])
+                # Of another head, of an earlier call, or the user's own: it would be taken for
+                # this one's.
+                if sample.meta.pop(name, None) is not None:
+                    counts[f"--head {name}: replaced what the JSON had there"] += 1
+                if not np.isnan(scores[place]):
+                    sample.meta[name] = float(scores[place])
             yield sample
         if place + 1 != len(image):
             raise ValueError(
                 f"shard {shard} of the source holds other samples than {len(image)} embedded ones; "
                 "make its embeddings anew with `vlp data embed`"
             )
-
-
-def _put(meta: dict[str, Any], name: str, score: float) -> None:
-    # A score of another head, or of an earlier call, would be taken for this one's.
-    meta.pop(name, None)
-    if not np.isnan(score):
-        meta[name] = float(score)
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Survey:
         counts: Counter[str] = Counter()
         scored: Iterable[Content] = samples(path, counts)
         if self.stored:
-            scored = self.stored.put(scored, number)
+            scored = self.stored.put(scored, number, counts)
         if self.model:
             scored = with_cosines(self.model, scored, counts)
 
@@ -204,8 +205,8 @@ class Shares:
     def of(cls, survey: Survey, n_shards: int) -> Shares:
         """The thresholds over all surveyed shards; raises ValueError."""
         folder = survey.folder
-        of_shards = [load(_file(folder, number))["values"] for number in range(n_shards)]
-        values = np.concatenate(of_shards)
+        files = [_file(folder, number) for number in range(n_shards)]
+        values = np.concatenate([of_shard["values"] for of_shard in load_all(files)])
         columns = zip(survey.tops, values.T)
         thresholds = tuple(top.threshold(column) for top, column in columns)
         return cls(folder, survey.tops, thresholds, survey.model is not None)

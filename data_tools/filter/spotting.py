@@ -121,6 +121,13 @@ class Spotter:
         return f"more than {self.max_overlap:g} of its words stand in the picture"
 
 
+def runs_model(name: str | None) -> bool:
+    """Whether a reader may run on a GPU: a model does, and a function of one's own may."""
+    if not name or name == RAPIDOCR:
+        return False
+    return not name.startswith(f"{FIELD}:")
+
+
 def overlap(caption: str, texts: list[str]) -> float:
     """The share of a caption's words that stand among the texts of its picture, in [0, 1]."""
     written = [word.text for word in words(caption)]
@@ -161,9 +168,8 @@ def _rapidocr() -> tuple[Read, str]:
             "--ocr rapidocr: rapidocr-onnxruntime is not installed; install it with "
             "pip install 'vlp[curate]'"
         ) from None
-    # A tool's processes share the cores, which onnxruntime does not know of.
-    n_threads = int(os.environ.get("OMP_NUM_THREADS", -1))
-    reader = RapidOCR(intra_op_num_threads=n_threads, inter_op_num_threads=n_threads)
+    n = n_threads()
+    reader = RapidOCR(intra_op_num_threads=n, inter_op_num_threads=n)
 
     def read_one(picture: Image) -> Texts:
         import numpy as np
@@ -184,6 +190,15 @@ def _rapidocr() -> tuple[Read, str]:
         return [read_one(picture) for picture in pictures]
 
     return read, version("rapidocr-onnxruntime")
+
+
+def n_threads() -> int:
+    """Threads of onnxruntime, which does not know that processes share the cores; -1: all.
+
+    OpenMP's variable may be a list, for nested teams: the first is of the outer one.
+    """
+    written = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(written) if written.isdecimal() else -1
 
 
 def _widened(picture: Image) -> Image:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vlp.data.stored import source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +36,7 @@ def is_listed(path: str, sample: Content) -> bool:
 
 @cache
 def _lines(path: str) -> frozenset[str]:
-    return frozenset(Path(path).read_text(encoding="utf-8").split())
+    return frozenset(source(path).read_text(encoding="utf-8").split())
 
 
 @cache
@@ -46,7 +47,7 @@ def _pairs(path: str) -> np.ndarray:
     import numpy as np
 
     # A list may be larger than memory.
-    pairs = np.load(path, mmap_mode="r")
+    pairs = np.load(source(path), mmap_mode="r")
     if pairs.dtype != np.dtype("u8,u8") or pairs.ndim != 1:
         raise ValueError(
             f"{path} holds {pairs.dtype} {pairs.shape}; "

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 FORMATS = ("keep", "jpeg", "webp", "avif")
 _KINDS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF"}
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif"}
-# Pixels of a side that a format can hold; the decoder's limits are below those of PNG and AVIF.
-_LONGEST = {"WEBP": 16383, "JPEG": 65500}
+# Pixels of a side that a format can hold; the decoder's limits are below that of PNG. AVIF is
+# written with longer sides as well, but libavif does not read them.
+_LONGEST = {"WEBP": 16383, "JPEG": 65500, "AVIF": 32768}
 _DEFAULT_QUALITY = 90
 
 
@@ -107,7 +108,9 @@ class Pictures:
 
         if not self.change:
             return
-        about = header(data)
+        self._refuse(header(data))
+
+    def _refuse(self, about: Header) -> None:
         kind, _ = self._target(about)
         if self._stays(about, kind):
             return
@@ -120,12 +123,15 @@ class Pictures:
             )
 
     def written(self, data: bytes) -> Written:
-        """The picture as it goes into a shard; raises BadImage."""
+        """The picture as it goes into a shard; raises BadImage for one that does not open, and
+        ValueError for one that its new format cannot hold.
+        """
         from vlp.data.picture import header, layered
 
         if not self.change:
             return Written(data, "", {})
         about = header(data)
+        self._refuse(about)
         kind, lossless = self._target(about)
         n_pixels = about.width * about.height
         numbers = {"pixels_before": n_pixels, "bytes_before": len(data)}
@@ -196,6 +202,22 @@ class Pictures:
                 f"({str(error)[:80]}); install a Pillow that has (pip install -U pillow), "
                 "or choose another --format"
             ) from None
+
+
+def tell_size(meta: dict[str, Any], before: bytes, after: bytes) -> None:
+    """Let `width` and `height` of a sample's JSON, where they are those of its picture, be those of
+    the picture that is written: rules ask for them. img2dataset's `original_width` stays.
+    """
+    from vlp.data.picture import header
+
+    if after is before or not {"width", "height"} <= meta.keys():
+        return
+    about = header(before)
+    told = [meta["width"], meta["height"]]
+    # As shown or as stored, before it was turned.
+    if told in ([about.width, about.height], [about.height, about.width]):
+        written = header(after)
+        meta |= {"width": written.width, "height": written.height}
 
 
 def loss_of(totals: dict[str, int], n_images: int) -> list[str]:

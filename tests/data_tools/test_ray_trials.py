@@ -18,11 +18,18 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 import vlp
+<<<<<<< HEAD
 from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
 from tests.data_tools import in_stores
+=======
+from tests.data import loopback_store
+from tests.data.material import encoded, picture
+from tests.data_tools import test_stores
+>>>>>>> revcur
 from tests.data_tools.mining import store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
@@ -30,6 +37,7 @@ from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
 from tests.data_tools.test_work import write
 from tests.data_tools.tools import CAPTIONS, call
 from tests.eval.material import tiny_open_clip
+from vlp.data import stores
 from vlp.data.format import ShardWriter
 from vlp.data_tools import (
     balance,
@@ -127,6 +135,76 @@ def test_a_cluster_reads_and_writes_a_store(
     there = ["filter", "s3://bucket/in", *in_stores.FILTER, "--to", "s3://bucket/out"]
     assert in_stores.vlp(*there, "--ray", running.address) == 0
     assert in_stores.content(server.root / "out") == here and len(here) > 10
+
+
+def curation(
+    rows: Path | str, head: Path | str, queries: Path | str
+) -> list[tuple[Any, list[Any]]]:
+    """Calls that score, share, choose cells, read pictures and balance."""
+    scored = ["--embeddings", rows, "--head", f"a={head}", "--head", "near=cosine"]
+    reader = "tests.data_tools.test_spotting:of_mean"
+    return [
+        (filtering, [*scored, "--top", "a=60%", "--top", "extra=0.8", "--keep", "near > -1"]),
+        (filtering, ["--embeddings", rows, "--like", rows, "--cells", 5, "--top", "extra=50%"]),
+        (filtering, ["--ocr", reader, "--ocr-field", "text in it", "--max-overlap", 0.4]),
+        (balance, ["--queries", queries, "--cap", 5, "--seed", 3]),
+    ]
+
+
+@pytest.fixture
+def curated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What those calls read."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    captions = {i: [f"caption {i}", f"also {i} 7"] for i in range(24)}
+    write_twins(tmp_path / "in", captions)
+    image, text = twins()
+    image[3] = 0
+    store(tmp_path / "rows", image, text)
+    torch.save({"weight": torch.linspace(-1, 1, image.shape[1])[None]}, tmp_path / "head.pth")
+    (tmp_path / "queries.txt").write_text("caption\nalso\n7\n")
+    return tmp_path
+
+
+def test_curation_writes_the_same_bytes_on_a_cluster(
+    running: Nodes, curated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(curated)
+    n = 0
+    for tool, options in curation("rows", "head.pth", "queries.txt"):
+        same_on_ray(tool, options, "in", running.address)
+        n += 1
+    assert n == 4
+
+
+def test_curation_in_a_store_on_a_cluster(
+    running: Nodes, curated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder is shared but the store: rows, head and queries lie there, too."""
+    monkeypatch.setenv("VLP_CACHE", str(curated / "cache"))
+    test_stores.forget_all(monkeypatch)
+    monkeypatch.setattr(stores, "options", {})
+    with loopback_store.store(curated) as server:
+        stores.use({"s3": test_stores.options(server)})
+        calls = zip(
+            curation(curated / "rows", curated / "head.pth", curated / "queries.txt"),
+            curation(*(f"s3://bucket/{name}" for name in ("rows", "head.pth", "queries.txt"))),
+        )
+        for n, ((tool, here), (_, there)) in enumerate(calls):
+            out = curated / f"out{n}"
+            call(tool, curated / "in", *here, "--to", curated / f"here{n}")
+            to = ["--to", f"s3://bucket/out{n}", "--ray", running.address]
+            call(tool, "s3://bucket/in", *there, *to)
+            differing = differences(curated / f"here{n}", out)
+            assert not differing, f"{tool.__name__} {there}: {differing}"
+        assert n == 3 and any("rows" in request for request in server.requests)
+
+
+def differences(here: Path, there: Path) -> list[str]:
+    """The files of two folders that differ; the page of a report names its input."""
+    ours, theirs = contents(here), contents(there)
+    names = sorted({*ours, *theirs} - {"balance.html"})
+    assert len(names) > 3
+    return [name for name in names if ours.get(name) != theirs.get(name)]
 
 
 def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_path: Path) -> None:

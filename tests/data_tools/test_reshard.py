@@ -6,7 +6,7 @@ import re
 
 import pyarrow
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from pyarrow import parquet
 
 from tests.data.folder_material import packed
@@ -95,6 +95,40 @@ def test_pictures_are_shrunk_once_and_the_loss_is_stated(shards, tmp_path, capsy
     assert reshard(shards, "--to", tmp_path / "none", "--max-side", 0) == 1
     assert "--max-side 0 must be at least 1 pixel" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_what_the_json_says_of_a_picture_s_size_is_what_is_written(shards, tmp_path):
+    """img2dataset's width and height, by which rules choose; others of these names stay."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = encoded(picture(7, (96, 40)), "JPEG", exif=exif)
+    metas = {
+        "a": {"width": 96, "height": 40, "original_width": 500},
+        "b": {"width": 3, "height": 40},
+        "c": {"width": "wide", "height": None},
+    }
+    (tmp_path / "in").mkdir()
+    content = [*members("t", turned, {"caption": "a", "width": 96, "height": 40})]
+    for key, meta in metas.items():
+        content += members(key, encoded(picture(1, (96, 40))), {"caption": "a", **meta})
+    write_tar(tmp_path / "in" / "0.tar", content)
+    assert reshard(tmp_path / "in", "--to", tmp_path / "out", "--max-side", 48) == 0
+    after = {sample.key: sample.meta for sample in packed(tmp_path / "out")}
+    sizes = {key: (meta["width"], meta["height"]) for key, meta in after.items()}
+    assert sizes == {"t": (20, 48), "a": (48, 20), "b": (3, 40), "c": ("wide", None)}
+    assert after["a"]["original_width"] == 500
+
+
+def test_a_picture_that_its_new_format_cannot_hold_stays(tmp_path, capsys):
+    """AVIF of longer sides is written, and then read by nobody; JPEG ends in an error."""
+    (tmp_path / "in").mkdir()
+    wide = encoded(Image.new("RGB", (65_501, 1)))
+    write_tar(tmp_path / "in" / "0.tar", [*members("w", wide, {"caption": "a"})])
+    for kind in ("webp", "avif", "jpeg"):
+        assert reshard(tmp_path / "in", "--to", tmp_path / kind, "--format", kind) == 0
+        assert [sample.image for sample in packed(tmp_path / kind)] == [wide]
+        line = "pictures left as they came, of more pixels a side than their format holds +1\n"
+        assert re.search(line, capsys.readouterr().out)
 
 
 def test_an_unfinished_call_of_a_version_before_goes_on(shards, tmp_path):

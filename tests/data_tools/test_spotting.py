@@ -7,14 +7,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageStat
 
 from tests.data_tools.mining import counted
 from tests.data_tools.tools import call, read
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
-from vlp.data_tools.filter.spotting import Spotter, overlap
+from vlp.data_tools.filter import spotting
+from vlp.data_tools.filter.spotting import Spotter, overlap, runs_model
 
 READER = "tests.data_tools.test_spotting:by_size"
 TEXTS = {64: "GRAND OPENING SALE", 48: ["no", "parking"], 32: [], 16: "欢迎光临 hello"}
@@ -23,6 +25,24 @@ TEXTS = {64: "GRAND OPENING SALE", 48: ["no", "parking"], 32: [], 16: "欢迎光
 def by_size(pictures: list[Image.Image]) -> list[str | list[str]]:
     """What "stands" in a picture, by its width."""
     return [TEXTS[picture.width] for picture in pictures]
+
+
+def of_mean(pictures: list[Image.Image]) -> list[str]:
+    """A text that depends on the pixels alone."""
+    means = [round(ImageStat.Stat(picture.convert("L")).mean[0]) for picture in pictures]
+    return [f"caption {mean % 24} also" for mean in means]
+
+
+def of_corners(pictures: list[Image.Image]) -> list[str]:
+    """A picture's mode and size, and how its corners are, from the upper left on."""
+    texts = []
+    for picture in pictures:
+        right, below = picture.width - 1, picture.height - 1
+        places = [(0, 0), (right, 0), (0, below), (right, below)]
+        lights = [sum(picture.getpixel(place)) / 3 for place in places]
+        corners = " ".join("dark" if light < 100 else "light" for light in lights)
+        texts.append(f"{picture.mode} {picture.width} {picture.height} {corners}")
+    return texts
 
 
 def broken(pictures: list[Image.Image]) -> list[str]:
@@ -132,6 +152,47 @@ def test_rapidocr_reads_drawn_text(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(after) == ["sign", "plain", "dot", "thin"]
     assert "could not be read" not in capsys.readouterr().out
     assert "summersale" in joined and "today" in joined and after["plain"].meta["ocr"] == []
+
+
+def test_readers_see_upright_first_pictures_in_colours(tmp_path: Path) -> None:
+    """Of a turned JPEG, an animation, gray of 16 bits and a picture with transparency."""
+    whole, exif = Image.new("RGB", (64, 40), "white"), Image.Exif()
+    whole.paste("black", (0, 0, 32, 20))
+    exif[ExifTags.Base.Orientation] = 8  # shown, it is turned by a quarter
+    clear = whole.convert("RGBA")
+    clear.putalpha(whole.convert("L").point(lambda value: 255 - value))
+    wide = Image.fromarray(np.asarray(whole.convert("L")).astype(np.uint16) << 8)
+    files = {kind: io.BytesIO() for kind in ("jpg", "gif", "tiff", "png")}
+    whole.transpose(Image.Transpose.ROTATE_270).save(files["jpg"], "JPEG", exif=exif)
+    whole.save(files["gif"], "GIF", save_all=True, append_images=[Image.new("RGB", (64, 40))])
+    wide.save(files["tiff"], "TIFF")
+    clear.save(files["png"], "PNG")
+    with ShardWriter(tmp_path / "kinds") as writer:
+        for kind, file in files.items():
+            writer.add(kind, file.getvalue(), kind, ["a shop"])
+    reader = "tests.data_tools.test_spotting:of_corners"
+    options = ["--ocr", reader, "--ocr-field", "t"]
+    call(filtering, tmp_path / "kinds", "--to", tmp_path / "out", *options)
+    after = {key: sample.meta["t"] for key, sample in read(tmp_path / "out").items()}
+    assert after == {key: ["RGB 64 40 dark light light light"] for key in files}
+
+
+def test_what_runs_no_model_takes_no_gpu() -> None:
+    names = {
+        None: False,
+        "rapidocr": False,
+        "field:t": False,
+        "a.b:f": True,
+        "transformers:x": True,
+    }
+    assert {name: runs_model(name) for name in names} == names
+
+
+def test_threads_are_read_from_a_list_of_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As OpenMP reads OMP_NUM_THREADS, for nested teams."""
+    for written, n_threads in (("2,1", 2), ("", -1), ("many", -1), ("3", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", written)
+        assert spotting.n_threads() == n_threads
 
 
 @pytest.mark.parametrize(
