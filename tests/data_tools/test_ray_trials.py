@@ -21,15 +21,10 @@ import pytest
 import torch
 
 import vlp
-<<<<<<< HEAD
+from tests.data import loopback_store
 from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
 from tests.data_tools import in_stores
-=======
-from tests.data import loopback_store
-from tests.data.material import encoded, picture
-from tests.data_tools import test_stores
->>>>>>> revcur
 from tests.data_tools.mining import store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
@@ -181,10 +176,10 @@ def test_curation_in_a_store_on_a_cluster(
 ) -> None:
     """No folder is shared but the store: rows, head and queries lie there, too."""
     monkeypatch.setenv("VLP_CACHE", str(curated / "cache"))
-    test_stores.forget_all(monkeypatch)
+    in_stores.forget_all(monkeypatch)
     monkeypatch.setattr(stores, "options", {})
     with loopback_store.store(curated) as server:
-        stores.use({"s3": test_stores.options(server)})
+        stores.use({"s3": in_stores.options(server)})
         calls = zip(
             curation(curated / "rows", curated / "head.pth", curated / "queries.txt"),
             curation(*(f"s3://bucket/{name}" for name in ("rows", "head.pth", "queries.txt"))),
