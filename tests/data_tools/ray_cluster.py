@@ -69,6 +69,8 @@ def joined() -> Iterator[Nodes]:
         "RAY_TMPDIR": folder,
         # Else it would write a token into the home of whoever tests.
         "RAY_AUTH_MODE": "disabled",
+        # It would report its use.
+        "RAY_USAGE_STATS_ENABLED": "0",
         # It names its own debugger here, which would stay.
         "PYTHONBREAKPOINT": "",
         "VLP_DECODE_LIMIT": "2",
