@@ -158,9 +158,9 @@ class _Workers:
             self.n_lost_starts += 1
             if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
                 raise WorkerLost(
-                    "no process stays alive on the cluster; its logs (/tmp/ray/session_latest/logs "
-                    "on each node) say why. One without tokens wants RAY_AUTH_MODE=disabled here, "
-                    "too. The shards that are finished stay"
+                    "no process stays alive on the cluster, most often for want of memory; its "
+                    "logs (/tmp/ray/session_latest/logs on each node) say why. One without tokens "
+                    "wants RAY_AUTH_MODE=disabled here, too. The shards that are finished stay"
                 )
             return
 
