@@ -177,7 +177,7 @@ def workers_of_actors() -> set[int]:
     }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
     running: Nodes, tmp_path: Path, signum: int
 ) -> None:
@@ -193,9 +193,10 @@ def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
     told, _ = tool.communicate()
     marks = list(out.glob("0*_negatives.json"))
     assert begun and 3 <= len(marks) < 40
-    if signum == signal.SIGINT:
-        words = f"vlp: ended by SIGINT; negatives: {len(marks)} of 40 shards are finished and stay"
-        assert tool.returncode == 130 and words in told
+    if signum != signal.SIGKILL:
+        name = signal.Signals(signum).name
+        words = f"vlp: ended by {name}; negatives: {len(marks)} of 40 shards are finished and stay"
+        assert tool.returncode == 128 + signum and words in told
     while any(map(lives, begun)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(lives, begun))
