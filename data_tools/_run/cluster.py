@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def connect(address: str) -> None:
     if ray.is_initialized():
         return
 
-    place = _place(ray, address)
+    place = _place(address)
     if place is not None:
         _refuse_deaf(place)
     options = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
@@ -55,19 +55,20 @@ def connect(address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise ClusterError(_why_not(place, error)) from None
 
-    # Ray prints what its daemons report on stdout, where tools print what they have made.
-    ray._private.worker._worker_logs_enabled = False
+    # Ray prints what its daemons report on stdout, where tools print what they have made. There is
+    # no public switch; a Ray without this one prints.
+    with suppress(AttributeError):
+        ray._private.worker._worker_logs_enabled = False
     nodes.refuse_differing(nodes.versions(), versions_of_nodes(ray))
 
 
-def _place(ray: Any, address: str) -> str | None:
+def _place(address: str) -> str | None:
     """HOST:PORT of the cluster to join; None where one is to be started."""
     source = "--ray"
-    if address == AUTO and os.environ.get("RAY_ADDRESS", AUTO) != AUTO:
+    if address == AUTO and os.environ.get("RAY_ADDRESS"):
         source, address = "RAY_ADDRESS", os.environ["RAY_ADDRESS"]
     if address == AUTO:
-        begun_here: str | None = ray._private.utils.read_ray_address()
-        return begun_here
+        return _begun_here()
     if address == "local":
         return None
 
@@ -78,6 +79,19 @@ def _place(ray: Any, address: str) -> str | None:
             "(ray start says which); to send a call to another one, ray job submit brings it there"
         )
     return address
+
+
+def _begun_here() -> str | None:
+    """HOST:PORT of the cluster that was started on this machine; None where none was."""
+    # Ray's address="auto" would also take any cluster whose processes it sees, of whomever. Read
+    # here, because what reads the file in Ray is private.
+    folder = os.environ.get("RAY_TMPDIR", "/tmp")
+    if sys.platform == "linux" and "RAY_TMPDIR" not in os.environ:
+        folder = os.environ.get("TMPDIR", "/tmp")
+    try:
+        return Path(folder, "ray", "ray_current_cluster").read_text().strip() or None
+    except FileNotFoundError:
+        return None
 
 
 def _refuse_deaf(place: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -66,4 +67,22 @@ def _begin(do: Callable[[Any], Any], n_processes: int) -> None:
 
 def _do_in_worker(item: Any) -> Any:
     assert _do is not None  # the pool's initializer has set it
-    return _do(item)
+    return sent_back(_do, item)
+
+
+def sent_back(do: Callable[[Item], Done], item: Item) -> Done:
+    """What `do` returns for an item; its exception in a form that reaches the process of the call.
+
+    Some, such as those of HTTP clients, are pickled and cannot be unpickled. A pool would take the
+    process for lost.
+    """
+    try:
+        return do(item)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            kinds = (kind for kind in (ValueError, OSError) if isinstance(error, kind))
+            kind = next(kinds, RuntimeError)
+            raise kind(str(error) or type(error).__name__) from None
+        raise

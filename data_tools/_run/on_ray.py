@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from vlp import log
 from vlp.data_tools._run import cluster, nodes
-from vlp.data_tools._run.local import WorkerLost
+from vlp.data_tools._run.local import WorkerLost, sent_back
 from vlp.data_tools._run.nodes import ClusterError
 from vlp.data_tools._run.progress import say
 
@@ -83,7 +83,7 @@ class Worker:
     def work(self, item: Any) -> Any:
         """Do one item."""
         assert self.do is not None  # `prepare` has returned
-        return self.do(item)
+        return sent_back(self.do, item)
 
 
 @dataclass
@@ -158,9 +158,9 @@ class _Workers:
             self.n_lost_starts += 1
             if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
                 raise WorkerLost(
-                    "no process stays alive on the cluster; its logs (/tmp/ray/session_latest/logs "
-                    "on each node) say why. One without tokens wants RAY_AUTH_MODE=disabled here, "
-                    "too. The shards that are finished stay"
+                    "no process stays alive on the cluster, most often for want of memory; its "
+                    "logs (/tmp/ray/session_latest/logs on each node) say why. One without tokens "
+                    "wants RAY_AUTH_MODE=disabled here, too. The shards that are finished stay"
                 )
             return
 
@@ -202,6 +202,7 @@ class _Workers:
             # For who looks for a bug; messages do not show it.
             cause.add_note(str(error))
             raise cause from None
-        if isinstance(error, (exceptions.RayActorError, exceptions.ObjectLostError)):
+        # It tells by many names that a process is gone: of its node, of memory, of an object.
+        if isinstance(error, exceptions.RayError):
             return True
         raise error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,8 @@ from vlp.data_tools._run import cluster, work
 
 ON_RAY = work.Pool(None, ray=True)
 STORE = {"object_store_memory": 80_000_000, "include_dashboard": False}
+# Two processes less, which would tell of logs and start machines.
+ALONE = {"include_log_monitor": False, "no_monitor": True}
 # A lost node is missed after a second; Ray's own default is fifteen.
 HEALTH = {
     "health_check_initial_delay_ms": 0,
@@ -31,9 +35,13 @@ class Nodes:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 1, "_system_config": HEALTH, **STORE}
+        head = {"num_cpus": 1, "_system_config": HEALTH, **ALONE, **STORE}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+        try:
+            self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def address(self) -> str:
@@ -46,27 +54,42 @@ class Nodes:
     def end(self) -> None:
         import ray
 
-        # Ray leaves the logs of a cluster.
-        session = self.cluster.head_node.get_session_dir_path()
         ray.shutdown()
         self.cluster.shutdown()
-        shutil.rmtree(session, ignore_errors=True)
 
 
 @contextmanager
 def joined() -> Iterator[Nodes]:
-    """Two nodes, which this process has joined."""
-    with pytest.MonkeyPatch.context() as environment:
-        # Else Ray would write a token into the home of whoever tests.
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        environment.setenv("VLP_DECODE_LIMIT", "2")
-        environment.delenv("RAY_ADDRESS", raising=False)
-        made = Nodes()
-        try:
-            cluster.connect(made.address)
-            yield made
-        finally:
-            made.end()
+    """Two nodes, which this process has joined. Nothing of them stays."""
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    # Short, because sockets lie in it.
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    settings = {
+        # Ray would note this cluster as the machine's, in the place of one that somebody has begun.
+        "RAY_TMPDIR": folder,
+        # Else it would write a token into the home of whoever tests.
+        "RAY_AUTH_MODE": "disabled",
+        # It would report its use.
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # It names its own debugger here, which would stay.
+        "PYTHONBREAKPOINT": "",
+        "VLP_DECODE_LIMIT": "2",
+    }
+    try:
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in settings.items():
+                environment.setenv(name, value)
+            environment.delenv("RAY_ADDRESS", raising=False)
+            made = Nodes()
+            try:
+                cluster.connect(made.address)
+                yield made
+            finally:
+                made.end()
+    finally:
+        # Each node that is started here puts an answer of its own in the place of ours.
+        signal.signal(signal.SIGTERM, on_sigterm)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def lives(pid: int) -> bool:

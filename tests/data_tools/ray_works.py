@@ -63,10 +63,34 @@ def fail_at_three(number: int) -> work.Result:
     return {"counts": {"samples read": 1}}
 
 
-def where(number: int) -> work.Result:
-    """Which process works, what it sees of GPUs, and where it is."""
-    # Long enough for every process to have its share.
-    time.sleep(0.1)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    about = {"pid": os.getpid(), "gpus": gpus, "folder": os.getcwd()}
-    return {"counts": {}, **about, "limit": os.environ.get("VLP_DECODE_LIMIT", "")}
+class CannotBeRead(OSError):
+    """As the errors of some HTTP clients are: pickled, and refused where it is unpickled."""
+
+    def __init__(self, address: str, status: int) -> None:
+        super().__init__(f"{address} answers {status}")
+
+
+def fail_unreadably(number: int) -> work.Result:
+    """Work with an error that no other process can read."""
+    raise CannotBeRead("http://here", 500 + number)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Work that tells which process works, what it sees of GPUs, and where it is; each waits until
+    so many have begun.
+    """
+
+    log: Path
+    n_processes: int
+
+    def __call__(self, number: int) -> work.Result:
+        tell(self.log, os.getpid())
+        deadline = time.monotonic() + PATIENCE_S
+        while len({pid for (pid,) in told(self.log)}) < self.n_processes:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        about = {"pid": os.getpid(), "gpus": gpus, "folder": os.getcwd()}
+        return {"counts": {}, **about, "limit": os.environ.get("VLP_DECODE_LIMIT", "")}

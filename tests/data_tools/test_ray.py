@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,8 @@ from tests.data_tools.ray_cluster import ON_RAY, Nodes, jobs, joined, lives, sam
 from tests.data_tools.test_work import EndsAtThird, write
 from tests.data_tools.tools import call
 from vlp.cli import _ended_by_signals
-from vlp.data_tools import counting, reshard, scenes, stats
 from vlp.data_tools import filter as filtering
+from vlp.data_tools import scenes, stats
 from vlp.data_tools._run import cluster, nodes, on_ray, work
 from vlp.lifetime import Stopped
 
@@ -31,27 +32,19 @@ def running() -> Iterator[Nodes]:
         yield made
 
 
-WALK = [
-    (filtering, ["--min-words", 3, "--max-repeats", 9]),
-    (reshard, ["--samples-per-shard", 5, "--shuffle", 0]),
-    (counting, ["--processes", 1]),
-]
-
-
-def test_tools_write_the_same_bytes_on_a_cluster(
+def test_a_tool_writes_the_same_bytes_on_a_cluster(
     running: Nodes,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """With relative paths, which nodes that were started elsewhere would look for elsewhere."""
+    """In two rounds, the second on what the first has found. With relative paths, which nodes that
+    were started elsewhere would look for elsewhere. All tools: `test_ray_trials`.
+    """
     monkeypatch.chdir(tmp_path)
     write(Path("the input"), 4, 6)
-    n = 0
-    for tool, options in WALK:
-        same_on_ray(tool, options, "the input", running.address)
-        n += 1
-    assert n == 3
+    rules = ["--min-words", 3, "--max-repeats", 9]
+    same_on_ray(filtering, rules, "the input", running.address)
 
     # All that Ray has to say is said elsewhere.
     told = capfd.readouterr()
@@ -62,7 +55,8 @@ def test_a_process_is_given_a_gpu_and_many_items(
     running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    results = work.carry_out("gpu", jobs(tmp_path, 6), ray_works.where, ON_RAY.of_model("auto"))
+    alone = ray_works.Where(tmp_path / "log", 1)
+    results = work.carry_out("gpu", jobs(tmp_path, 6), alone, ON_RAY.of_model("auto"))
     # A model is loaded once: one process on the one GPU does all.
     about = {(r["pid"], r["gpus"], r["folder"], r["limit"]) for r in results if r is not None}
     assert len(about) == 1
@@ -71,7 +65,8 @@ def test_a_process_is_given_a_gpu_and_many_items(
 
     # Negative control: work without a model goes to both nodes, and sees no GPU.
     (tmp_path / "cpu").mkdir()
-    results = work.carry_out("cpu", jobs(tmp_path / "cpu", 12), ray_works.where, ON_RAY)
+    together = ray_works.Where(tmp_path / "cpu" / "log", 2)
+    results = work.carry_out("cpu", jobs(tmp_path / "cpu", 12), together, ON_RAY)
     about = {(r["pid"], r["gpus"]) for r in results if r is not None}
     assert len({pid for pid, _ in about}) == 2 and {gpus for _, gpus in about} == {""}
 
@@ -82,6 +77,11 @@ def test_an_error_of_the_work_comes_as_it_is(running: Nodes, tmp_path: Path) -> 
     assert type(caught.value) is ValueError and str(caught.value) == "three is broken"
     assert not (tmp_path / "3.json").exists() and not list(tmp_path.glob(".*"))
 
+    # Also one that cannot be unpickled: its words are there.
+    with pytest.raises(OSError) as unreadable:
+        work.carry_out("test", jobs(tmp_path / "other", 1), ray_works.fail_unreadably, ON_RAY)
+    assert str(unreadable.value) == "http://here answers 500"
+
     # The same call goes on, and does no finished job again.
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     results = work.carry_out("test", jobs(tmp_path, 3), ray_works.fail_at_three, ON_RAY)
@@ -89,7 +89,7 @@ def test_an_error_of_the_work_comes_as_it_is(running: Nodes, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
-@pytest.mark.parametrize("tries", [1, 3])
+@pytest.mark.parametrize("tries", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_item_is_begun_so_many_times(
     running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int
 ) -> None:
@@ -178,6 +178,49 @@ def test_a_node_that_is_lost_in_mid_run_costs_its_shard_nothing(
 
     with pytest.raises(nodes.ClusterError, match="no node of the cluster has a GPU"):
         ON_RAY.of_model("cuda")
+
+
+def test_a_process_is_lost_by_many_names() -> None:
+    """Of an error of the work, of Ray, and of nobody's."""
+    from ray import exceptions
+
+    workers = on_ray._Workers(sys.modules["ray"], nodes.Call("", {}, [], {}, [], {}), None, {}, 1)
+    names: list[BaseException] = [
+        exceptions.ActorDiedError(),
+        exceptions.OutOfMemoryError("the node was running low on memory"),
+        exceptions.NodeDiedError("gone"),
+        exceptions.ObjectLostError("0", None, ""),
+    ]
+    n = 0
+    for error in names:
+        future: Future[str] = Future()
+        future.set_exception(error)
+        assert workers._is_lost(future), error
+        n += 1
+    assert n == 4
+
+    ours: Future[str] = Future()
+    ours.set_exception(KeyError("ours"))
+    with pytest.raises(KeyError):
+        workers._is_lost(ours)
+
+
+def test_the_cluster_of_this_machine_is_that_which_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Ray notes it. An empty RAY_ADDRESS is none."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert cluster._place("auto") is None
+
+    from ray._private.utils import write_ray_address
+
+    (tmp_path / "ray").mkdir()
+    write_ray_address("10.0.0.1:6379")
+    assert cluster._place("auto") == "10.0.0.1:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    assert cluster._place("auto") == "10.0.0.2:6379"
+    assert cluster._place("10.0.0.3:6379") == "10.0.0.3:6379" and cluster._place("local") is None
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,10 @@ from tests.data import loopback_store
 from tests.data.loopback_store import Store
 from tests.data.material import encoded, picture
 from tests.data_tools import in_stores
-from tests.data_tools.mining import store, twins
+from tests.data_tools.mining import N, store, twins
 from tests.data_tools.mining import write as write_twins
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
+from tests.data_tools.test_filter_scores import network, write_head
 from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
 from tests.data_tools.test_work import write
 from tests.data_tools.tools import CAPTIONS, call
@@ -81,12 +82,15 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     source, twin = pictured(Path("in")), write_twins(Path("twins"))
     rows = store(Path("rows"), *twins())
     clip = tiny_open_clip(Path("clip"))
+    head = write_head(Path("head.pth"), network("linear", 2 * N).state_dict())
     cpu = ["--device", "cpu"]
     Path("queries.txt").write_text("car\ntruck\ndogs\ntable\n")
     trials: list[tuple[Any, Path, list[Any]]] = [
         (balance, source, ["--queries", "queries.txt", "--cap", 2]),
         (dedup, source, []),
         (dedup, source, ["--against", "twins", "--keep-copies"]),
+        (dedup, source, ["--search", "buckets"]),
+        (dedup, twin, ["--embeddings", rows, "--cosine", 0.6, "--search", "buckets"]),
         (negatives, source, []),
         (negatives, source, ["--rewriter", language_models / "masked", *cpu]),
         (rewrite, source, ["--model", language_models / "causal", "--kinds", "short", *cpu]),
@@ -95,9 +99,18 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
         (embed, source, ["--model", f"local-dir:{clip}", *cpu]),
         (embed, source, ["--model", f"local-dir:{clip}", "--captions", "txt", *cpu]),
         (filtering, source, ["--model", f"local-dir:{clip}", "--min-score", -1, *cpu]),
+        (filtering, source, ["--model", f"local-dir:{clip}", "--top", "clip_scores=50%", *cpu]),
+        (
+            filtering,
+            twin,
+            ["--embeddings", rows, "--head", f"score={head},linear", "--top", "score=50%"],
+        ),
+        (filtering, twin, ["--embeddings", rows, "--like", rows, "--cells", 5]),
         (counting, source, ["--balance", 2]),
         (stats, source, []),
+        (counting, source, []),
         (reshard, source, ["--samples-per-shard", 4, "--renumber"]),
+        (reshard, source, ["--samples-per-shard", 5, "--shuffle", 0]),
     ]
     for tool, shards, options in trials:
         same_on_ray(tool, options, str(shards), running.address)
@@ -117,7 +130,7 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     seen = ["--detector", detector, "--threshold", 0.01]
     with pytest.raises(ValueError, match="no caption in in counts anything"):
         call(counting, source, "--to", "seen", *seen, "--ray", running.address)
-    assert len(trials) == 14
+    assert len(trials) == 21
 
 
 def test_a_cluster_reads_and_writes_a_store(
@@ -237,7 +250,7 @@ def workers_of_actors() -> set[int]:
     }
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
     running: Nodes, tmp_path: Path, signum: int
 ) -> None:
@@ -253,9 +266,10 @@ def test_a_killed_call_leaves_no_process_on_the_nodes_and_goes_on(
     told, _ = tool.communicate()
     marks = list(out.glob("0*_negatives.json"))
     assert begun and 3 <= len(marks) < 40
-    if signum == signal.SIGINT:
-        words = f"vlp: ended by SIGINT; negatives: {len(marks)} of 40 shards are finished and stay"
-        assert tool.returncode == 130 and words in told
+    if signum != signal.SIGKILL:
+        name = signal.Signals(signum).name
+        words = f"vlp: ended by {name}; negatives: {len(marks)} of 40 shards are finished and stay"
+        assert tool.returncode == 128 + signum and words in told
     while any(map(lives, begun)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(lives, begun))

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -19,12 +20,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.data_tools import ray_works
 from tests.data_tools.tools import CAPTIONS, call
 from vlp.cli import _ended_by_signals
 from vlp.data.format import ShardWriter
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
-from vlp.data_tools._run import progress, work
+from vlp.data_tools._run import local, progress, work
 from vlp.data_tools._run.kept import Kept
 from vlp.data_tools._run.tensors import as_bytes
 from vlp.lifetime import Stopped
@@ -95,6 +97,19 @@ class EndsAtThird:
             os.kill(self.caller, signal.SIGTERM)
             time.sleep(60)
         return {"counts": {"samples read": 1}}
+
+
+def test_an_error_that_no_process_can_read_is_sent_back_in_words() -> None:
+    """A pool would take its process for lost, for want of memory."""
+    with pytest.raises(TypeError):
+        pickle.loads(pickle.dumps(ray_works.CannotBeRead("http://here", 500)))
+    with pytest.raises(OSError) as caught:
+        local.sent_back(ray_works.fail_unreadably, 0)
+    assert type(caught.value) is OSError and str(caught.value) == "http://here answers 500"
+
+    # Negative control: what can be read comes as it is.
+    with pytest.raises(ValueError, match="three is broken"):
+        local.sent_back(ray_works.fail_at_three, 3)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
