@@ -57,6 +57,17 @@ def test_an_export_gives_the_embeddings_of_training(tmp_path, image_size):
     assert not (tmp_path / "export" / "model.safetensors").exists(), "transformers cannot say it"
 
 
+def test_a_cut_export_gives_the_first_numbers_of_training(tmp_path):
+    model = tiny(heads=HEADS)
+    folder.export(model, tmp_path / "export", width=12)
+    pixels, ids = inputs(model)
+    of_cut, of_whole = load(tmp_path / "export").eval()(pixels, ids), model(pixels, ids)
+    for side in ("image", "text"):
+        prefix = F.normalize(getattr(of_whole, side)[:, :12], dim=1)
+        torch.testing.assert_close(getattr(of_cut, side), prefix)
+        assert (prefix >= 0).all() and (prefix == 0).any()
+
+
 def test_an_export_of_a_plain_model_says_nothing_of_it(tmp_path):
     notes = folder.export(tiny(), tmp_path / "export")
     assert not any("negative" in note for note in notes)
