@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.models.tiny import VIT, inputs, settings, tiny
 from vlp.export import folder
-from vlp.models.heads import nonnegative
+from vlp.models.heads import nonnegative, unit_or_zero
 from vlp.models.load import load
 
 HEADS = {"nonnegative": True}
@@ -29,6 +29,13 @@ def test_large_features_pass_as_they_are():
     values = nonnegative(features)
     (gradient,) = torch.autograd.grad(values.sum(), features)
     assert torch.equal(values, features) and torch.allclose(gradient, torch.ones_like(gradient))
+
+
+def test_a_row_without_a_positive_number_comes_back_by_no_larger_gradient_than_others():
+    features = torch.cat([torch.randn(3, 5), -torch.rand(1, 5)]).requires_grad_()
+    rows = unit_or_zero(nonnegative(features))
+    (gradient,) = torch.autograd.grad(rows, features, torch.ones_like(rows))
+    assert not rows[3].any() and gradient[3].any() and gradient.abs().max() < 10
 
 
 def test_both_sides_are_nonnegative_in_training_and_in_evaluation():
