@@ -18,8 +18,6 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
 
-from torch.distributed import TCPStore
-
 # Imported once, in the forkserver; what is missing here every rank would import again, for seconds.
 PRELOADED = ["torch", "torch.distributed", "vlp.step", "tests.ranks"]
 
@@ -34,13 +32,11 @@ def run(
     # Read by the forkserver when torch is first imported there.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context.set_forkserver_preload(PRELOADED)
-    # The store listens here: a port that is looked for and left to a rank may be taken meanwhile.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(n_ranks)]
     processes = [
         context.Process(
-            target=_serve,
-            args=(rank, n_ranks, store.port, timeout_s, pipes[rank][1], function, args),
+            target=_serve, args=(rank, n_ranks, port, timeout_s, pipes[rank][1], function, args)
         )
         for rank in range(n_ranks)
     ]
@@ -85,10 +81,12 @@ def _serve(
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         torch.set_num_threads(1)
-        timeout = timedelta(seconds=timeout_s)
-        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timeout)
         torch_dist.init_process_group(
-            "gloo", rank=rank, world_size=n_ranks, store=store, timeout=timeout
+            "gloo",
+            rank=rank,
+            world_size=n_ranks,
+            init_method=f"tcp://127.0.0.1:{port}",
+            timeout=timedelta(seconds=timeout_s),
         )
         result = function(*args)
         torch_dist.barrier()  # nobody leaves while a neighbour still talks
