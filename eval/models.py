@@ -65,6 +65,8 @@ class Encoder:
     autocast: torch.dtype | None = None  # None: the model's own precision
     decoding: Decoding = ON_WHITE  # how stored pictures become the RGB that `prepare` gets
     tower: torch.nn.Module | None = None  # what holds the images' projection; None: not one module
+    # `image` without what follows the tower; None: nothing does
+    features: Callable[[Tensor], Tensor] | None = None
     width: int | None = None  # how many numbers of a row count, the first ones; None: all
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
@@ -177,6 +179,7 @@ def from_model(
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
         tower=getattr(model, "visual", None),
+        features=getattr(model, "image_features", None),
         text=text,
         scale=scale,
         device=device,

@@ -26,10 +26,12 @@ def unprojected(encoder: Encoder) -> Encoder:
             "it; leave out one of the two"
         )
     module, name = _projection(encoder)
+    # Nonnegative embeddings are a step after the projection.
+    features = encoder.features or encoder.image
 
     def image(pixels: Tensor) -> Tensor:
         with _without(module, name):
-            return encoder.image(pixels)
+            return features(pixels)
 
     # Kept apart from the projected embeddings on disk.
     fingerprint = encoder.fingerprint and f"{encoder.fingerprint} unprojected"

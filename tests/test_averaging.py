@@ -47,6 +47,15 @@ def stirred(seed, **keys):
 # ---- soups and blends
 
 
+def test_a_mean_of_nonnegative_models_is_one_and_of_others_too_is_refused():
+    models = [stirred(seed, heads={"nonnegative": True}) for seed in (1, 2)]
+    mean = mean_of(models, [0.5, 0.5], ["a", "b"])
+    pixels, ids = mean.example(3)
+    assert (mean.encode_image(pixels) >= 0).all() and (mean.encode_text(ids) >= 0).all()
+    with pytest.raises(ValueError, match=r"heads\.nonnegative False, not True"):
+        mean_of([models[0], stirred(2)], [0.5, 0.5], ["a", "b"])
+
+
 @pytest.mark.parametrize("keys", [{}, {"bias": -4.0}, RESNET], ids=["vit", "a bias", "resnet"])
 def test_a_mean_is_the_loop_over_its_tensors_in_float64(keys):
     models, weights = [stirred(seed, **keys) for seed in (1, 2, 3)], [0.5, 0.2, 0.3]

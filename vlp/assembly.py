@@ -309,7 +309,9 @@ def prepare(
         objective,
         learning_rate=rate,
         seed=config.seed,
-        micro_batches=micro_batches.count(config.train, loader.widths, objective.needs),
+        micro_batches=micro_batches.count(
+            config.train, loader.widths, micro_batches.embedded(objective, model.heads)
+        ),
         dtype=engines.compute_dtype(config.train, engine.device),
         constants=constants,
         precomputed=config.model.precomputed,

@@ -33,6 +33,7 @@ from vlp import checkpoint, config
 from vlp.data.text import same_tokens
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.heads import last_step
 from vlp.pretrained.references import Reference, on_hub, resolve
 from vlp.schema import plain
 from vlp.types import ImageSpec, TextSpec
@@ -178,8 +179,9 @@ class _Total:
 
     def mean(self) -> DualEncoder:
         """The model of what was taken in, its weights rounded to float32."""
-        # Heads are training's alone: members need not have the same.
-        described = self.description | {"vlp": {"scale": plain(self.scale)}}
+        # Other heads are training's alone: members need not have the same.
+        heads = last_step(self.description["vlp"]["heads"])
+        described = self.description | {"vlp": {"scale": plain(self.scale), "heads": heads}}
         model = from_description(described)
         expected = model.state_dict()
         model.load_state_dict(
@@ -247,6 +249,7 @@ def _towers(model: DualEncoder) -> dict[str, Any]:
     # How a bias starts is not how it is built.
     towers.pop("init_logit_bias", None)
     towers.pop("init_logit_scale", None)
+    towers["heads.nonnegative"] = model.heads_config.nonnegative
     return towers
 
 

@@ -7,17 +7,26 @@ from collections.abc import Iterable, Mapping
 from vlp import dist, log
 from vlp.config.training import Train
 from vlp.fields import EMBEDDED
+from vlp.losses import Objective
+from vlp.models.heads import Heads
 
 
-def texts_a_row(widths: Mapping[str, int], needs: Iterable[str]) -> int:
-    """The texts that the text tower embeds for a row, at most: its own, and those of further fields
-    that terms need. widths: of the fields that the data offer.
+def embedded(objective: Objective, heads: Heads) -> frozenset[str]:
+    """The fields that a step embeds for its terms: those that they need, and of those that they
+    read where they are there what a head projects.
     """
-    further = [name for name in needs if name in EMBEDDED and EMBEDDED[name].tower == "text"]
+    return objective.needs | (objective.reads & heads.supplies())
+
+
+def texts_a_row(widths: Mapping[str, int], reads: Iterable[str]) -> int:
+    """The texts that the text tower embeds for a row, at most: its own, and those of further fields
+    that terms read and the model embeds. widths: of the fields that the data offer.
+    """
+    further = [name for name in reads if name in EMBEDDED and EMBEDDED[name].tower == "text"]
     return 1 + sum(widths.get(name, 0) for name in further if name != "text")
 
 
-def count(train: Train, widths: Mapping[str, int], needs: Iterable[str]) -> int:
+def count(train: Train, widths: Mapping[str, int], reads: Iterable[str]) -> int:
     """`train.micro_batches`, or as many more as keep a micro-batch within `train.max_texts`.
 
     ValueError where even a single row has more texts.
@@ -25,7 +34,7 @@ def count(train: Train, widths: Mapping[str, int], needs: Iterable[str]) -> int:
     if train.max_texts is None:
         return train.micro_batches
 
-    texts, rows = texts_a_row(widths, needs), train.batch // dist.world_size()
+    texts, rows = texts_a_row(widths, reads), train.batch // dist.world_size()
     divisors = [n for n in range(train.micro_batches, rows + 1) if rows % n == 0]
     for parts in divisors:
         if rows // parts * texts <= train.max_texts:

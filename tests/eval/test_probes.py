@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.eval import material
+from tests.models.tiny import tiny
 from vlp import plugin
 from vlp.eval import models, probes, run
 from vlp.eval.embed import Context
@@ -186,6 +187,16 @@ def test_features_before_the_projection_are_those_it_reads(tmp_path):
         assert torch.allclose(projected, encoder.encode_images(pictures), atol=1e-6)
         assert features.fingerprint not in ("", encoder.fingerprint)
     assert len(cases) == 2
+
+
+def test_features_of_nonnegative_embeddings_have_both_signs():
+    """Their last step follows the projection."""
+    pictures = [material.picture(i, (32, 32)) for i in (3, 700)]
+    for heads in ({}, {"nonnegative": True}):
+        encoder = models.from_model(tiny(heads=heads), keep=True)
+        rows = unprojected(encoder).encode_images(pictures)
+        assert (rows < 0).any() and (rows > 0).any()
+        assert (encoder.encode_images(pictures) >= 0).all() == bool(heads)
 
 
 def test_our_own_probe_reads_them_too(tmp_path):

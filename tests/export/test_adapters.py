@@ -30,6 +30,7 @@ from vlp.export.push import PushError, push
 from vlp.models import lora
 from vlp.models.build import build, fit_of
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.load import load
 from vlp.resume import start_from
 from vlp.schema import plain
 
@@ -178,6 +179,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     run, _ = tuned(place / "run", place / "base", image_tower=VIT | LORA)
     write_adapters(run, place / "adapters", license="mit")
     return place / "base", run, place / "adapters"
+
+
+def test_adapters_of_nonnegative_embeddings_are_read_with_their_last_step(tmp_path: Path) -> None:
+    export(tiny(), tmp_path / "base")
+    keys = {"image_tower": VIT | ONE_PROJECTION, "heads": {"nonnegative": True}}
+    run, model = tuned(tmp_path / "run", tmp_path / "base", **keys)
+    write_adapters(run, tmp_path / "adapters")
+    batch = inputs(model)
+    assert_same(embedded(load(tmp_path / "adapters"), batch), embedded(model, batch))
+    assert (embedded(model, batch)[0] >= 0).all()
 
 
 def test_a_folder_says_what_it_is(written: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ OWN = {
     "isogclr": ({"temperature": 0.05}, 20),
     "macl": ({"temperature": 0.2, "alpha": 0.5}, 5),
     "mann_whitney": ({"tau": 0.02}, 50),
+    "mixup": ({"temperature": 0.125}, 8),
     "momentum_queue": ({"temperature": 0.08}, 12.5),
 }
 

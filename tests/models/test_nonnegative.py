@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.models.tiny import VIT, inputs, settings, tiny
 from vlp.export import folder
-from vlp.models.heads import nonnegative
+from vlp.models.heads import nonnegative, unit_or_zero
 from vlp.models.load import load
 
 HEADS = {"nonnegative": True}
@@ -29,6 +29,13 @@ def test_large_features_pass_as_they_are():
     values = nonnegative(features)
     (gradient,) = torch.autograd.grad(values.sum(), features)
     assert torch.equal(values, features) and torch.allclose(gradient, torch.ones_like(gradient))
+
+
+def test_a_row_without_a_positive_number_comes_back_by_no_larger_gradient_than_others():
+    features = torch.cat([torch.randn(3, 5), -torch.rand(1, 5)]).requires_grad_()
+    rows = unit_or_zero(nonnegative(features))
+    (gradient,) = torch.autograd.grad(rows, features, torch.ones_like(rows))
+    assert not rows[3].any() and gradient[3].any() and gradient.abs().max() < 10
 
 
 def test_both_sides_are_nonnegative_in_training_and_in_evaluation():
@@ -54,7 +61,19 @@ def test_an_export_gives_the_embeddings_of_training(tmp_path, image_size):
     assert torch.equal(loaded.encode_text(ids), model.encode_text(ids))
 
     assert any("open_clip: gives rows with negative numbers" in note for note in notes)
-    assert not (tmp_path / "export" / "model.safetensors").exists(), "transformers cannot say it"
+    assert any("no model of theirs has max(0, ·) as its last step" in note for note in notes)
+    assert not list((tmp_path / "export").rglob("model.safetensors")), "transformers cannot say it"
+
+
+def test_a_cut_export_gives_the_first_numbers_of_training(tmp_path):
+    model = tiny(heads=HEADS)
+    folder.export(model, tmp_path / "export", width=12)
+    pixels, ids = inputs(model)
+    of_cut, of_whole = load(tmp_path / "export").eval()(pixels, ids), model(pixels, ids)
+    for side in ("image", "text"):
+        prefix = F.normalize(getattr(of_whole, side)[:, :12], dim=1)
+        torch.testing.assert_close(getattr(of_cut, side), prefix)
+        assert (prefix >= 0).all() and (prefix == 0).any()
 
 
 def test_an_export_of_a_plain_model_says_nothing_of_it(tmp_path):

@@ -20,6 +20,7 @@ from vlp.locks import held
 from vlp.models import lora
 from vlp.models.build import fit_of, from_description
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.heads import last_step
 from vlp.pretrained import adapter_folder, adapters, references, weight_files
 from vlp.pretrained.adapter_folder import SIDES
 from vlp.pretrained.fitting import Fit
@@ -119,7 +120,8 @@ def _base_of(settings: Mapping[str, Any], run: Path | str) -> str:
 def _described(path: Path) -> dict[str, Any]:
     """The tuned model without what is of training alone."""
     described = read_json(path / "model.json")
-    described["vlp"] = {"scale": described["vlp"]["scale"]}
+    ours = described["vlp"]
+    described["vlp"] = {"scale": ours["scale"], "heads": last_step(ours.get("heads", {}))}
     return described
 
 

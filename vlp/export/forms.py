@@ -110,6 +110,12 @@ def write_transformers(
             "model as text tower; vlp eval, vlp.models.load and the data tools read this folder"
         ]
 
+    if model.heads_config.nonnegative:
+        return None, [
+            "transformers, sentence-transformers: no model of theirs has max(0, ·) as its last "
+            "step (model.heads.nonnegative); vlp and the ONNX files (--onnx) give these embeddings"
+        ]
+
     refusals = []
     for name, form in (("CLIPModel", clip_form), ("SiglipModel", siglip_form)):
         reasons = form.obstacles(model)

@@ -138,7 +138,7 @@ def narrowed(model: DualEncoder, width: int) -> DualEncoder:
         )
     described = copy.deepcopy(model.description())
     described["model_cfg"]["embed_dim"] = width
-    described["vlp"]["heads"] = {}
+    described["vlp"]["heads"] = {"nonnegative": model.heads_config.nonnegative}
 
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.safetensors"

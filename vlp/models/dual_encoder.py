@@ -22,7 +22,7 @@ from vlp import config
 from vlp.models import assemble, lengths, lora
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
-from vlp.models.heads import Heads, nonnegative, unit
+from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
@@ -155,7 +155,7 @@ class DualEncoder(nn.Module):
     def _embedding(self, features: Tensor) -> Tensor:
         """Unit rows of a tower's features, [rows, D]."""
         if self.heads_config.nonnegative:
-            features = nonnegative(features)
+            return unit_or_zero(nonnegative(features))
         return unit(features)
 
     def encode_image(self, image: Tensor) -> Tensor:
@@ -163,7 +163,13 @@ class DualEncoder(nn.Module):
         normalised here, on its device; a floating-point image is taken as normalised already. H, W
         must be `image_spec.size`.
         """
-        return self._embedding(self._image(image)[0])
+        return self._embedding(self.image_features(image))
+
+    def image_features(self, image: Tensor) -> Tensor:
+        """The tower's features [b, D] before the last step of embeddings, of images as for
+        `encode_image`.
+        """
+        return self._image(image)[0]
 
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""

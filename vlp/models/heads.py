@@ -20,6 +20,7 @@ leave with export.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,9 +172,23 @@ class Captioner(nn.Module):
 
 
 def unit(features: Tensor) -> Tensor:
+    return F.normalize(_wide(features), dim=-1)
+
+
+def unit_or_zero(features: Tensor) -> Tensor:
+    """Unit rows; rows of zeros stay zeros, with a gradient as of rows of norm 1.
+
+    `unit` divides these by the least norm it knows, and their gradient would be 10¹² times as large
+    as any other row's.
+    """
+    wide = _wide(features)
+    norms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return wide / torch.where(norms > 0, norms, 1)
+
+
+def _wide(features: Tensor) -> Tensor:
     # In half precision a norm would be off by up to .4 %.
-    wide = features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
-    return F.normalize(wide, dim=-1)
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
 
 def nonnegative(features: Tensor) -> Tensor:
@@ -187,6 +202,11 @@ def nonnegative(features: Tensor) -> Tensor:
     # The value of the first and the gradient of the second, without rounding.
     smooth = F.gelu(features)
     return values.detach() + (smooth - smooth.detach())
+
+
+def last_step(heads: Mapping[str, Any]) -> dict[str, bool]:
+    """Of a model's described heads what its embeddings pass everywhere, where the others leave."""
+    return {"nonnegative": True} if heads.get("nonnegative") else {}
 
 
 class Heads(nn.Module):

@@ -7,6 +7,7 @@ from pathlib import Path
 from vlp.models.build import from_description
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.heads import last_step
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.fitting import UNCHANGED, Fit
 
@@ -46,8 +47,9 @@ def load(
 
     # Weights of towers alone: the heads of `like` are not theirs.
     described = like.description()
-    scale_alone = {"scale": described["vlp"]["scale"]}
-    return from_description(described | {"vlp": scale_alone}, weights.path, fit)
+    ours = described["vlp"]
+    towers_alone = {"scale": ours["scale"], "heads": last_step(ours["heads"])}
+    return from_description(described | {"vlp": towers_alone}, weights.path, fit)
 
 
 def load_concatenated(folder: Path) -> Concatenated:
