@@ -187,12 +187,12 @@ def test_a_store_without_rename_is_refused_before_work_starts(plain, server, cap
 
 
 def test_the_hub_is_read_and_written(server, tmp_path):
-    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", "--min-words", 2)
     with loopback_hub() as hub:
         hub.repos["me/set"] = {}
         stores.use({"hf": {"endpoint": hub.url, "token": TOKEN}})
         for source, to in (("s3://bucket/in", "first"), ("hf://me/set/first", "second")):
-            assert vlp("filter", source, *FILTER, "--to", f"hf://me/set/{to}") == 0
+            assert vlp("filter", source, "--min-words", 2, "--to", f"hf://me/set/{to}") == 0
         for folder in ("first", "second"):
             for name, data in hub.repos["me/set"].items():
                 if name.startswith(f"{folder}/"):
