@@ -87,15 +87,13 @@ def test_a_call_may_be_killed_at_any_request(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_of_two_calls_at_once_one_works(server, tmp_path):
-    write = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
-    n_refused = 0
-    for attempt in range(4):
-        to = f"s3://bucket/out{attempt}"
-        calls = [started(server, *CALL, to), started(server, *CALL, to)]
-        said = [call.communicate()[1] for call in calls]
-        refused = [i for i, call in enumerate(calls) if call.returncode]
-        assert len(refused) < 2 and all("is in use by" in said[i] for i in refused), said
-        n_refused += len(refused)
-        assert content(server.root / f"out{attempt}") == write
-    assert n_refused > 0
+@pytest.mark.timeout(600)
+def test_two_calls_at_once_leave_what_one_does(server, tmp_path):
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    calls = [started(server, *CALL, "s3://bucket/out") for _ in range(2)]
+    said = [call.communicate()[1] for call in calls]
+
+    # The second refuses, or has watched the note of the first until that was gone.
+    refused = [i for i, call in enumerate(calls) if call.returncode]
+    assert len(refused) < 2 and all("is in use by" in said[i] for i in refused), said
+    assert content(server.root / "out") == here
