@@ -5,6 +5,7 @@ FOLDER/search/NAME/              libraries of `vlp search` and `vlp embed`
 FOLDER/index/*.bin               indices that cannot lie beside their shards
 FOLDER/shards/NAME/              copies of remote shards
 FOLDER/stores/NAME/              what a call is writing into a store; goes with it
+FOLDER/packs/NAME/               a pack on its way into a store, or its input; goes once it is sent
 
 A single file can go at any time: who has opened it keeps reading it. A folder that a process works
 with is held by a lock on its mark (`.used`), and is not removed meanwhile; on a file system without
@@ -33,6 +34,7 @@ KINDS = {
     "indices": "index",
     "downloads": "shards",
     "scratch": "stores",
+    "packs": "packs",
 }
 OTHER = "other"  # what lies in the cache and is not ours to remove
 _MARK = ".used"
@@ -48,6 +50,7 @@ _NAMES = {
     "indices": r"[0-9a-f]{16,24}\.bin",
     "downloads": r"[0-9a-f]{16}",
     "scratch": r"[0-9a-f]{16}",
+    "packs": r"[0-9a-f]{16}",
 }
 
 _held: dict[Path, int] = {}  # open marks of this process, by folder

@@ -5,7 +5,8 @@ writes it anew every BEAT_S. Whoever finds the note of another waits WATCHED_BEA
 change: of a call that lives it does; that of a killed one does not, and goes. Nobody's clock is
 compared with anybody else's. The first note also shows whether there is such a bucket, and the
 right to write into it. Two calls that begin within the same moment are told apart by what the store
-keeps: the later note; one in a thousand such pairs may both go on, and they write the same bytes.
+keeps: the later note, looked at SETTLED_S after one's own is written. Both go on only where one of
+them took longer than that from its look to its note; of one command they write the same bytes.
 
 On the Hub each note would be a commit: there it is written once and not watched.
 """
@@ -34,6 +35,7 @@ from vlp.privacy import scrubbed
 
 BEAT_S = 20.0
 WATCHED_BEATS = 3
+SETTLED_S = 1.0  # how much later than another's note one's own may be written, unseen
 _NAME = re.compile(r"\.writer-(\d+)-of-(\d+)\.json")
 _UNWATCHED = "hf"
 
@@ -53,6 +55,8 @@ def writing(folder: StoredPath, *, advice: str, part: tuple[int, int]) -> Iterat
     _wait_for_others(folder, part, advice)
     owner = _owner()
     write_atomically(note, json.dumps(owner).encode())
+    # Who looked before this note was there writes its own within this time.
+    time.sleep(SETTLED_S)
     kept = _read(note)
     if kept is not None and kept["id"] != owner["id"]:
         raise InUse(_told(folder, kept, advice))

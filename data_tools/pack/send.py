@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from vlp.caches import cache_folder
+from vlp.caches import cache_folder, hold
 from vlp.data import stores
 from vlp.data.index_file import NAME
 from vlp.data.stored import StoredPath, destination, source
@@ -33,6 +33,7 @@ def packed(args: argparse.Namespace, pack: Pack) -> int:
 
     target = destination(args.to)
     room = cache_folder() / "packs" / _digest(args)
+    hold(room)
     try:
         if not isinstance(target, StoredPath):
             check_target(target, args.overwrite)
@@ -49,10 +50,18 @@ def packed(args: argparse.Namespace, pack: Pack) -> int:
 
 
 def _digest(args: argparse.Namespace) -> str:
-    """What tells a command from another."""
+    """What tells a command, and the input that it reads, from another."""
     options = {name: value for name, value in vars(args).items() if isinstance(value, _PLAIN)}
     options.pop("storage", None)  # which may change from call to call
-    text = json.dumps(without_secrets(options), sort_keys=True)
+
+    # A pack that waits to be sent, and a copy of the input, are of what was there when they were
+    # made. Of a folder only its own entries are seen.
+    states = []
+    for path in [source(text) for text in (args.source, args.captions) if text]:
+        if path.exists():
+            status = path.stat()
+            states.append([status.st_size, status.st_mtime_ns])
+    text = json.dumps([without_secrets(options), states], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -92,9 +101,15 @@ def _made_and_sent(args: argparse.Namespace, target: StoredPath, room: Path, pac
         status = pack(_with_input_here(args, room / "in"), whole, target)
         if status != 0:
             return status
-        # What an earlier pack left over would count among the shards.
+
+    # What an earlier pack left over would count among the shards, or pass for a new one of its
+    # size. A call may be killed before all of it is gone.
+    cleared = room / "cleared"
+    if not cleared.exists():
+        check_target(target, args.overwrite)
         for path in target.rglob("*"):
             path.unlink()
+        cleared.touch()
 
     # A shard before its statistics, and the index of all last.
     paths = [path for path in whole.rglob("*") if path.is_file()]

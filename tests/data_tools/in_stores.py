@@ -35,7 +35,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Three shards of two samples in a store, and here."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
-    monkeypatch.setattr(stores, "_PAUSE_S", 0.001)
+    monkeypatch.setattr(writers, "SETTLED_S", 0.0)
     # The call before is of this process, which lives; it has ended all the same.
     monkeypatch.setattr(writers, "is_alive", lambda pid: False)
     write_shards(tmp_path / "root" / "in", 6, 2)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
+import os
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 import fsspec
 import pytest
-from fsspec.implementations.local import LocalFileSystem
+import s3fs
 
 from tests.data.loopback_store import Store
+from tests.data.plain_store import Plain
 from tests.data_tools.in_stores import (
     FILTER,
     content,
@@ -108,23 +110,21 @@ def test_commands_that_write_here_only_refuse_addresses(command, server, capsys)
     assert not Path("s3:").exists()
 
 
+def test_a_full_disk_is_told_at_once(server, monkeypatch):
+    n_tries = []
+
+    def full(*_: object, **__: object) -> None:
+        n_tries.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", full)
+    folder = stored.destination("s3://bucket/in")
+    with pytest.raises(OSError, match=r"be read \(1 tries: .*the disk of this machine is full"):
+        os.fspath(folder / "00000.tar")
+    assert len(n_tries) == 1
+
+
 # ---- other stores
-
-
-class Plain(LocalFileSystem):
-    """A store that shows a file while it is written, and can rename."""
-
-    protocol = "plain"
-    root = ""
-    renamed: ClassVar[list[str]] = []
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return path.replace(f"{cls.protocol}://", f"{cls.root}/").rstrip("/")
-
-    def mv(self, path1: str, path2: str, **_: object) -> None:
-        self.renamed.append(path1)
-        Path(path1).rename(path2)
 
 
 class Fixed(Plain):
@@ -187,12 +187,12 @@ def test_a_store_without_rename_is_refused_before_work_starts(plain, server, cap
 
 
 def test_the_hub_is_read_and_written(server, tmp_path):
-    here = local(tmp_path, "filter", tmp_path / "root" / "in", *FILTER)
+    here = local(tmp_path, "filter", tmp_path / "root" / "in", "--min-words", 2)
     with loopback_hub() as hub:
         hub.repos["me/set"] = {}
         stores.use({"hf": {"endpoint": hub.url, "token": TOKEN}})
         for source, to in (("s3://bucket/in", "first"), ("hf://me/set/first", "second")):
-            assert vlp("filter", source, *FILTER, "--to", f"hf://me/set/{to}") == 0
+            assert vlp("filter", source, "--min-words", 2, "--to", f"hf://me/set/{to}") == 0
         for folder in ("first", "second"):
             for name, data in hub.repos["me/set"].items():
                 if name.startswith(f"{folder}/"):

@@ -98,6 +98,7 @@ def test_the_list_has_every_kind_with_size_and_last_use(cache, capsys):
         ("indices", "1", "1.0 kB", "40 d ago"),
         ("downloads", "1", "2.0 kB", "40 d ago"),
         ("scratch", "0", "0 B", "-"),
+        ("packs", "0", "0 B", "-"),
         ("other", "1", "1.0 kB", "40 d ago"),
         ("together", "6", "8.0 kB", ""),
     ]

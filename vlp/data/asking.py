@@ -18,14 +18,14 @@ _Result = TypeVar("_Result")
 
 def tried(
     work: Callable[[], _Result],
-    url: str,
-    folder: Path,
     is_final: Callable[[Exception], bool],
+    told: Callable[[Exception, int], str],
     until: float = math.inf,
 ) -> _Result:
-    """What `work` returns, which asks a store for `url` and may write into `folder`; raises OSError
-    after several tries, none begun after `until` (of time.monotonic), and at once an error that
-    `is_final`.
+    """What `work` returns, which asks a store; raises at once an error that `is_final`, and after
+    several tries an OSError that says what `told` makes of the last error and the number of tries.
+
+    until: no try is begun later (of time.monotonic).
     """
     for attempt in range(TRIES):
         try:
@@ -36,16 +36,22 @@ def tried(
                 raise
 
             # Waiting frees no disk.
-            disk_is_full = is_full(error)
             pause_s = _PAUSE_S * 2**attempt
             is_last = attempt == TRIES - 1 or time.monotonic() + pause_s > until
-            if disk_is_full or is_last:
-                hint = _FULL.format(folder) if disk_is_full else ""
-                raise OSError(
-                    f"cannot fetch {url} ({attempt + 1} tries): {_told(error)}{hint}"
-                ) from error
+            if is_full(error) or is_last:
+                raise OSError(told(error, attempt + 1)) from error
             time.sleep(pause_s)
     raise AssertionError("the last try returns or raises")
+
+
+def fetching(url: str, folder: Path) -> Callable[[Exception, int], str]:
+    """How `tried` tells that `url` could not be fetched into `folder`."""
+
+    def told(error: Exception, n_tries: int) -> str:
+        hint = _FULL.format(folder) if is_full(error) else ""
+        return f"cannot fetch {url} ({n_tries} tries): {in_words(error)}{hint}"
+
+    return told
 
 
 def cause_of(error: Exception) -> Exception:
@@ -58,9 +64,10 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
-def _told(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """An error in words. fsspec hides what http met behind a FileNotFoundError."""
-    cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+    hidden = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    cause = hidden or error
     return f"{type(cause).__name__}: {cause}"
 
 

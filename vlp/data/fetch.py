@@ -21,7 +21,7 @@ import fsspec
 
 from vlp import caches, log
 from vlp.caches import cache_folder
-from vlp.data.asking import TRIES, is_absent, tried
+from vlp.data.asking import TRIES, fetching, is_absent, tried
 from vlp.files import write_atomically
 from vlp.privacy import address
 
@@ -195,7 +195,7 @@ class Cache:
             finally:
                 temporary.unlink(missing_ok=True)
 
-        tried(once, url, path.parent, lambda error: is_absent(error, url), until)
+        tried(once, lambda error: is_absent(error, url), fetching(url, path.parent), until)
 
     def _fetch_once(self, url: str, path: Path, temporary: Path) -> None:
         """Fetch a file and its note in one try."""

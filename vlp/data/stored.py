@@ -52,8 +52,10 @@ class StoredPath(PosixPath):
     """A file or a folder in a store."""
 
     def __str__(self) -> str:
-        scheme, rest = self.parts[:1], self.parts[1:]
-        return f"{''.join(scheme)}//{'/'.join(rest)}"
+        scheme, *rest = self.parts or (".",)
+        # What `relative_to` returns is no address.
+        separator = "//" if scheme.endswith(":") else "/"
+        return separator.join([scheme, "/".join(rest)]) if rest else scheme
 
     def __repr__(self) -> str:
         return f"StoredPath({str(self)!r})"
@@ -86,7 +88,8 @@ class StoredPath(PosixPath):
         root = _root_of(self)
         if root is None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
-        return _scratch[root].joinpath(*self.parts)
+        # A store's names may have any parts; here this one would lead out of the folder.
+        return _scratch[root].joinpath(*("%2E%2E" if part == ".." else part for part in self.parts))
 
     # ---- what is there
 
@@ -128,7 +131,8 @@ class StoredPath(PosixPath):
         """The files of this folder alone whose names fit; the folder is listed anew."""
         stores.look_again(str(self))
         entries = stores.entries(str(self))
-        return _fitting((url for url, it in entries.items() if not stores.is_folder(it)), pattern)
+        files = [url for url, known in entries.items() if not stores.is_folder(known)]
+        return _fitting(files, pattern)
 
     def rglob(self, pattern: str, **_: Any) -> Iterator[StoredPath]:  # type: ignore[override]
         """The files below this folder whose names fit; all is listed anew."""
@@ -154,8 +158,10 @@ class StoredPath(PosixPath):
     def replace(self, target: Any) -> StoredPath:
         """Give a file of the scratch folder its name: in the store first, and then here."""
         assert isinstance(target, StoredPath)
-        # A mark must not be there before what it vouches for.
-        _put_growing(_root_of(target))
+        # A mark must not be there before what it vouches for. A hidden note vouches for nothing,
+        # and may be written by another thread while such a file grows.
+        if not target.name.startswith("."):
+            _put_growing(_root_of(target))
         stores.put(self.local(), str(target))
 
         # Large ones are not read again by the call that writes them.
@@ -255,7 +261,11 @@ def source(text: str | Path) -> Path:
         return Path(text).expanduser()
     if stores.checked_scheme(text) == "file":
         return Path(text.removeprefix("file://"))
-    return StoredPath(stores.bare(text))
+
+    place = stores.bare(text)
+    if ".." in place.split("/"):
+        raise ValueError(f"{place}: stores have no folder above another (..); write the whole name")
+    return StoredPath(place)
 
 
 def destination(text: str | Path, *, is_file: bool = False) -> Path:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from vlp.data.asking import in_words, is_full, is_refused, tried
 from vlp.privacy import address, remember, scrubbed
 
 # Stores that show an object only when all of it is there.
@@ -27,8 +27,6 @@ _PACKAGES = {
     **dict.fromkeys(_AZURE, "adlfs"),
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
-_TRIES = 4
-_PAUSE_S = 1.0  # before the second try; doubled before each further one
 
 Info = dict[str, Any]  # what a store says of an object: size, version, …
 _Result = TypeVar("_Result")
@@ -169,26 +167,35 @@ def _tried(work: Callable[[], _Result], verb: str, place: str) -> _Result:
     and at once where trying again changes nothing.
     """
     goes_on = "What is finished stays, and the same command goes on"
-    for attempt in range(_TRIES):
-        try:
-            return work()
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise PermissionError(
-                f"the store does not let {place} be {verb} ({_told(error)}); look at the "
-                f"credentials: they may have ended, or lack the right. {goes_on}"
-            ) from error
-        except NotImplementedError as error:
-            raise OSError(f"{place} cannot be {verb}: its store cannot ({_told(error)})") from error
-        # Each file system has errors of its own.
-        except Exception as error:
-            if attempt == _TRIES - 1 or _is_of_credentials(error):
-                raise OSError(
-                    f"{place} cannot be {verb} ({attempt + 1} tries: {_told(error)}). {goes_on}"
-                ) from error
-            time.sleep(_PAUSE_S * 2**attempt)
-    raise AssertionError("the last try returns or raises")
+
+    def told(error: Exception, n_tries: int) -> str:
+        hint = "; the disk of this machine is full" if is_full(error) else ""
+        return f"{place} cannot be {verb} ({n_tries} tries: {_told(error)}{hint}). {goes_on}"
+
+    try:
+        return tried(work, lambda error: _is_final(error, place), told)
+    except FileNotFoundError:
+        raise
+    except PermissionError as error:
+        raise PermissionError(
+            f"the store does not let {place} be {verb} ({_told(error)}); look at the "
+            f"credentials: they may have ended, or lack the right. {goes_on}"
+        ) from error
+    except NotImplementedError as error:
+        raise OSError(f"{place} cannot be {verb}: its store cannot ({_told(error)})") from error
+    except Exception as error:
+        if _is_of_credentials(error):
+            raise OSError(told(error, 1)) from error
+        raise
+
+
+def _is_final(error: Exception, place: str) -> bool:
+    """Whether trying again changes nothing."""
+    # fsspec's http says of errors of a moment, too, that there is no such file.
+    if isinstance(error, FileNotFoundError):
+        return is_refused(error, place)
+    refusals = (PermissionError, NotImplementedError)
+    return isinstance(error, refusals) or _is_of_credentials(error)
 
 
 def _is_of_credentials(error: Exception) -> bool:
@@ -197,7 +204,7 @@ def _is_of_credentials(error: Exception) -> bool:
 
 
 def _told(error: Exception) -> str:
-    return scrubbed(f"{type(error).__name__}: {error}")[:300]
+    return scrubbed(in_words(error))[:300]
 
 
 # ---- objects
@@ -232,8 +239,9 @@ def put(local: Path, place: str) -> None:
         raise OSError(
             f"{place} cannot be written: there is no such bucket or repository ({_told(error)})"
         ) from None
-    if folder_of(place) in _listed:
-        _listed[folder_of(place)][place] = {"size": local.stat().st_size, "type": "file"}
+    listed = _listed.get(folder_of(place))
+    if listed is not None:
+        listed[place] = {"size": local.stat().st_size, "type": "file"}
 
 
 def fetch(place: str, local: Path) -> None:
@@ -281,7 +289,7 @@ def look_again(*folders: str) -> None:
     for folder in folders:
         for listed in list(_listed):
             if listed == folder or listed.startswith(f"{folder}/"):
-                del _listed[listed]
+                _listed.pop(listed, None)  # another thread may have, too
 
 
 def info(place: str) -> Info | None:
@@ -305,9 +313,12 @@ def is_folder(known: Info | None) -> bool:
 
 def entries(folder: str) -> dict[str, Info]:
     """What the store says of the files and folders of a folder, by address; asked once."""
-    if folder not in _listed:
-        _listed[folder] = _listing(folder, lambda system, name: system.ls(name, detail=True))
-    return _listed[folder]
+    # Once, because another thread may forget it meanwhile.
+    known = _listed.get(folder)
+    if known is None:
+        known = _listing(folder, lambda system, name: system.ls(name, detail=True))
+        _listed[folder] = known
+    return known
 
 
 def below(folder: str) -> dict[str, Info]:
@@ -317,8 +328,6 @@ def below(folder: str) -> dict[str, Info]:
 
 def _asked(place: str) -> Info | None:
     """What a store without lists says of a file, asked once."""
-    from vlp.data.asking import is_refused
-
     known = _listed.setdefault(folder_of(place), {})
     if place in known:
         return known[place] or None
@@ -330,8 +339,7 @@ def _asked(place: str) -> Info | None:
         except FileNotFoundError as error:
             if is_refused(error, place):
                 return {}
-            # fsspec says so of errors of a moment, too.
-            raise OSError(str(error.__cause__ or error)) from error
+            raise
         if about.get("size") is None:
             raise OSError("the server does not tell its size")
         return about

@@ -17,7 +17,7 @@ from braceexpand import braceexpand
 
 from vlp import log
 from vlp.caches import cache_folder
-from vlp.data.asking import is_refused, status_of, tried
+from vlp.data.asking import fetching, is_refused, status_of, tried
 from vlp.data.fetch import Cache, folder_and_name
 from vlp.data.index import alone
 from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
@@ -90,9 +90,8 @@ def _in_folder(folder: str, storage: dict[str, Any]) -> dict[str, dict[str, Any]
     file_system, root = fsspec.url_to_fs(folder, **storage)
     entries = tried(
         lambda: file_system.glob(root.rstrip("/") + "/*.tar", detail=True),
-        address(folder),
-        cache_folder(),
-        is_final=lambda error: is_refused(error, folder),
+        lambda error: is_refused(error, folder),
+        fetching(address(folder), cache_folder()),
     )
     return {file_system.unstrip_protocol(name): entries[name] for name in entries}
 
@@ -128,9 +127,8 @@ def _asked(urls: list[str], storage: dict[str, Any]) -> dict[str, dict[str, Any]
         # Of many thousand answers some are errors of a moment.
         return tried(
             lambda: file_system.info(url),
-            address(url),
-            cache_folder(),
-            is_final=lambda error: is_refused(error, url),
+            lambda error: is_refused(error, url),
+            fetching(address(url), cache_folder()),
         )
 
     with ThreadPoolExecutor(_ASKED_AT_ONCE, "list") as pool:
@@ -244,7 +242,11 @@ def _copied(url: str, cache: Cache) -> dict[str, Shard]:
 
     # An index that is taken for missing costs the transfer of all shards.
     try:
-        copy = tried(once, address(beside), cache_folder(), lambda error: is_refused(error, beside))
+        copy = tried(
+            once,
+            lambda error: is_refused(error, beside),
+            fetching(address(beside), cache_folder()),
+        )
     except (FileNotFoundError, PermissionError):
         return {}
 
