@@ -200,7 +200,7 @@ def _loader(
         augment=_MIDDLE,
         together=1,
         replacement=False,
-        lanes="auto",
+        lanes=1,  # the batches of before there were lanes, which a run's losses are compared over
         shuffle=True,
         workers=0,
     )

@@ -294,6 +294,7 @@ def test_nodes_that_share_shards_are_told_what_to_set(bucket, capsys):
         (3, 2, 12, "data.lanes=3"),
         (2, 4, 6, "data.lanes=2"),
         (1, 3, 8, ""),
+        (4, 1, 12, ""),  # as it was asked for
     ):
         loader_of(data_of(remote(bucket), lanes=lanes), batch, rank=0, world=world)
         said = capsys.readouterr().err
