@@ -162,3 +162,35 @@ def test_a_rank_meets_its_share_of_the_shards_only(weights):
     for world in (2, 4, 8):
         # Two ranks have a shard at the border of their lanes.
         assert n_met(world) <= alone + (world - 1) * len(weights)
+
+
+class Large(Windowed):
+    """Shards of 400 samples."""
+
+    def __init__(self, n_shards: int) -> None:
+        super().__init__(400 * n_shards, 4)
+        self.runs = np.full(n_shards, 400)
+
+    def is_lost(self, i: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "lanes", "size", "together"),
+    [(3, 8, 48, 1), (1, 8, 48, 1), (9, 3, 36, 1), (7, 4, 42, 3)],
+)
+def test_stand_ins_of_their_shard_never_meet(n_shards, lanes, size, together):
+    """Also where a shard is of many lanes, or a lane has rows more than another."""
+    mix = Mixture([Large(n_shards)], [None], seed=3, lanes=lanes, together=together)
+    n_replaced = 0
+    for step in range(mix.steps_per_epoch(size)):
+        batch = mix.batch(step, size)
+        is_bad = batch % 3 == 1
+        stand_ins = []
+        for row in np.flatnonzero(is_bad).tolist():
+            usable = (i for i in mix.replacements(int(batch[row]), step, row, batch) if i % 3 != 1)
+            stand_ins.append(next(usable))
+            assert stand_ins[-1] // 400 == batch[row] // 400
+        assert len({*stand_ins, *batch[~is_bad].tolist()}) == size
+        n_replaced += len(stand_ins)
+    assert n_replaced > 100

@@ -205,17 +205,18 @@ class Mixture:
         # Rows of one unit try different ones, as those of the batch do below.
         yield from absent[row % self.together :: self.together]
 
-        # (first sample, samples, rows that try different ones) of where stand-ins are looked for.
-        ranges = [(first, n, len(batch))]
-        # A shard that is fetched for one sample costs as much as for all of them. Only neighbouring
-        # lanes have rows of one shard.
+        # (first sample, samples, which of the rows that try different ones this is, how many there
+        # are) of where stand-ins are looked for.
+        ranges = [(first, n, row, len(batch))]
+        # A shard that is fetched for one sample costs as much as for all of them.
         if self.lanes > 1 and self.sources[s].window and not self.sources[s].is_lost(in_source):
             start, n_of_shard = self._shard_of(s, in_source)
-            rows_of_two_lanes = 2 * -(-len(batch) // self.lanes)
-            ranges.insert(0, (first + start, n_of_shard, rows_of_two_lanes))
+            begin_of_shard = first + start
+            is_of_shard = (batch >= begin_of_shard) & (batch < begin_of_shard + n_of_shard)
+            place = int(is_of_shard[:row].sum())
+            ranges.insert(0, (begin_of_shard, n_of_shard, place, int(is_of_shard.sum())))
 
-        for start, n_samples, stride in ranges:
-            begin = row % stride
+        for start, n_samples, begin, stride in ranges:
             end = min(n_samples, begin + _TRIED_AT_ONCE * stride)
             positions = np.arange(begin, end, stride)
             for candidate in (start + permute(n_samples, key, positions)).tolist():
