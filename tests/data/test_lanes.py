@@ -170,9 +170,10 @@ class Large(Windowed):
     def __init__(self, n_shards: int) -> None:
         super().__init__(400 * n_shards, 4)
         self.runs = np.full(n_shards, 400)
+        self.lost: set[int] = set()
 
     def is_lost(self, i: int) -> bool:
-        return False
+        return i // 400 in self.lost
 
 
 @pytest.mark.parametrize(
@@ -194,3 +195,27 @@ def test_stand_ins_of_their_shard_never_meet(n_shards, lanes, size, together):
         assert len({*stand_ins, *batch[~is_bad].tolist()}) == size
         n_replaced += len(stand_ins)
     assert n_replaced > 100
+
+
+def test_stand_ins_of_a_lost_shard_are_of_those_at_hand():
+    """From anywhere, each sample of the lost shard would have another shard fetched."""
+    source = Large(30)
+    source.lost = {4, 11, 12}
+    mix = Mixture([Sampled(500), source], [None, None], seed=3, lanes=4)
+    n_replaced = n_steps_without = 0
+    for step in range(mix.steps_per_epoch(48)):
+        batch = mix.batch(step, 48)
+        shards = np.where(batch < 500, -1, (batch - 500) // 400)
+        is_bad = np.isin(shards, [*source.lost])
+        if set(shards.tolist()) <= {-1, *source.lost}:
+            n_steps_without += 1
+            continue
+
+        stand_ins = []
+        for row in np.flatnonzero(is_bad | (shards >= 0) & (batch % 5 == 0)).tolist():
+            usable = mix.replacements(int(batch[row]), step, row, batch)
+            stand_ins.append(next(i for i in usable if is_bad[row] or i % 5))
+            assert (stand_ins[-1] - 500) // 400 in set(shards.tolist()) - source.lost
+        assert len({*stand_ins, *batch.tolist()}) == 48 + len(stand_ins)
+        n_replaced += int(is_bad.sum())
+    assert n_replaced > 600 and n_steps_without < 5
