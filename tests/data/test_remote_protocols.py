@@ -5,6 +5,7 @@ dropped connections, stalls.
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -19,12 +20,18 @@ from vlp.leaving import wait_for_rows
 from vlp.lifetime import StopRequest
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """20 shards of 10 samples."""
+    return write_shards(tmp_path_factory.mktemp("written") / "shards", 200, 10)
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """20 shards of 10 samples on a server, and an empty cache."""
+def server(written, tmp_path, monkeypatch):
+    """The shards on a server, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
-    write_shards(tmp_path / "root" / "train", 200, 10)
+    shutil.copytree(written, tmp_path / "root" / "train")
     with store(tmp_path / "root") as running:
         yield running
 
