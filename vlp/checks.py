@@ -25,11 +25,16 @@ _FROM_PIXELS = {
 def check_patience(config: Config) -> None:
     """Refuse a source that may be waited for longer than the ranks wait for one another."""
     timeout_s = 60 * config.train.timeout_minutes
-    for s, plugin in enumerate(config.data.sources):
+    sources = {f"data.sources.{s}": plugin for s, plugin in enumerate(config.data.sources)}
+    if config.validation is not None:
+        held_out = enumerate(config.validation.data.sources)
+        sources |= {f"validation.data.sources.{s}": plugin for s, plugin in held_out}
+
+    for place, plugin in sources.items():
         patience_s = getattr(plugin.options, "patience_s", 0.0)
         if dist.world_size() > 1 and patience_s >= timeout_s:
             raise ValueError(
-                f"data.sources.{s}.patience_s is {patience_s:g}, but after train.timeout_minutes = "
+                f"{place}.patience_s is {patience_s:g}, but after train.timeout_minutes = "
                 f"{config.train.timeout_minutes:g} ({timeout_s:g} s) the other ranks give up; set "
                 "it lower, or the minutes higher"
             )

@@ -20,9 +20,9 @@ from vlp.lifetime import PutOff, Stopped, StopRequest
 from vlp.step import NonFiniteError, Training
 
 
-def wait_for_rows(loader: Loader, stop: StopRequest) -> bool:
+def wait_for_rows(loader: Loader, stop: StopRequest, what_for: str = "") -> bool:
     """Whether the next batch is here. It is not where the process is asked to stop meanwhile, or
-    the data are out of reach: this rank then asks all to stop.
+    the data are out of reach: this rank then asks all to stop, in words that begin with `what_for`.
     """
     # Until all know, the others must not wait for this rank's patience a second time.
     if stop.lacks:
@@ -30,7 +30,7 @@ def wait_for_rows(loader: Loader, stop: StopRequest) -> bool:
     try:
         return loader.wait(lambda: stop.received != 0)
     except DataAway as error:
-        stop.lacks = str(error)
+        stop.lacks = what_for + str(error)
         return False
 
 
@@ -69,15 +69,9 @@ def leave(stop: StopRequest, training: Training, save: Callable[[], None]) -> No
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """Around all steps: NaN or infinity ends them with what to do, and so do held-out samples that
-    cannot be had.
-    """
+    """Around all steps: NaN or infinity ends them with what to do."""
     try:
         yield
-    except DataAway as error:
-        saved = checkpoint.all_of(Path(config.out))
-        place = f"from {saved[-1]}, with resume=auto" if saved else "from the start"
-        raise DataAway(f"{error}\nOnce the data can be had again, go on {place}") from None
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}\n{ways_out(config)}") from None
 

@@ -166,6 +166,11 @@ def ending() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+def pending() -> StopRequest | None:
+    """The request that this process listens for, if it does."""
+    return _pending
+
+
 def give_way() -> None:
     """Raise Interrupted if this process was asked to stop. Long work that can be done again calls
     it now and then.

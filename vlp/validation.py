@@ -14,14 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlp import dist, losses, online_judge, passes
+from vlp import dist, lifetime, losses, online_judge, passes
 from vlp.checks import check_needs
 from vlp.config import Augment, Config, Data, Plan, Validation
 from vlp.copies import copied
 from vlp.data import looks
 from vlp.data.embedded import Teacher
 from vlp.data.loader import Loader
-from vlp.lifetime import Interrupted, give_way
+from vlp.leaving import wait_for_rows
+from vlp.lifetime import Interrupted
 from vlp.log import warn
 from vlp.measurements import means_over_ranks
 from vlp.models.dual_encoder import DualEncoder
@@ -107,7 +108,7 @@ class Validator:
 
     def measure(self, training: Training) -> dict[str, float]:
         """ "loss" and every term, means over the batches. Collective; raises Interrupted on every
-        rank where one was asked to stop.
+        rank where one was asked to stop, or cannot have the samples.
         """
         model = training.engine.evaluation_model().eval()
         self._take_state(training.objective)
@@ -116,8 +117,8 @@ class Validator:
         try:
             with torch.no_grad():
                 for number in range(self.n_batches):
-                    _give_way_together()
-                    values = self._values(training, model, next(self.loader), number)
+                    batch = _next_together(self.loader)
+                    values = self._values(training, model, batch, number)
                     sums = {name: value + sums.get(name, 0) for name, value in values.items()}
         finally:
             self.loader.close()
@@ -199,7 +200,7 @@ def _loader(
         augment=_MIDDLE,
         together=1,
         replacement=False,
-        lanes="auto",
+        lanes=1,  # the batches of before there were lanes, which a run's losses are compared over
         shuffle=True,
         workers=0,
     )
@@ -228,15 +229,18 @@ def _parts(n_rows: int, at_once: int) -> int:
     return next(n for n in divisors if n_rows // n <= max(1, at_once))
 
 
-def _give_way_together() -> None:
-    """Raise Interrupted on every rank if one was asked to stop. Collective."""
-    asked = False
-    try:
-        give_way()
-    except Interrupted:
-        asked = True
-    if any(dist.gather_objects(asked)):
+def _next_together(loader: Loader) -> Batch:
+    """The next batch; raises Interrupted on every rank if one was asked to stop, or cannot have the
+    samples: all then save and leave. Collective.
+    """
+    stop = lifetime.pending()
+    if stop is None:  # nobody would save
+        return next(loader)
+
+    is_ready = wait_for_rows(loader, stop, "validation: ")
+    if any(dist.gather_objects(stop.asked or not is_ready)):
         raise Interrupted
+    return next(loader)
 
 
 def _warn_of_overlap(training: Loader, held_out: Loader) -> None:

@@ -162,3 +162,60 @@ def test_a_rank_meets_its_share_of_the_shards_only(weights):
     for world in (2, 4, 8):
         # Two ranks have a shard at the border of their lanes.
         assert n_met(world) <= alone + (world - 1) * len(weights)
+
+
+class Large(Windowed):
+    """Shards of 400 samples."""
+
+    def __init__(self, n_shards: int) -> None:
+        super().__init__(400 * n_shards, 4)
+        self.runs = np.full(n_shards, 400)
+        self.lost: set[int] = set()
+
+    def is_lost(self, i: int) -> bool:
+        return i // 400 in self.lost
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "lanes", "size", "together"),
+    [(3, 8, 48, 1), (1, 8, 48, 1), (9, 3, 36, 1), (7, 4, 42, 3)],
+)
+def test_stand_ins_of_their_shard_never_meet(n_shards, lanes, size, together):
+    """Also where a shard is of many lanes, or a lane has rows more than another."""
+    mix = Mixture([Large(n_shards)], [None], seed=3, lanes=lanes, together=together)
+    n_replaced = 0
+    for step in range(mix.steps_per_epoch(size)):
+        batch = mix.batch(step, size)
+        is_bad = batch % 3 == 1
+        stand_ins = []
+        for row in np.flatnonzero(is_bad).tolist():
+            usable = (i for i in mix.replacements(int(batch[row]), step, row, batch) if i % 3 != 1)
+            stand_ins.append(next(usable))
+            assert stand_ins[-1] // 400 == batch[row] // 400
+        assert len({*stand_ins, *batch[~is_bad].tolist()}) == size
+        n_replaced += len(stand_ins)
+    assert n_replaced > 100
+
+
+def test_stand_ins_of_a_lost_shard_are_of_those_at_hand():
+    """From anywhere, each sample of the lost shard would have another shard fetched."""
+    source = Large(30)
+    source.lost = {4, 11, 12}
+    mix = Mixture([Sampled(500), source], [None, None], seed=3, lanes=4)
+    n_replaced = n_steps_without = 0
+    for step in range(mix.steps_per_epoch(48)):
+        batch = mix.batch(step, 48)
+        shards = np.where(batch < 500, -1, (batch - 500) // 400)
+        is_bad = np.isin(shards, [*source.lost])
+        if set(shards.tolist()) <= {-1, *source.lost}:
+            n_steps_without += 1
+            continue
+
+        stand_ins = []
+        for row in np.flatnonzero(is_bad | (shards >= 0) & (batch % 5 == 0)).tolist():
+            usable = mix.replacements(int(batch[row]), step, row, batch)
+            stand_ins.append(next(i for i in usable if is_bad[row] or i % 5))
+            assert (stand_ins[-1] - 500) // 400 in set(shards.tolist()) - source.lost
+        assert len({*stand_ins, *batch.tolist()}) == 48 + len(stand_ins)
+        n_replaced += int(is_bad.sum())
+    assert n_replaced > 600 and n_steps_without < 5

@@ -2,16 +2,18 @@
 
 import pathlib
 import socket
+from collections import Counter
 
 import pytest
 
 from tests import ranks
+from tests.data.loopback_store import store
 from tests.data.material import write_tar
 from tests.data.test_index_file import PIXEL
 from vlp import dist
 from vlp.config import Captions
 from vlp.data import looks
-from vlp.data.sources import shards
+from vlp.data.sources import remote, shards
 from vlp.plugin import Plugin
 
 
@@ -75,3 +77,27 @@ def missing(folder):
 def test_what_is_wrong_is_raised_on_every_rank(tmp_path):
     for text in ranks.run(2, missing, tmp_path / "nowhere"):
         assert "nowhere' is neither a folder nor a tar file" in text
+
+
+def listed(path):
+    """Of this rank: the keys of a remote source, or what is wrong with it."""
+    source = Plugin("vlp.data.sources", "remote", remote.Options(path))
+    try:
+        with looks.once_a_machine([source]):
+            data = remote.open(source.options, Captions())
+    except ValueError as error:
+        return str(error)
+    return [data[i].key for i in range(len(data))]
+
+
+def test_one_rank_asks_a_store_for_its_shards(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+    with store(tmp_path) as server:
+        first, second = ranks.run(2, listed, f"{server.url}/with spaces/{{00000..00002}}.tar")
+        assert first == second == ["k0", "k1", "k2"]
+        # Once for the list, and once by whoever fetches a shard to index it.
+        asked = Counter(request for request in server.requests if request.startswith("HEAD"))
+        n_looks = [n for request, n in asked.items() if request.endswith(".tar")]
+        for wrong in ranks.run(2, listed, f"{server.url}/9.tar"):
+            assert "no shard at" in wrong
+    assert n_looks == [2, 2, 2]

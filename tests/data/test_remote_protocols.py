@@ -5,6 +5,7 @@ dropped connections, stalls.
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -15,14 +16,22 @@ from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.data import asking, fetch
 from vlp.data.sources import shards as shard_files
 from vlp.data.steps import DataAway
+from vlp.leaving import wait_for_rows
+from vlp.lifetime import StopRequest
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """20 shards of 10 samples."""
+    return write_shards(tmp_path_factory.mktemp("written") / "shards", 200, 10)
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """20 shards of 10 samples on a server, and an empty cache."""
+def server(written, tmp_path, monkeypatch):
+    """The shards on a server, and an empty cache."""
     monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(asking, "_PAUSE_S", 0.001)
-    write_shards(tmp_path / "root" / "train", 200, 10)
+    shutil.copytree(written, tmp_path / "root" / "train")
     with store(tmp_path / "root") as running:
         yield running
 
@@ -52,8 +61,17 @@ def test_batches_equal_those_of_the_same_files_here(server, kind):
     assert len(tars) == 20 and set(tars.values()) == {1}  # the second epoch reads the cache
 
 
-@pytest.mark.parametrize("kind", [http, s3])
-@pytest.mark.parametrize("fault", ["error", "drop", "stall"])
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("error", s3),
+        ("drop", http),
+        pytest.param("error", http, marks=pytest.mark.slow),
+        pytest.param("drop", s3, marks=pytest.mark.slow),
+        pytest.param("stall", http, marks=pytest.mark.slow),
+        pytest.param("stall", s3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_fails_now_and_then_costs_nothing_but_time(server, kind, fault):
     reference = take(loader_of(data_of(kind(server)), 10), 8)
     for copy in (fetch.cache_folder() / "shards").glob("*/*.tar"):
@@ -92,7 +110,15 @@ def test_a_server_that_is_away_is_tried_again_and_a_missing_file_is_not(server):
     assert server.suffered.total() == before + 1
 
 
-@pytest.mark.parametrize("fault", ["error", "drop", "stall", "away"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "stall",
+        "away",
+        pytest.param("error", marks=pytest.mark.slow),
+        pytest.param("drop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_never_recovers_ends_the_run_with_its_name(server, fault, capsys):
     loader = loader_of(data_of({**http(server), "stall_s": 0.1, "patience_s": 0.4}), 10)
     server.faults = [fault] * 10_000
@@ -117,6 +143,18 @@ def test_a_server_that_comes_back_in_time_costs_nothing_but_time(server):
     assert server.suffered["error"] == 30 and loader.counters()["bad_samples"] == 0
 
 
+def test_a_store_that_was_lost_is_not_waited_for_again(server):
+    """Nor are the rows of the step after given for those that are missing."""
+    loader = loader_of(data_of({**http(server), "patience_s": 0.1}), 10)
+    server.faults = ["error"] * 10_000
+    stop = StopRequest()
+    assert not wait_for_rows(loader, stop)
+    assert "step 0: " in stop.lacks and "gave no shard for" in stop.lacks
+
+    server.faults = []
+    assert not wait_for_rows(loader, stop)
+
+
 # ---- the Hub
 
 
@@ -139,7 +177,7 @@ def on_hub(hub, path: str, token: str | bool = False) -> dict:
 @pytest.mark.parametrize(
     ("path", "token"),
     [
-        ("me/pairs/train/", False),
+        pytest.param("me/pairs/train/", False, marks=pytest.mark.slow),
         ("me/pairs@main/train/{00000..00019}.tar", False),
         ("me/secret/train/", TOKEN),
     ],
@@ -229,8 +267,17 @@ def test_copies_stay_in_the_folder_that_was_chosen_at_the_start(server, tmp_path
     assert copy.startswith(str(tmp_path / "cache")) and not (tmp_path / "another").exists()
 
 
-@pytest.mark.parametrize("keeps_time", [False, True])
-@pytest.mark.parametrize("damage", ["flip", "cut", "other"])
+@pytest.mark.parametrize(
+    ("damage", "keeps_time"),
+    [
+        ("flip", True),
+        pytest.param("flip", False, marks=pytest.mark.slow),
+        pytest.param("cut", False, marks=pytest.mark.slow),
+        pytest.param("cut", True, marks=pytest.mark.slow),
+        ("other", False),
+        pytest.param("other", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
     reference = take(loader_of(data_of(http(server)), 10), 20)
     copies = sorted((fetch.cache_folder() / "shards").glob("*/*.tar"))
@@ -256,7 +303,7 @@ def test_a_damaged_copy_is_fetched_again(server, damage, keeps_time, capsys):
         assert capsys.readouterr().err.count("is not as it was fetched") == 5
 
 
-@pytest.mark.parametrize("kind", [http, s3])
+@pytest.mark.parametrize("kind", [pytest.param(http, marks=pytest.mark.slow), s3])
 def test_a_shard_that_changed_in_the_store_is_noticed_at_equal_size(server, kind):
     import s3fs
 

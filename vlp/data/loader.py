@@ -394,6 +394,8 @@ class Loader:
         )
 
     def _warn_of_shared_shards(self, batch: int) -> None:
+        if self._data.lanes == 1:  # as it was asked for
+            return
         n_nodes = self._world // len(nodes.ranks_here(self._rank, self._world))
         shared = nodes.shared_shards(self._mixture, batch, n_nodes)
         if shared:

@@ -205,19 +205,14 @@ class Mixture:
         # Rows of one unit try different ones, as those of the batch do below.
         yield from absent[row % self.together :: self.together]
 
-        # (first sample, samples, rows that try different ones) of where stand-ins are looked for.
-        ranges = [(first, n, len(batch))]
-        # A shard that is fetched for one sample costs as much as for all of them. Only neighbouring
-        # lanes have rows of one shard.
-        if self.lanes > 1 and self.sources[s].window and not self.sources[s].is_lost(in_source):
-            start, n_of_shard = self._shard_of(s, in_source)
-            rows_of_two_lanes = 2 * -(-len(batch) // self.lanes)
-            ranges.insert(0, (first + start, n_of_shard, rows_of_two_lanes))
+        # Where stand-ins are looked for: the first sample, how many, and which of them in the
+        # order of trying.
+        ranges = [(first, n, _tried(row, len(batch), n))]
+        # A shard that is fetched for one sample costs as much as for all of them.
+        if self.lanes > 1 and self.sources[s].window:
+            ranges = [*self._in_shard_at_hand(s, row, batch), *ranges]
 
-        for start, n_samples, stride in ranges:
-            begin = row % stride
-            end = min(n_samples, begin + _TRIED_AT_ONCE * stride)
-            positions = np.arange(begin, end, stride)
+        for start, n_samples, positions in ranges:
             for candidate in (start + permute(n_samples, key, positions)).tolist():
                 if candidate not in present:
                     yield candidate
@@ -229,12 +224,34 @@ class Mixture:
                 if (candidate in present) == may_be_present and candidate != sample_id:
                     yield candidate
 
-    def _shard_of(self, s: int, sample: int) -> tuple[int, int]:
-        """The first sample of the shard of a sample of source s, and how many it has."""
-        ends = np.cumsum(self.sources[s].runs)
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        n = int(self.sources[s].runs[shard])
-        return int(ends[shard]) - n, n
+    def _in_shard_at_hand(
+        self, s: int, row: int, batch: np.ndarray
+    ) -> list[tuple[int, int, np.ndarray]]:
+        """Stand-ins of source s in the row's own shard or, where that is lost, in the shard of the
+        nearest row that has another; none where all are lost.
+        """
+        source, first = self.sources[s], int(self.firsts[s])
+        rows = np.flatnonzero((batch >= first) & (batch < self.firsts[s + 1]))
+        shard_ends = np.cumsum(source.runs)
+        shards = np.searchsorted(shard_ends, batch[rows] - first, side="right")
+
+        distinct, samples = np.unique(shards, return_index=True)
+        lost = [source.is_lost(int(batch[rows[i]]) - first) for i in samples.tolist()]
+        is_lost = np.isin(shards, distinct[lost])
+        if is_lost.all():
+            return []
+        nearest = int(np.argmin(np.where(is_lost, len(batch), np.abs(rows - row))))
+        shard = int(shards[nearest])
+        n = int(source.runs[shard])
+
+        # Rows of lost shards try from the other end of the order, where no row of the shard's own
+        # comes to.
+        place = int(np.searchsorted(rows, row))
+        alike = is_lost if is_lost[place] else shards == shard
+        positions = _tried(int(alike[:place].sum()), int(alike.sum()), n)
+        if is_lost[place]:
+            positions = n - 1 - positions
+        return [(first + int(shard_ends[shard]) - n, n, positions)]
 
     def _check(self) -> None:
         """Raise ValueError for sources that cannot give what is drawn from them."""
@@ -367,6 +384,11 @@ class Mixture:
             assert runs is not None
             self._windows[key] = Windows(runs, width, key, self.lanes)
         return self._windows[key]
+
+
+def _tried(place: int, n_rows: int, n: int) -> np.ndarray:
+    """The positions of n that one of `n_rows` rows tries, which no other of them does."""
+    return np.arange(place, min(n, place + _TRIED_AT_ONCE * n_rows), n_rows)
 
 
 def _share(weight: float) -> Fraction:

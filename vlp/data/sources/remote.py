@@ -22,10 +22,12 @@ import numpy as np
 
 from vlp import log
 from vlp.config import Captions
+from vlp.data import looks
 from vlp.data.ahead import Ahead
 from vlp.data.asking import cause_of, is_full, is_refused
 from vlp.data.captions import Texts
 from vlp.data.fetch import Cache, version_of
+from vlp.data.looks import Listed
 from vlp.data.sources import Contents, Source, StoreAway
 from vlp.data.sources._remote_index import index_of, list_shards
 from vlp.data.sources.shards import Shards
@@ -66,19 +68,22 @@ class Options(Texts):
 def open(options: Options, captions: Captions) -> Remote:
     """List and index the shards; raises ValueError or OSError."""
     cache = Cache(int(options.cache_gb * 1e9), _storage(options))
-    urls, infos = list_shards(options.path, cache.storage)
-    sizes = [int(info["size"]) for info in infos]
-    versions = [version_of(info) for info in infos]
-    cache = replace(cache, versions=dict(zip(map(address, urls), versions)))
+    listed = looks.listed(options, listing)
+    cache = replace(cache, versions={address(shard.url): shard.version for shard in listed})
 
     # Copies of what has changed go first: an index made here is of the old content.
-    changed = set()
-    for url, size, version in zip(urls, sizes, versions):
-        if cache.drop_if_changed(url, size, version):
-            changed.add(url)
+    changed = {shard.url for shard in listed if cache.drop_if_changed(*shard)}
+    urls = [shard.url for shard in listed]
+    sizes = [shard.size for shard in listed]
     shards = index_of(urls, sizes, changed, cache)
 
     return Remote(Shards(urls, shards, captions, options), cache, options, max(sizes))
+
+
+def listing(options: Options) -> list[Listed]:
+    """What the store says of each shard that the path names; raises ValueError or OSError."""
+    urls, infos = list_shards(options.path, _storage(options))
+    return [Listed(url, int(info["size"]), version_of(info)) for url, info in zip(urls, infos)]
 
 
 def _storage(options: Options) -> dict[str, Any]:
