@@ -115,7 +115,7 @@ def test_parts_that_make_no_whole_are_refused(folder):
         write_part(folder, rank, {"model/w": (value, begins)})
         write_manifest(folder)
         runs.verify(folder)
-        with pytest.raises(CheckpointError, match="model/w the parts (leave gaps|differ in)"):
+        with pytest.raises(CheckpointError, match=r"model/w the parts (leave gaps|differ in)"):
             runs.tensors_of(folder, "model")
         n_cases += 1
         (folder / name_of(rank)).write_bytes(good)
