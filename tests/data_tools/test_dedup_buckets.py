@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,27 @@ def test_hashes_that_agree_too_often_are_passed_over_and_counted(
     _, stages = search(tmp_path, prints, [200], limits)
     # By the bytes turned round, all 200 agree in one of two halves: steps of 30 and more are left.
     assert stages.counts[alike.PASSED_OVER] == 170 * 171 // 2
+
+
+def test_pairs_of_hashes_that_are_all_near_fit_into_memory(tmp_path: Path) -> None:
+    """A million pairs of hashes, whose colors differ: 100 MB at once."""
+    rng = np.random.default_rng(0)
+    chosen = [1 << first | 1 << second for first in range(64) for second in range(first)]
+    prints = np.zeros(1500, FINGERPRINT)
+    prints["hash"] = rng.choice(np.array(chosen, np.uint64), 1500, replace=False)
+    prints["grid"] = rng.integers(0, 256, (1500, 48))
+    prints["seen"] = True
+
+    tracemalloc.start()
+    try:
+        copies, stages = search(
+            tmp_path, prints, [1500], Limits(4, 1.0, False), rows_at_once=20_000
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(copies.near) == 0 and not stages.counts[alike.PASSED_OVER]
+    assert peak < 3 * 20_000 * BYTES_A_ROW
 
 
 def test_a_crowd_of_similar_embeddings_keeps_few_pairs(
