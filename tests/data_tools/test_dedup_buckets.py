@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import tracemalloc
 from pathlib import Path
@@ -362,6 +363,21 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     search(tmp_path / "whole", **material())
     search(tmp_path / "two", **material(), pool=Pool(2))
     assert outputs(tmp_path / "two") == outputs(tmp_path / "whole")
+
+
+def test_a_plan_that_is_damaged_or_of_other_samples_is_refused(tmp_path: Path) -> None:
+    limits, division = Limits(4, 1.0, False), Division(10**9, 0, 1)
+    made = planned(tmp_path, 10, 2, limits, division)
+    assert planned(tmp_path, 10, 2, limits, division) == made
+
+    delete = f"delete the folder {re.escape(str(tmp_path))}"
+    for n, n_fixed in ((9, 2), (10, 3)):
+        with pytest.raises(ValueError, match=r"among 10 samples, 2 of .*delete the"):
+            planned(tmp_path, n, n_fixed, limits, division)
+    for text in ("", "[]", '{"n": 10}'):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=delete):
+            planned(tmp_path, 10, 2, limits, division)
 
 
 STAGES = ["sort", "group", "compare", "centres", "assign", "cells"]
