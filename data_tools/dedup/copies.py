@@ -58,7 +58,7 @@ def decided(
     folder = kept.folder
     note = folder / "_dropped.json"
     if not kept.exists():
-        dropped, counts = _before(folder), Counter[str]()
+        dropped, counts = _before(folder, sum(compared.sizes)), Counter[str]()
         if dropped is None and method == "exact":
             dropped = _exactly(folder, compared)
         elif dropped is None:
@@ -90,12 +90,19 @@ def forget_search(folder: Path) -> None:
     remove_folder(folder / arrays.SEARCH_FOLDER)
 
 
-def _before(folder: Path) -> np.ndarray | None:
-    """DROPPED samples of a decision that an earlier version kept in another form, if it did."""
+def _before(folder: Path, n: int) -> np.ndarray | None:
+    """DROPPED samples of a decision about n that an earlier version kept in another form, if it
+    did; ValueError for one about others.
+    """
     path = folder / "_copies.npy"
     if not path.exists():
         return None
     copy_of = arrays.load(path)
+    if copy_of.shape != (n,) or copy_of.dtype != np.int64:
+        raise ValueError(
+            f"{path} is damaged, or no decision about these {n} samples (it holds {copy_of.dtype} "
+            f"{copy_of.shape}); delete it, and the same call decides again"
+        )
     return _dropped(copy_of, np.full(len(copy_of), np.nan))
 
 

@@ -216,15 +216,30 @@ class Compare:
 
         counts: Counter[str] = Counter({"samples read": len(hashes)})
         near: list[np.ndarray] = [np.empty(0, PAIR)]
+        for left, right in self._near_hashes(hashes, places, block, counts):
+            near += self._alike(left, right, counts)
+        arrays.save(file(self.folder, number, "near"), np.concatenate(near))
+        return {"counts": counts}
+
+    def _near_hashes(
+        self, hashes: np.ndarray, places: np.ndarray, block: int, counts: Counter[str]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The places of near hashes, pair by pair; of many pairs as many at a time as memory has
+        room for.
+        """
         left, right = [places[:0]], [places[:0]]
+        n_pairs = 0
         for i, j, n_passed_over in self.plan.bands.pairs(hashes, block, self.plan.rows_at_once):
             counts[PASSED_OVER] += n_passed_over
             left.append(places[i])
             right.append(places[j])
-        # All at once: each look at colors opens the files of all ranges.
-        near += self._alike(np.concatenate(left), np.concatenate(right), counts)
-        arrays.save(file(self.folder, number, "near"), np.concatenate(near))
-        return {"counts": counts}
+            n_pairs += len(i)
+            # No more often: each look at colors opens the files of all ranges. No later: of a
+            # hundred thousand hashes that are all near, the pairs are a billion.
+            if n_pairs >= self.plan.rows_at_once:
+                yield np.concatenate(left), np.concatenate(right)
+                left, right, n_pairs = [places[:0]], [places[:0]], 0
+        yield np.concatenate(left), np.concatenate(right)
 
     def _alike(
         self, left: np.ndarray, right: np.ndarray, counts: Counter[str]

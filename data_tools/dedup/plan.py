@@ -83,7 +83,9 @@ class Plan:
 
 
 def planned(folder: Path, n: int, n_fixed: int, limits: Limits, division: Division) -> Plan:
-    """The plan of `folder`, made where it has none; raises ValueError for one that is damaged."""
+    """The plan of `folder`, made where it has none; raises ValueError for one that is damaged, or
+    of other samples.
+    """
     path = folder / "plan.json"
     if not path.exists():
         # At 0 bits only equal hashes are copies, and those meet when they are sorted.
@@ -93,9 +95,16 @@ def planned(folder: Path, n: int, n_fixed: int, limits: Limits, division: Divisi
         write_atomically(path, json.dumps(asdict(plan), indent=1).encode())
     try:
         kept = Plan(**read_note(path))
-    except TypeError as error:
+    # The folder, because what lies beside it was divided as the plan said.
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder {folder}") from None
 
+    # What its stages found names samples by their numbers.
+    if (kept.n, kept.n_fixed) != (n, n_fixed):
+        raise ValueError(
+            f"{folder} was begun among {kept.n} samples, {kept.n_fixed} of --against; now there "
+            f"are {n} and {n_fixed}: delete the folder, and the same call searches anew"
+        )
     if kept.memory != division.memory:
         log.warn(
             f"the search was divided for --memory {kept.memory / 1e9:g} and goes on so; to divide "

@@ -268,6 +268,11 @@ def test_a_decision_of_an_earlier_version_is_taken_over(planted: Path, tmp_path:
             path.unlink()
     copy_of = np.full(31, -1)
     copy_of[2] = 0
+    # One about other samples would let all copies stay, or end in words of numpy.
+    for other in (copy_of[:30], copy_of[:, None], copy_of.astype(float)):
+        np.save(out / "_copies.npy", other)
+        with pytest.raises(ValueError, match="no decision about these 31 samples"):
+            call(dedup, planted / "in", "--to", out)
     np.save(out / "_copies.npy", copy_of)
 
     call(dedup, planted / "in", "--to", out)

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,27 @@ def test_hashes_that_agree_too_often_are_passed_over_and_counted(
     assert stages.counts[alike.PASSED_OVER] == 170 * 171 // 2
 
 
+def test_pairs_of_hashes_that_are_all_near_fit_into_memory(tmp_path: Path) -> None:
+    """A million pairs of hashes, whose colors differ: 100 MB at once."""
+    rng = np.random.default_rng(0)
+    chosen = [1 << first | 1 << second for first in range(64) for second in range(first)]
+    prints = np.zeros(1500, FINGERPRINT)
+    prints["hash"] = rng.choice(np.array(chosen, np.uint64), 1500, replace=False)
+    prints["grid"] = rng.integers(0, 256, (1500, 48))
+    prints["seen"] = True
+
+    tracemalloc.start()
+    try:
+        copies, stages = search(
+            tmp_path, prints, [1500], Limits(4, 1.0, False), rows_at_once=20_000
+        )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(copies.near) == 0 and not stages.counts[alike.PASSED_OVER]
+    assert peak < 3 * 20_000 * BYTES_A_ROW
+
+
 def test_a_crowd_of_similar_embeddings_keeps_few_pairs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +363,21 @@ def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
     search(tmp_path / "whole", **material())
     search(tmp_path / "two", **material(), pool=Pool(2))
     assert outputs(tmp_path / "two") == outputs(tmp_path / "whole")
+
+
+def test_a_plan_that_is_damaged_or_of_other_samples_is_refused(tmp_path: Path) -> None:
+    limits, division = Limits(4, 1.0, False), Division(10**9, 0, 1)
+    made = planned(tmp_path, 10, 2, limits, division)
+    assert planned(tmp_path, 10, 2, limits, division) == made
+
+    delete = f"delete the folder {re.escape(str(tmp_path))}"
+    for n, n_fixed in ((9, 2), (10, 3)):
+        with pytest.raises(ValueError, match=r"among 10 samples, 2 of .*delete the"):
+            planned(tmp_path, n, n_fixed, limits, division)
+    for text in ("", "[]", '{"n": 10}'):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=delete):
+            planned(tmp_path, 10, 2, limits, division)
 
 
 STAGES = ["sort", "group", "compare", "centres", "assign", "cells"]

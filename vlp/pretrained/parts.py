@@ -29,14 +29,20 @@ _OFFSETS = "DCP_SHARDING_INFO"  # in a header's metadata: JSON, {tensor: {"saved
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
+    "C64": torch.complex64,
 }
 
 
@@ -68,6 +74,12 @@ class Cut:
     @classmethod
     def of(cls, parts: list[Part]) -> Cut:
         """ValueError where the parts do not make a whole."""
+        # As where the parts of two checkpoints were put together by hand: their values would be
+        # taken for numbers of another kind.
+        kinds = {(part.dtype, len(part.begins), len(part.shape)) for part in parts}
+        if len(kinds) > 1 or len(parts[0].begins) != len(parts[0].shape):
+            raise ValueError("the parts differ in dtype or in number of dimensions")
+
         # A rank may have nothing of a tensor that has fewer rows than there are ranks.
         filled = [part for part in parts if math.prod(part.shape)] or parts[:1]
         filled.sort(key=lambda part: part.begins)
