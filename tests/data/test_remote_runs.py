@@ -148,13 +148,13 @@ def test_a_signal_ends_the_wait_for_a_store(
     assert re.search(f"stopped by SIGTERM after step {step}; saved", capsys.readouterr().out)
 
 
-def on_rank(path, url, first_fails):
+def on_rank(path, url, first_fails, cache):
     """A run of which the second rank loses its store after a few shards."""
     import torch.distributed as torch_dist
 
     # A node of its own, which needs shards that the other does not fetch.
     rank = torch_dist.get_rank()
-    os.environ["VLP_CACHE"] += str(rank)
+    os.environ["VLP_CACHE"] = f"{cache}{rank}"
     asking._PAUSE_S = 0.001
     impatient = overrides(url, "train.timeout_minutes=0.008")
     with pytest.raises(ValueError, match=r"patience_s is 1.5, but .* \(0.48 s\) the other ranks"):
@@ -179,13 +179,11 @@ def on_rank(path, url, first_fails):
 
 
 @pytest.mark.parametrize("first_fails", [5, pytest.param(0, marks=pytest.mark.slow)])
-def test_all_ranks_save_and_leave_where_one_loses_its_store(
-    settings, tmp_path, monkeypatch, first_fails
-):
-    monkeypatch.setenv("VLP_CACHE", str(tmp_path / "cache"))
+def test_all_ranks_save_and_leave_where_one_loses_its_store(settings, tmp_path, first_fails):
     folder = write_shards(tmp_path / "root", 480, 40)
     settings()
-    first, second = ranks.run(2, on_rank, tmp_path / "run.yaml", f"file://{folder}", first_fails)
+    given = (tmp_path / "run.yaml", f"file://{folder}", first_fails, tmp_path / "cache")
+    first, second = ranks.run(2, on_rank, *given)
     assert first == second and first[0] == 75
     assert "gave no shard for" in first[1] and "connection reset" in first[1]
     saved = checkpoint.all_of(tmp_path / "run")

@@ -13,7 +13,6 @@ from tests.data_tools.test_work import digests
 from tests.data_tools.tools import call, read
 from vlp.data_tools import filter as filtering
 
-pytest.importorskip("faiss")
 N_CELLS = 5
 
 

@@ -36,7 +36,6 @@ def source(tmp_path: Path) -> Path:
 def test_py3langid_tells_languages_that_the_rough_guess_does_not(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    pytest.importorskip("py3langid")
     options = ["--languages", "fi,en", "--language-model", "py3langid"]
     call(filtering, source, "--to", tmp_path / "out", *options)
     assert list(read(tmp_path / "out")) == ["en", "fi", "none"]

@@ -136,7 +136,6 @@ def test_the_share_of_a_caption_s_words(caption: str, texts: list[str], share: f
 
 
 def test_rapidocr_reads_drawn_text(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pytest.importorskip("rapidocr_onnxruntime")
     with ShardWriter(tmp_path / "in") as writer:
         captions = ["Summer sale today", "a red shop front with a sign"]
         writer.add("sign", png(sign(["Summer sale", "today"])), "png", captions)

@@ -54,7 +54,8 @@ def _signs(rows):
 
 
 def test_faiss_stores_and_finds_the_same():
-    faiss = pytest.importorskip("faiss")
+    import faiss
+
     rows, queries = rows_of(200, 16), rows_of(5, 16, seed=1)
 
     code = quantised.fitted("int8", [rows])
