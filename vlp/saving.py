@@ -14,7 +14,6 @@ when all parts are on the disk (vlp.checkpoint).
 
 from __future__ import annotations
 
-import pickle
 import shutil
 import threading
 import time
@@ -46,6 +45,7 @@ from vlp.joining import PATIENCE
 from vlp.lifetime import launcher_grace_s
 from vlp.pretrained.runs import KINDS
 from vlp.rendezvous import DECIDING
+from vlp.sendable import sendable
 from vlp.step import Training
 
 if TYPE_CHECKING:
@@ -347,24 +347,12 @@ def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
     try:
         result = doing()
     except Exception as failure:
-        error = failure
-    outcomes = dist.gather_objects((result, _sendable(error)), group)
+        error = sendable(failure)
+    outcomes = dist.gather_objects((result, error), group)
     for _, of_rank in outcomes:
         if of_rank is not None:
             raise of_rank
     return [outcome for outcome, _ in outcomes]
-
-
-def _sendable(error: Exception | None) -> Exception | None:
-    """The error, or one that says the same, where it would not arrive on other ranks: they would
-    wait for it, or raise another in its place.
-    """
-    try:
-        pickle.loads(pickle.dumps(error))
-    # Whatever an exception of a foreign library does when it is packed or unpacked.
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def _nothing() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from vlp.lifetime import end_with_parent
+from vlp.sendable import sendable
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -71,18 +71,11 @@ def _do_in_worker(item: Any) -> Any:
 
 
 def sent_back(do: Callable[[Item], Done], item: Item) -> Done:
-    """What `do` returns for an item; its exception in a form that reaches the process of the call.
-
-    Some, such as those of HTTP clients, are pickled and cannot be unpickled. A pool would take the
-    process for lost.
-    """
+    """What `do` returns for an item; its exception in a form that reaches the call's process."""
     try:
         return do(item)
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            kinds = (kind for kind in (ValueError, OSError) if isinstance(error, kind))
-            kind = next(kinds, RuntimeError)
-            raise kind(str(error) or type(error).__name__) from None
-        raise
+        arriving = sendable(error)
+        if arriving is error:
+            raise  # with its own cause, which a traceback shows
+        raise arriving from None
