@@ -42,19 +42,6 @@ class Viewed(Ignoring):
                 "own; use ignore.teacher, ignore.cluster or ignore.same_label"
             )
 
-    def needs(self) -> frozenset[str]:
-        """The keywords without which there are no such views."""
-        views = ("image", "text") if self.views == "all" else _FIELDS[self.views]
-        return frozenset({"scale", *views}) | self.ignore.needs()
-
-    def optional(self) -> frozenset[str]:
-        """The keywords whose views join where the call carries them."""
-        return frozenset(_FIELDS["all"] if self.views == "all" else ())
-
-    def min_views(self) -> int:
-        """How many further views of each image the data have to give."""
-        return 2 if self.views in ("image", "text") else 0
-
     def of(self, inputs: Inputs) -> list[Tensor]:
         """The views [b, D]; ValueError for fewer than two."""
         views = [inputs.image, inputs.text] if self.views == "all" else []
@@ -67,6 +54,22 @@ class Viewed(Ignoring):
                 f"found {len(views)} view of a sample, expected at least 2; raise data.views.n"
             )
         return views
+
+
+def needs(options: Viewed) -> frozenset[str]:
+    """The keywords without which there are no such views."""
+    views = ("image", "text") if options.views == "all" else _FIELDS[options.views]
+    return frozenset({"scale", *views}) | options.ignore.needs()
+
+
+def optional(options: Viewed) -> frozenset[str]:
+    """The keywords whose views join where the call carries them."""
+    return frozenset(_FIELDS["all"] if options.views == "all" else ())
+
+
+def min_views(options: Viewed) -> int:
+    """How many further views of each image the data have to give."""
+    return 2 if options.views in ("image", "text") else 0
 
 
 @dataclass(frozen=True)
