@@ -41,13 +41,7 @@ EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data reshard`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        required=True,
-        metavar="DIR",
-        help="folder for the new shards; the same call goes on where one stopped",
-    )
+    work.shards_arguments(parser)
 
     # Where a shard ends.
     add(

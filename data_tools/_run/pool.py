@@ -67,6 +67,25 @@ class Pool:
         return on_ray.finished(do, items, self.processes, self.device)
 
 
+def source_argument(parser: argparse.ArgumentParser) -> None:
+    """The shards that a tool reads."""
+    parser.add_argument(
+        "source",
+        help="shards: a folder, a tar, or a pattern with braces; several joined by ::",
+    )
+
+
+def shards_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The shards that a tool reads, and the folder of those that it writes."""
+    source_argument(parser)
+    parser.add_argument(
+        "--to",
+        required=required,
+        metavar="DIR",
+        help="folder for the new shards; the same call goes on where one stopped",
+    )
+
+
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that goes over shards."""
     add = parser.add_argument

@@ -27,6 +27,8 @@ from vlp.data_tools._run.pool import (
     on_cluster,
     pool,
     ray_argument,
+    shards_arguments,
+    source_argument,
 )
 from vlp.data_tools._run.progress import Progress, say
 from vlp.files import write_atomically
@@ -49,6 +51,8 @@ __all__ = [
     "ray_argument",
     "read_note",
     "report",
+    "shards_arguments",
+    "source_argument",
     "total",
 ]
 

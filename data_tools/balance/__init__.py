@@ -34,7 +34,7 @@ EXAMPLE = """vlp data balance data/clean --queries metadata.json --cap 20000 --t
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data balance`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    work.source_argument(parser)
     add(
         "--to",
         required=True,

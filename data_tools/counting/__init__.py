@@ -43,12 +43,7 @@ EXAMPLE = """vlp data counting data/train --to data/counting --balance equal
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data counting`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        metavar="DIR",
-        help="folder for the new shards; a call with the same options goes on where one stopped",
-    )
+    work.shards_arguments(parser, required=False)
 
     # What is written, and how much of it.
     add(

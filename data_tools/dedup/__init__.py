@@ -58,13 +58,7 @@ PROBES = 16  # 99.97 % of the pairs of a million random rows; with 8, 99.5 %
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data dedup`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        required=True,
-        metavar="DIR",
-        help="folder for the new shards; the same call goes on where one stopped",
-    )
+    work.shards_arguments(parser)
 
     # What is compared, and what becomes of a copy.
     add(

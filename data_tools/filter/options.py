@@ -12,13 +12,7 @@ from vlp.data_tools.filter.languages import LEAST_PROBABLE, ROUGH
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data filter`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        required=True,
-        metavar="DIR",
-        help="folder for the new shards; the same call goes on where one stopped",
-    )
+    work.shards_arguments(parser)
 
     # Rules about the picture.
     add("--min-side", type=int, default=0, metavar="PX", help="least length of the shorter side")

@@ -51,7 +51,7 @@ EXAMPLE = """vlp data mine data/train --embeddings data/train_embedded --to data
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data mine`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
+    work.source_argument(parser)
     add(
         "--embeddings",
         required=True,

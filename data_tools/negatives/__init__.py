@@ -61,12 +61,7 @@ KINDS = (
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data negatives`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        metavar="DIR",
-        help="folder for the new shards; a call with the same options goes on where one stopped",
-    )
+    work.shards_arguments(parser, required=False)
 
     # Negatives by rule.
     add(

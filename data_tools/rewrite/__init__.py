@@ -37,12 +37,7 @@ EXAMPLE = """vlp data rewrite data/train --model hf-user/llm --bf16 --to data/re
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `vlp data rewrite`."""
     add = parser.add_argument
-    add("source", help="shards: a folder, a tar, or a pattern with braces; several joined by ::")
-    add(
-        "--to",
-        metavar="DIR",
-        help="folder for the new shards; a call with the same options goes on where one stopped",
-    )
+    work.shards_arguments(parser, required=False)
 
     # What is written.
     add(
