@@ -3,7 +3,11 @@ exist.
 """
 
 import json
+import re
 from dataclasses import replace
+
+import torch
+from safetensors.torch import save_file
 
 from tests.benchmarks import evidence, evidence_arms, evidence_data
 from vlp import config
@@ -80,6 +84,26 @@ def test_counterfactuals_are_of_combinations_that_training_shows(scenes, tmp_pat
             assert combination not in evidence_data.HELDOUT_COUNTS
             n_texts += 1
     assert n_texts >= 300
+
+
+def test_a_distance_is_paired_over_items(tmp_path):
+    right = {
+        "a": [1, 1, 1, 0] * 100,
+        "b": [1, 0, 1, 0] * 100,
+    }  # b fails where a does not, never else
+    runs = {}
+    for arm, hits in right.items():
+        folder = tmp_path / arm / "0"
+        folder.mkdir(parents=True)
+        items = torch.stack([torch.tensor(hits), torch.ones(400, dtype=torch.int64)], 1).float()
+        save_file({"negatives/acc": items}, folder / "seen.items.safetensors")
+        runs[arm] = [{"folder": folder}]
+
+    said = evidence.distance(runs["a"], runs["b"], "data/proofs_of_counting/seen", 100)
+    middle, low, high = map(float, re.findall(r"[+-][\d.]+", said))
+    # Unpaired the interval would be 13 points wide.
+    assert middle == 25 and 20 < low < 25 < high < 30
+    assert evidence.distance(runs["b"], runs["b"], "seen", 100) is None
 
 
 def records(folder):
