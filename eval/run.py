@@ -330,7 +330,8 @@ def in_training(
 
 
 def attempt(encoder: Encoder, tasks: list[Plugin]) -> list[dict[str, Any]]:
-    """The records of `tasks`, whatever goes wrong: training never ends here. Collective.
+    """The records of `tasks`, whatever goes wrong: training never ends here. Collective. `items` of
+    a record holds its outcomes by unit, "score" -> [U, 2].
 
     A picture that cannot be read is replaced by plain gray and counted in `counts.unreadable`. Of a
     task that fails there is a record with `error` and the metric `failed` alone.
@@ -357,7 +358,7 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
         return _failed(task, failure)
 
     try:
-        (record,), _ = evaluate(encoder, [task], context, [opened])
+        (record,), items = evaluate(encoder, [task], context, [opened])
     except Interrupted:  # of all ranks: no failure
         raise
     except Exception as error:
@@ -367,7 +368,8 @@ def _attempt(encoder: Encoder, task: Plugin) -> dict[str, Any]:
         return _failed(task, failure)
 
     _count_unreadable(task, record["counts"], context)
-    return record
+    of_score = {name.removeprefix(f"{task.label}/"): value for name, value in items.items()}
+    return record | {"items": of_score}
 
 
 def _first_failure(failure: str) -> str:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+
 from vlp import config as configuration
 from vlp import dist, log
 from vlp.config import Config, Plan
@@ -18,6 +20,7 @@ from vlp.files import write_atomically
 from vlp.flops import Utilisation
 from vlp.measurements import peak_memory
 
+OUTCOMES = "results.items.safetensors"  # beside results.json, as vlp.eval.report.records has it
 LARGEST_IGNORED = 0.2  # share of pairs that a term's masks leave out, above which a run is warned
 # what a line of the console leaves to metrics.jsonl
 _UNSHOWN = ("log_n", "text_tokens_s", "peak_resident_gib", "peak_device_gib", "fetched_gb")
@@ -145,12 +148,23 @@ class Reporter:
         log.say(f"step {step}  {scores}")
 
     def results(self, records: list[dict[str, Any]]) -> None:
-        """Write the records of the run's last step as its results.json."""
+        """Write the records of the run's last step as its results.json, and the outcomes by unit
+        beside it.
+        """
         # Only of the end: the page and other readers take results.json for the run's own.
-        if self.main:
-            done = [record for record in records if "error" not in record]
-            text = json.dumps(done, indent=1) + "\n"
-            write_atomically(self.run / "results.json", text.encode())
+        if not self.main:
+            return
+        done = [record for record in records if "error" not in record]
+        outcomes = {
+            f"{record['label']}/{name}": value.contiguous()
+            for record in done
+            for name, value in record.get("items", {}).items()
+        }
+
+        # The outcomes first, as `vlp eval` writes them.
+        write_atomically(self.run / OUTCOMES, save(outcomes))
+        shown = [{key: part for key, part in record.items() if key != "items"} for record in done]
+        write_atomically(self.run / "results.json", f"{json.dumps(shown, indent=1)}\n".encode())
 
     @contextmanager
     def paused(self, doing: str = "evaluating") -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The pages that the code writes: objectives, configuration, API.
+"""The pages that the code writes: objectives, systems, configuration, API.
 
     write(folder)      all of them, as Markdown; conf.py calls it before Sphinx reads its sources
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _generator import api, configuration, objectives
+from _generator import api, configuration, objectives, systems
 from vlp.config import reference
 
 
@@ -20,6 +20,7 @@ def write(folder: Path) -> None:
     pages = {
         "configuration.md": configuration.page(sections),
         "api.md": api.page(),
+        "systems.md": systems.page(objectives.everything()),
         **objectives.pages(sections),
     }
 

@@ -31,10 +31,15 @@ ABOUT_COST = """On 2 CPU cores. One B × B matrix of float32, which no term stor
 def pages(sections: list[Any]) -> dict[str, str]:
     """File names and texts of all pages. sections: of the configuration, for the options."""
     by_name = {section.name: section for section in sections}
-    found = [Objective(name, plugin.load(PACKAGE, name)) for name in plugin.names(PACKAGE)]
+    found = everything()
 
     texts = {f"objectives/{o.name}.md": o.page(by_name[f"objective.{o.name}"]) for o in found}
     return texts | {"objectives/index.md": overview(found)}
+
+
+def everything() -> list[Objective]:
+    """Every objective of the package, by name."""
+    return [Objective(name, plugin.load(PACKAGE, name)) for name in plugin.names(PACKAGE)]
 
 
 def overview(objectives: list[Objective]) -> str:

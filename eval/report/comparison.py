@@ -45,7 +45,7 @@ def compare(first: str, second: str) -> str:
     refused = []
     for a, items_a in opened_a:
         # Data, protocol and labels must agree: a difference of scores is then one of the models.
-        candidates = [(_why_not(a, b), b, items_b) for b, items_b in opened_b if _same_task(a, b)]
+        candidates = [(why_not(a, b), b, items_b) for b, items_b in opened_b if _same_task(a, b)]
         candidates.sort(key=lambda candidate: bool(candidate[0]))
         reason, b, items_b = candidates[0] if candidates else ("only in A", {}, {})
         if reason:
@@ -76,7 +76,7 @@ def _same_task(a: dict[str, Any], b: dict[str, Any]) -> bool:
 # --- what must agree ------------------------------------------------------------------------------
 
 
-def _why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
+def why_not(a: dict[str, Any], b: dict[str, Any]) -> str:
     """Why two records cannot be compared; "" if they can."""
     for name, record in (("A", a), ("B", b)):
         if "error" in record:  # in training

@@ -4,6 +4,7 @@
     look.py       the newest checkpoint on a bounded sample of the run's evaluation sets
     evidence.py   what it showed, as values, and notes on what could not be had
     findings.py   what embeddings show: projection, confusions, rankings, choices (pure)
+    arms.py       several runs' scores side by side (--compare)
     numbers.py, curves.py, pictures.py, settings.py    the page's sections
     charts.py, markup.py, style.css, page.js    how they are drawn
 
@@ -28,6 +29,8 @@ EXAMPLE = """examples:
       (the page of runs/demo; curves, scores and configuration beside the other's)
   vlp report runs/a runs/b
       (both alike, with pictures from both models)
+  vlp report --compare runs/infonce runs/siglip cua=runs/seeds_of_cua
+      (all that they were evaluated in, with distances from the first)
 """
 SAMPLES = 400
 
@@ -36,13 +39,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
     add = parser.add_argument
     run_help = "a run's folder; it may still be going, or have crashed"
-    add("run_folder", metavar="RUN", help=run_help)
+    add("run_folder", nargs="?", metavar="RUN", help=run_help)
     other_help = "a second run, shown in full beside the first"
     add("other", nargs="?", metavar="OTHER", help=other_help)
     against_help = "a run to hold RUN against: its curves, scores and configuration only"
     add("--against", metavar="OTHER", help=against_help)
 
-    to_help = "file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html)"
+    compare_help = "runs, folders of runs that differ in their seed, or files of vlp eval --out: "
+    compare_help += "their scores side by side, each with its distance from the first's"
+    add("--compare", nargs="+", metavar="ARM", help=compare_help)
+
+    to_help = "file to write (default: RUN/report.html; for two runs RUN/report-OTHER.html; with "
+    to_help += "--compare a table on the console alone)"
     add("--to", metavar="FILE", help=to_help)
     data_help = "more shards with negatives, for examples"
     add("--data", nargs="+", default=[], metavar="PATH", help=data_help)
@@ -54,6 +62,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command; returns the exit status. Wrong input is a ValueError that helps."""
+    if options.compare:
+        return _compare(options)
+    if options.run_folder is None:
+        raise ValueError("give RUN, or --compare with several; see vlp report --help")
     if options.other and options.against:
         raise ValueError("give the second run either after the first or as --against, not both")
     if options.samples < 5:
@@ -69,6 +81,24 @@ def run(options: argparse.Namespace) -> int:
         samples=options.samples,
     )
     print(f"{written} ({written.stat().st_size / 1024:.0f} kB)")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Print the arms side by side, and write the page where --to asks for it."""
+    from vlp.eval.report import arms
+
+    if options.run_folder is not None or options.against:
+        raise ValueError("--compare names all arms itself; leave out RUN, OTHER and --against")
+    target = None if options.to is None else Path(options.to)
+    _refuse_folder(target)
+
+    compared = arms.read(options.compare)
+    scores = arms.compare(compared)
+    print(arms.text(scores))
+    if target is not None:
+        written = _save(target, arms.page(compared, scores))
+        print(f"{written} ({written.stat().st_size / 1024:.0f} kB)")
     return 0
 
 
@@ -97,10 +127,7 @@ def write(
 
     # A target that cannot be written is refused before a model is loaded.
     target = Path(to) if to is not None else _default(shown_runs)
-    if target.is_dir():
-        raise ValueError(
-            f"--to {target} is a folder; name a file, such as {target / 'report.html'}"
-        )
+    _refuse_folder(target)
 
     # With --against only the first run's model is looked at.
     evidence: list[Evidence | None] = [None] * len(shown_runs)
@@ -108,6 +135,14 @@ def write(
         looked_at = shown_runs if both else shown_runs[:1]
         evidence[: len(looked_at)] = _look(looked_at, data or [], samples)
     return _save(target, _page(shown_runs, evidence, with_model))
+
+
+def _refuse_folder(target: Path | None) -> None:
+    """Raise ValueError where a page would take the place of a folder."""
+    if target is not None and target.is_dir():
+        raise ValueError(
+            f"--to {target} is a folder; name a file, such as {target / 'report.html'}"
+        )
 
 
 def _default(runs: list[Run]) -> Path:

@@ -4,12 +4,15 @@ import importlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.docs.blocks import DOCS, ROOT
-from vlp import plugin
+from vlp import configs, plugin
+
+RECIPES = Path(configs.__file__).parent
 
 
 def generator():
@@ -45,6 +48,30 @@ def test_generated_pages_cover_the_code(tmp_path):
 
     api = (tmp_path / "api.md").read_text(encoding="utf-8")
     assert "### Pairs.row_logsumexp" in api and "### Model.images" in api
+
+
+def test_systems_are_listed_with_what_differs(tmp_path):
+    generator().write(tmp_path)
+    page = (tmp_path / "systems.md").read_text(encoding="utf-8")
+    objectives, recipes = page.split("## Recipes")
+
+    # Every paper of an objective, once a configuration.
+    rows = [line.split(" | ") for line in objectives.splitlines() if "arXiv" in line]
+    states = [re.split(r"[:,]| \|", row[-1])[0] for row in rows]
+    assert set(states) == {"as published", "differs", "not confirmed", "related"}
+    assert len(rows) == len({tuple(row) for row in rows}) >= 60
+    for name in plugin.names("vlp.losses"):
+        papers = plugin.load("vlp.losses", name).__doc__.split("Papers:")[1].split("\n\n")[0]
+        for number in re.findall(r"arXiv\s+(\d{4}\.\d{5})", papers):
+            assert f"abs/{number}" in objectives, f"{name}: {number}"
+
+    # Recipes that name a paper, with their own words on differences and results.
+    headers = {path.stem: path.read_text() for path in RECIPES.glob("*.yaml")}
+    papers = [name for name, text in headers.items() if "arXiv" in text.split("\n#\n")[0]]
+    for name in papers:
+        assert f"| `{name}` |" in recipes
+    assert len(papers) >= 35
+    assert "a ResNet and a CLIP text transformer (the paper: EfficientNet and BERT)" in recipes
 
 
 def test_configurations_named_by_objectives_are_read():

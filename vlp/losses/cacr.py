@@ -16,8 +16,8 @@ Relations:
 
 Papers:
 - CACR (arXiv 2105.03746), of images and texts: `objective: {cacr: {}}`
-- of several positives: `objective: {cacr: {captions: true}}`; weights and scales are 1, as in the
-  release, which repels in one direction
+- CACR of several positives: `objective: {cacr: {captions: true}}`; weights and scales are 1, as in
+  the release, which repels in one direction
 
 Needs: image, text; with `captions` captions and captions_valid, with `ignore` what it names
 

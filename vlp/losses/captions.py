@@ -26,8 +26,8 @@ Papers:
 - Long-CLIP (arXiv 2403.15378), with data.captions: {choose: first_sentence, n: 1}: `objective:
   {infonce: {label_smoothing: 0.1}, captions: {label_smoothing: 0.1, short: {components: 32}}}`
 - DEXML's loss (arXiv 2310.10636) over captions: `objective: {captions: {form: decoupled}}`
-- DreamLIP's idea (arXiv 2403.17007) of several captions beside one another: `objective: {captions:
-  {}}`
+- DreamLIP (arXiv 2403.17007), its global part: `objective: {captions: {}}`; its captions are drawn
+  one by one, with data.captions: {choose: sentences, n: 8}, and matched with patches as well
 
 Needs: image, scale, captions, captions_valid
 

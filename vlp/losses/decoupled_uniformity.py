@@ -15,8 +15,8 @@ Relations:
 
 Papers:
 - Dufumier et al. (arXiv 2206.01646): `objective: {decoupled_uniformity: {}}`
-- the same with prior knowledge: `objective: {decoupled_uniformity: {kernel: image}}`; their kernel
-  is Gaussian, this one the teacher's cosines
+- Dufumier et al., with prior knowledge: `objective: {decoupled_uniformity: {kernel: image}}`;
+  their kernel is Gaussian, this one the teacher's cosines
 
 Needs: image, text; with `kernel` teacher_image or teacher_text
 

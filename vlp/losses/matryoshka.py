@@ -14,7 +14,7 @@ Relations:
 Papers:
 - MRL (arXiv 2205.13147), of both towers, at half, a quarter, … of D:
   `objective: {matryoshka: {of: {infonce: {}}}}`
-- with its c_m of 1: `objective: {matryoshka: {widths: [64, 128, 256], weights: [1, 1, 1]}}`
+- MRL with its c_m of 1: `objective: {matryoshka: {widths: [64, 128, 256], weights: [1, 1, 1]}}`
 
 Needs: image, text, scale; in place of scale, and beside the three, what the terms of `of` need
 
