@@ -36,7 +36,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.benchmarks import evidence_data, report
-from tests.benchmarks.evidence_arms import ARMS, FIRST_SHARDS, MINER, TABLES, Table
+from tests.benchmarks.evidence_arms import FIRST_SHARDS, MINER, Table
+from tests.benchmarks.evidence_families import ARMS, TABLES
 from vlp.eval import confidence
 from vlp.eval.report.records import items_path
 
@@ -94,9 +95,8 @@ def main() -> None:
 def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     """Make the data, and every run of these arms that has not finished."""
     evidence_data.make(out / "data")
+    train_missing(out, [run for arm in arms if (run := ARMS[arm].needs)], jobs)
     if "mined" in arms:
-        if finished(out, *MINER) is None:
-            start(out, *MINER)
         arm, seed = MINER
         evidence_data.mine(out / "data", out / arm / str(seed), FIRST_SHARDS)
 
@@ -104,10 +104,14 @@ def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     begun_with = {ARMS[arm].after or arm: None for arm in arms}
     then = [arm for arm in arms if arm not in begun_with]
     for of_wave in (begun_with, then):
-        runs = [(arm, seed) for seed in seeds for arm in of_wave]
-        missing = [run for run in runs if finished(out, *run) is None]
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(lambda run: start(out, *run), missing))
+        train_missing(out, [(arm, seed) for seed in seeds for arm in of_wave], jobs)
+
+
+def train_missing(out: Path, runs: list[tuple[str, int]], jobs: int) -> None:
+    """Train those that have not finished, `jobs` at a time."""
+    missing = [run for run in dict.fromkeys(runs) if finished(out, *run) is None]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda run: start(out, *run), missing))
 
 
 def recipe(arm: str, seed: int) -> dict[str, Any]:
@@ -236,16 +240,20 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     if not runs:
         print(f"\n{table.title}: no run has finished")
         return
+    for of_arm in runs.values():
+        for run in of_arm:
+            run["results"] |= afterwards(run["folder"], table.evaluated)
+
     first = next(iter(runs.values()))[0]
     baseline = runs.get(next(iter(table.arms)), [])
     rows = [guessing(first["results"], table)]
     rows += [row(table.arms[arm], of_arm, baseline, table) for arm, of_arm in runs.items()]
     commits = ", ".join(sorted({run["cost"]["commit"] for found in runs.values() for run in found}))
+    samples = sorted({run["cost"]["samples"] for found in runs.values() for run in found})
     notes = (
-        f"{table.notes} Mean ± standard deviation over seeds, {first['cost']['samples']:,} samples "
-        f"seen by every arm; rows "
-        f"embedded for one sample seen; seconds of a whole run with evaluation, on a shared "
-        f"machine. Trained at {commits}."
+        f"{table.notes} Mean ± standard deviation over seeds, "
+        f"{' or '.join(f'{n:,}' for n in samples)} samples seen; rows embedded for one sample "
+        f"seen; seconds of a whole run with evaluation, on a shared machine. Trained at {commits}."
     )
     report.publish(name, table.title, rows, args, notes)
 
@@ -301,17 +309,31 @@ def distance(
 
 def mean_outcomes(runs: list[dict[str, Any]], data: str) -> Tensor:
     """What every item of a set of negatives gives to the accuracy, [items, 2], as the mean over the
-    seeds. Kept beside the run; training keeps scores alone.
+    seeds.
     """
-    of_seeds = []
-    for run in runs:
-        out = run["folder"] / f"{Path(data).name}.json"
-        if not items_path(out).exists():
-            options = ("--task", "negatives", "--data", data, "--out", str(out))
-            command = [sys.executable, "-m", "vlp.cli", "eval", str(run["folder"]), *options]
-            subprocess.run(command, check=True, cwd=run["folder"].parent.parent)
-        of_seeds.append(load_file(items_path(out))["negatives/acc"])
+    arguments = ("--task", "negatives", "--data", data)
+    files = [evaluated(run["folder"], Path(data).name, arguments) for run in runs]
+    of_seeds = [load_file(items_path(path))["negatives/acc"] for path in files]
     return torch.stack(of_seeds).double().mean(0)
+
+
+def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Results of tasks that training does not evaluate, by the label that a table gives them."""
+    results = {}
+    for label, arguments in tasks.items():
+        (results[label],) = json.loads(evaluated(run, label, arguments).read_text())["results"]
+    return results
+
+
+def evaluated(run: Path, name: str, arguments: tuple[str, ...]) -> Path:
+    """The file of what `vlp eval RUN` gives with these arguments, which is kept beside the run:
+    training keeps the scores of its own tasks, but not what each item gave.
+    """
+    out = run / f"{name}.json"
+    if not items_path(out).exists():
+        command = [sys.executable, "-m", "vlp.cli", "eval", str(run), *arguments]
+        subprocess.run([*command, "--out", str(out)], check=True, cwd=run.parent.parent)
+    return out
 
 
 def distance_heading(heading: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,7 @@ class Arm:
     settings: tuple[str, ...] = ()  # further key=value
     ranks: int = 1  # processes that share the batch
     after: str | None = None  # the arm whose run of the same seed it goes on from
+    needs: tuple[str, int] | None = None  # the arm and seed whose model it or its data ask
 
 
 # six epochs: a loss with an estimate for each sample has to meet it again; a lighter tower for the
@@ -65,14 +66,17 @@ PROOFS_OF_NEGATIVES = (
 )
 
 
-def small(objective: str, *settings: str, data: str = "scenes/train") -> Arm:
+def small(
+    objective: str, *settings: str, data: str = "scenes/train", shards: str = FIRST_SHARDS
+) -> Arm:
     """An arm of SMALL at a batch of 256, on the first 4,000 scenes of `data`."""
-    source = f"data.sources=[{{name: shards, path: 'data/{data}/{FIRST_SHARDS}'}}]"
+    source = f"data.sources=[{{name: shards, path: 'data/{data}/{shards}'}}]"
     batch = ("train.batch=256", f"train.optimizer.lr={RATES[256]}")
     return Arm(objective, (*SMALL, source, *batch, *settings))
 
 
 BESIDE = "data.captions={choose: all, n: 4}"
+MINER = ("infonce_256", 0)
 ARMS |= {
     "captions_mean": small("{captions: {form: mean}}", BESIDE),
     "captions_decoupled": small("{captions: {form: decoupled}}", BESIDE),
@@ -80,9 +84,10 @@ ARMS |= {
     "duplicates_positives": small("{infonce: {positives: caption}}", data="duplicates"),
     "no_negatives": small("{infonce: {}}", PROOFS_OF_NEGATIVES),
     "rule": small("{hard_negatives: {form: negclip}}", PROOFS_OF_NEGATIVES, data="negatives"),
-    "mined": small("{hard_negatives: {form: negclip}}", PROOFS_OF_NEGATIVES, data="mined"),
+    "mined": replace(
+        small("{hard_negatives: {form: negclip}}", PROOFS_OF_NEGATIVES, data="mined"), needs=MINER
+    ),
 }
-MINER = ("infonce_256", 0)  # the arm and seed whose embeddings `mined` is mined by
 
 # Ordinary captions state no number, a quarter of a batch counts, and no counterfactual is of a
 # combination that training never shows.
@@ -139,6 +144,8 @@ class Table:
     other_data: bool = False  # its arms differ in what they are trained on, too
     # Columns of which the distance from the baseline is shown, paired over the items of their data.
     paired: dict[str, str] = field(default_factory=dict)
+    # What training does not evaluate: label -> arguments of `vlp eval RUN`.
+    evaluated: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 TABLES = {

@@ -27,6 +27,7 @@ SINGULAR = {plural: shape for shape, plural in SHAPES.items()}
 _NUMBER = rf"\b({'|'.join(NUMBERS[2:])}|\d+) "
 NUMBER_BEFORE = re.compile(_NUMBER)
 COUNTED_SHAPE = re.compile(rf"{_NUMBER}(?:\w+ )*?({'|'.join(SINGULAR)})\b")
+MISPLACED = 0.4  # share of the samples whose captions are another's
 DUPLICATED = 0.3  # share of the samples whose caption many others have, too
 
 
@@ -45,6 +46,7 @@ def make(folder: Path) -> None:
     train = folder / "scenes" / "train"
     derived: dict[str, Callable[[Path], None]] = {
         "duplicates": lambda part: plant_duplicates(train, part),
+        "noisy": lambda part: misplace_captions(train, part),
         "numberless": lambda part: without_numbers(train, part),
         "counted": lambda part: count(train, part),
         "proofs_of_counting": prove_counting,
@@ -88,6 +90,22 @@ def plant_duplicates(source: Path, to: Path) -> None:
                 first = record["scene"]["groups"][0]
                 captions = [f"a picture of {first['color']} {SHAPES[first['shape']]}"]
             writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
+
+
+def misplace_captions(source: Path, to: Path) -> None:
+    """The scenes of `source`, of which MISPLACED have the captions of another one of them."""
+    samples = list(samples_of(source))
+    records = [json.loads(sample.pop("json")) for sample in samples]
+    captions = [record.pop("captions") for record in records]
+    rng = random.Random(0)
+    chosen = rng.sample(range(len(samples)), int(MISPLACED * len(samples)))
+
+    # Dealt around a ring in an order by chance: nobody keeps its own.
+    given = dict(zip(chosen, [*chosen[1:], chosen[0]]))
+    with ShardWriter(to, samples_per_shard=1000) as writer:
+        for place, (sample, record) in enumerate(zip(samples, records)):
+            texts = captions[given.get(place, place)]
+            writer.add(record.pop("key"), sample["jpg"], "jpg", texts, record)
 
 
 def without_numbers(source: Path, to: Path) -> None:
