@@ -20,6 +20,7 @@ from vlp.export.place import save_weights, write_json
 from vlp.models import language, multimodal
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import image_size, packages, references, weight_files
+from vlp.towers import mllm
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -80,7 +81,7 @@ def write_open_clip(
     if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
         if multimodal.is_described(model.open_clip_config):
-            processor = multimodal.processor(text["hf_model_name"])
+            processor = mllm.processor(text["hf_model_name"])
             processor.save_pretrained(folder / references.TEXT_TOWER)
         if Path(packages.local(text["hf_model_name"])).is_dir():
             text["hf_model_name"] = f"./{references.TEXT_TOWER}"

@@ -31,6 +31,9 @@ def is_described(model_cfg: dict[str, Any]) -> bool:
 class ImageTower(nn.Module):
     """The model, with its picture side: pixels [n, 3, H, W], normalised → features [n, D]."""
 
+    ids: Tensor  # [L] of the prompt, the picture's places among them
+    kinds: Tensor | None  # [L] what stands at each place, where the model asks for it
+
     def __init__(self, model_cfg: dict[str, Any]) -> None:
         super().__init__()
         section, text = model_cfg["vision_cfg"][SECTION], model_cfg["text_cfg"]
@@ -99,6 +102,8 @@ def _leaves(output: Tensor) -> set[Tensor]:
 
 class TextTower(language.LanguageTower):
     """The language model of an image tower as the text tower: ids [n, L] → features [n, D]."""
+
+    projection: Any  # a linear layer, or nothing
 
     def __init__(self, model_cfg: dict[str, Any], image: ImageTower) -> None:
         nn.Module.__init__(self)
