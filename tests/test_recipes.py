@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.material import encoded, picture
+from tests.models import multimodals
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
@@ -96,7 +97,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 49
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 50
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -160,7 +161,7 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 26, "demo": 1, "eval": 3, "export": 2, "train": 64}
+    assert counts == {"data": 26, "demo": 1, "eval": 3, "export": 2, "train": 65}
     assert n_tools == 34
 
 
@@ -195,6 +196,10 @@ def test_a_recipe_trains(name, shards, tmp_path):
         more = [f"stages=[{stages}]"]
     if name == "matryoshka":
         more = ["objective.matryoshka.widths=[8, 16]"]  # of the tiny towers' 16
+    if name == "vlm2vec":
+        folder = multimodals.multimodal_model(tmp_path / "model", "qwen2_vl")
+        whole = multimodals.tower(folder, lora={"r": 2})
+        more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
     assert [line["step"] for line in records] == [1, 2, 3]

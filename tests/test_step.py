@@ -48,6 +48,7 @@ def make_training(
     text_tower=None,
     optimizer=None,
     towers=None,
+    whole=None,
 ):
     vit = {
         "name": "vit",
@@ -58,7 +59,7 @@ def make_training(
         "image_size": 16,
     }
     text = {"name": "transformer", "width": 32, "layers": 2, "heads": 2, "context_length": length}
-    model = config.Model(
+    model = whole or config.Model(
         image_tower=plugin.Named("vlp.towers").parse(
             vit | {"patch_dropout": patch_dropout} | (towers or {}).get("image", {}), (), []
         ),

@@ -9,12 +9,18 @@ import open_clip
 import pytest
 import torch
 
-from tests.models import languages
+from tests.models import languages, multimodals
 from tests.models.tiny import TEXT, VIT, inputs, language_model, settings, siglip, tiny
 from vlp import plugin
 from vlp.models import assemble
 
-NAMES = ["huggingface", "llm", "open_clip", "stored", "timm", "transformer", "vit"]
+NAMES = ["huggingface", "llm", "mllm", "open_clip", "stored", "timm", "transformer", "vit"]
+
+
+def _vision_section(**section):
+    """open_clip's keys of an image tower; those of a multimodal model's are ours."""
+    section.pop("vlp_image", None)
+    return open_clip.CLIPVisionCfg(**section)
 
 
 def _text_section(**section):
@@ -24,7 +30,7 @@ def _text_section(**section):
 
 
 SECTIONS = {
-    "vision_cfg": open_clip.CLIPVisionCfg,
+    "vision_cfg": _vision_section,
     "text_cfg": _text_section,
     "shared_cfg": dict,
     "preprocess_cfg": dict,
@@ -40,6 +46,7 @@ def example(name, folder):
             "pretrained": False,
         },
         "llm": lambda: {"model": str(languages.language_model(folder)), "context_length": 12},
+        "mllm": lambda: multimodals.options(multimodals.multimodal_model(folder, "qwen2_vl")),
         "open_clip": lambda: {
             "architecture": "ViT-S-32-alt",
             "image_size": 64,
@@ -77,7 +84,7 @@ def test_contract(name, tmp_path):
 def test_every_tower_runs_and_trains_all_its_weights(name, tmp_path):
     tower = {"name": name, **example(name, tmp_path)}
     role = "image_tower" if hasattr(plugin.load("vlp.towers", name), "vision_cfg") else "text_tower"
-    whole = {"text_tower": None, "embed_dim": None} if name == "open_clip" else {}
+    whole = {"text_tower": None, "embed_dim": None} if name in ("open_clip", "mllm") else {}
     model = tiny(**whole, **{role: tower}).train()
     pixels, ids = inputs(model)
     features = model(pixels, ids)

@@ -185,6 +185,9 @@ class Data:
     views: Views | None = None  # further views for terms that compare them; None: none
     # G: batches are made of whole groups of G samples of one "origin" (a field of their JSON)
     together: int = 1
+    # every batch is of one source, which the weights choose in turn: negatives are then of the
+    # pair's own kind (VLM2Vec: one task a batch)
+    one_source: bool = False
     # independent uniform draws (within a source's share) instead of whole epochs
     replacement: bool = False
     # V: parts of every batch that fetch shards of their own, where shards are remote. A multiple of

@@ -7,7 +7,8 @@ step · B/G + position. Without weights an epoch is one pseudo-random permutatio
 all sources, cut into whole batches; what remains at its end is left out (other units each epoch).
 With weights every source runs through permutations of its own, one after another, and the draws are
 dealt to the sources by their shares (`vlp.data.deal`). A source whose share of a batch is a whole
-number of draws has exactly that many in every batch: 8 of 256 for 1/32. With `replacement` a draw
+number of draws has exactly that many in every batch: 8 of 256 for 1/32. With `one_source` whole
+batches are dealt. With `replacement` a draw
 is any unit (of its source, with weights), independent of all others.
 
 Where shards are fetched whole (`Source.window`), a permutation keeps to a window of them at a time
@@ -78,6 +79,7 @@ class Mixture:
         every_caption: bool = False,
         replacement: bool = False,
         lanes: int = 1,
+        one_source: bool = False,
     ) -> None:
         weighted = [weight is not None for weight in weights]
         if any(weighted) and not all(weighted):
@@ -92,6 +94,7 @@ class Mixture:
         self.together = together
         self.every_caption = every_caption
         self.replacement = replacement
+        self.one_source = one_source
         # Fractions deal exactly: with floats a source's share of a batch would drift by a draw.
         self.shares: list[Fraction] | None = None
         if all(weighted):
@@ -132,11 +135,19 @@ class Mixture:
         return int(np.searchsorted(self.firsts, sample_id, side="right")) - 1
 
     def steps_per_epoch(self, size: int) -> int:
-        """Batches of `size` rows that an epoch gives."""
-        return self.n_units // (size // self.together)
+        """Batches of `size` rows that an epoch gives; 0 where one cannot be filled."""
+        n = size // self.together
+        if self.one_source and min(map(len, self.units)) < n:
+            return 0
+        return self.n_units // n
 
     def begin(self, begin: Begin) -> None:
         """Let batches of another size follow those before step `begin.step`."""
+        if self.one_source and begin.draw:
+            raise ValueError(
+                "data.one_source counts batches, which have one size in all of a run; leave batch "
+                "out of the stages"
+            )
         self._begin = begin
 
     def end(self, step: int, size: int) -> Begin:
@@ -154,6 +165,8 @@ class Mixture:
         resumed run compares it.
         """
         drawing: dict[str, Any] = {"together": self.together, "replacement": self.replacement}
+        if self.one_source:
+            drawing["one_source"] = True
         windows = [source.window for source in self.sources]
         if any(windows):
             drawing |= {"lanes": self.lanes, "windows": windows}
@@ -255,6 +268,11 @@ class Mixture:
 
     def _check(self) -> None:
         """Raise ValueError for sources that cannot give what is drawn from them."""
+        if self.one_source and self.shares is None and len(self.sources) > 1:
+            raise ValueError(
+                "data.one_source chooses the source of a batch by the weights; give every source "
+                "a weight, such as its number of samples"
+            )
         for s, (source, units) in enumerate(zip(self.sources, self.units)):
             if not len(units):
                 raise ValueError(
@@ -310,6 +328,13 @@ class Mixture:
             numbers, rounds = self._order(all_together, epoch * self.n_units + places)
             sources = np.searchsorted(self._first_units, numbers, side="right") - 1
             return _Draws(sources, numbers - self._first_units[sources], rounds)
+
+        if self.one_source:
+            # Batches are dealt as single draws are, each as so many draws of its source.
+            (source,), (n_before,) = Deal(self.shares, 1)(first_draw // n_of_step, 1)
+            of_batch = np.full(n, source)
+            units, rounds = self._order(of_batch + 1, n_before * n_of_step + positions)
+            return _Draws(of_batch, units, rounds)
 
         # Made once for a size of batch: its fractions cost more than dealing some rows.
         if n_of_step not in self._deals:

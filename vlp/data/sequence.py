@@ -34,6 +34,8 @@ def drawing(
         options["every_caption"] = True
     if data.replacement:
         options["replacement"] = True
+    if data.one_source:
+        options["one_source"] = True
     lanes = _lanes(data, sources)
     if lanes > 1 and (data.lanes != "auto" or mixture is Mixture):
         options["lanes"] = lanes
@@ -42,7 +44,7 @@ def drawing(
     if options and mixture is not Mixture:
         raise ValueError(
             "a selection decides which samples a step holds; leave out data.together, "
-            "data.replacement, data.lanes and captions.choose: all"
+            "data.replacement, data.one_source, data.lanes and captions.choose: all"
         )
     return options
 
@@ -57,6 +59,8 @@ def _lanes(data: Data, sources: Sequence[Source]) -> int:
         needless = "no source fetches its shards (name: remote)"
     elif not data.shuffle:
         needless = "data.shuffle is false: samples stay in the order of the data"
+    elif data.one_source:
+        needless = "data.one_source is true: a batch reads the shards of one source"
     elif any(source.reserve for source in sources):
         needless = "a source is a stream, which is read in its own order"
 
@@ -72,6 +76,10 @@ def too_few(mixture: Mixture, batch: int, together: int, batch_key: str) -> str:
     held = f"{mixture.n_samples} samples"
     if together > 1:
         held = f"{mixture.n_units} groups of {together}"
+    if mixture.one_source:
+        sizes = [len(units) for units in mixture.units]
+        smallest = sizes.index(min(sizes))
+        held = f"source {smallest} has {sizes[smallest]}, and data.one_source fills it from one"
     return f"a batch of {batch} is larger than the data ({held}); set {batch_key} lower"
 
 

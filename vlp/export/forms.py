@@ -17,9 +17,10 @@ from vlp.export import clip_form, dual_form, parts, sentence_form, siglip_form, 
 from vlp.export.card import of_open_clip
 from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
-from vlp.models import language
+from vlp.models import language, multimodal
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import image_size, packages, references, weight_files
+from vlp.towers import mllm
 from vlp.types import ON_WHITE
 
 TOLERANCE = 1e-5  # largest difference of an embedding's coordinate between a form and the model
@@ -79,6 +80,9 @@ def write_open_clip(
     # must be whole; `vlp push` writes the repository.
     if "hf_model_name" in text and not reference:
         model.text.config.save_pretrained(folder / references.TEXT_TOWER)
+        if multimodal.is_described(model.open_clip_config):
+            processor = mllm.processor(text["hf_model_name"])
+            processor.save_pretrained(folder / references.TEXT_TOWER)
         if Path(packages.local(text["hf_model_name"])).is_dir():
             text["hf_model_name"] = f"./{references.TEXT_TOWER}"
             if not is_ours:

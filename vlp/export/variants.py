@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlp.export.place import ExportError, save_weights, write_json
 from vlp.export.sentence_form import ROUTER
-from vlp.models import language
+from vlp.models import language, multimodal
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 
@@ -112,6 +112,11 @@ def resized(model: DualEncoder, size: int) -> DualEncoder:
     """The model for pictures of `size` × `size` pixels, as training at that size builds it
     (vlp.pretrained.image_size); ExportError for a size that the tower cannot read names others.
     """
+    if multimodal.is_described(model.open_clip_config):
+        raise ExportError(
+            f"--image-size {size}: the model was prompted for pictures of "
+            f"{model.image_spec.size[0]} pixels; train it with image_tower.image_size {size}"
+        )
     described = copy.deepcopy(model.description())
     described["model_cfg"]["vision_cfg"]["image_size"] = size
     described["vlp"]["heads"] = {"nonnegative": model.heads_config.nonnegative}

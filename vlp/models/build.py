@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, language, lora, text_dropout
+from vlp.models import assemble, language, lora, multimodal, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -146,9 +146,12 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         language_config(language_model)
 
     vision = model_cfg["vision_cfg"]
+    is_one_model = multimodal.is_described(model_cfg)
     image_size.check_square(vision)
 
     keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    if is_one_model:
+        keywords["vision_cfg"] = multimodal.STAND_IN
     if is_ours:
         keywords["text_cfg"] = language.STAND_IN
     elif language_model:
@@ -170,7 +173,10 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"the text tower gives {width} features, unprojected, and embed_dim is "
             f"{model_cfg['embed_dim']}; make them equal"
         )
-    if is_ours:
+    if is_one_model:
+        clip.visual = multimodal.ImageTower(model_cfg)
+        clip.text = multimodal.TextTower(model_cfg, clip.visual)
+    elif is_ours:
         clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")

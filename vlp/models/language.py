@@ -70,7 +70,7 @@ class LanguageTower(nn.Module):
         self.is_stored = "reference" in options
         self.transformer = Referenced(text_cfg) if self.is_stored else _language_model(text_cfg)
         self.width = width
-        self.accepts = frozenset(inspect.signature(self.transformer.forward).parameters)
+        self.accepts = parameters_of(self.transformer)
 
         self.latent = None
         if self.pool == "latent":
@@ -116,6 +116,11 @@ class LanguageTower(nn.Module):
             keywords["position_ids"] = (is_token.cumsum(dim=1) - 1).clamp(min=0)
         mask = is_token.long()
         return self.transformer(tokens, attention_mask=mask, **keywords).last_hidden_state
+
+
+def parameters_of(model: nn.Module) -> frozenset[str]:
+    """The keywords that a model's forward pass takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
 
 
 class Referenced(nn.Module):
@@ -230,8 +235,6 @@ def _language_model(text_cfg: dict[str, Any]) -> nn.Module:
     """transformers' model in float32, without what no pooling reads; ValueError where there is
     none, or where its files do not fill it.
     """
-    from transformers import AutoModel
-
     name: str = text_cfg["hf_model_name"]
     config = language_config(name)
     # transformers' own switch: masks then leave out padding alone, or what a window leaves out. An
@@ -240,10 +243,24 @@ def _language_model(text_cfg: dict[str, Any]) -> nn.Module:
         for part in (config, config.get_text_config()):
             part.is_causal = False
 
+    model = of_transformers(name, config, text_cfg["hf_model_pretrained"])
+    # An encoder's; nothing reads it, and DDP would wait for its gradients.
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    _check_attention(model, text_cfg[SECTION]["attention"])
+    return model
+
+
+def of_transformers(name: str, config: Any, pretrained: bool) -> Any:
+    """transformers' base model of a configuration in float32, with its weights or random ones;
+    ValueError where there is none, or where its files do not fill it.
+    """
+    from transformers import AutoModel
+
     options: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     unfilled: list[str] = []
     try:
-        if text_cfg["hf_model_pretrained"]:
+        if pretrained:
             model, report = AutoModel.from_pretrained(
                 packages.local(name), config=config, output_loading_info=True, **options
             )
@@ -258,10 +275,6 @@ def _language_model(text_cfg: dict[str, Any]) -> nn.Module:
         raise ValueError(
             f"the weights of {name!r} lack {', '.join(sorted(unfilled)[:3])}; download it again"
         )
-    # An encoder's; nothing reads it, and DDP would wait for its gradients.
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None
-    _check_attention(model, text_cfg[SECTION]["attention"])
     return model
 
 

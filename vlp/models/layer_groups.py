@@ -22,6 +22,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
 
 from vlp.models.language import LanguageTower
+from vlp.models.multimodal import ImageTower
 from vlp.models.repeated import repeated
 
 _AFTER = "after the blocks"
@@ -54,6 +55,8 @@ def trunk_of(tower: nn.Module) -> nn.Module:
         return tower.trunk
     if isinstance(tower, HFTextEncoder | LanguageTower):
         return tower.transformer
+    if isinstance(tower, ImageTower):
+        return tower.model
     return tower
 
 

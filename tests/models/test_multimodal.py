@@ -1,0 +1,203 @@
+"""A multimodal language model as both towers: what transformers itself gives of pictures and
+captions in their prompts, by one set of weights.
+"""
+
+import copy
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests import ranks
+from tests.models import languages
+from tests.models.multimodals import FAMILIES, PROMPTS, SIZE, multimodal_model, tower
+from tests.models.tiny import inputs, settings, tiny
+from tests.test_step import ROWS, assert_close, gradients_and_weights, make_batch
+from vlp import checkpoint
+from vlp.data import text as tokenizers
+from vlp.data.prompted import PADDING
+from vlp.eval import models
+from vlp.export.folder import export, export_run
+from vlp.export.place import ExportError
+
+TEXTS = ["two red circles", "dog", "a blue square cat"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of each family, made once."""
+    return {name: multimodal_model(tmp_path_factory.mktemp(name), name) for name in FAMILIES}
+
+
+def pictures(n=3):
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (SIZE, SIZE, 3), np.uint8)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_itself_gives_the_embeddings(folders, family):
+    from transformers import AutoModel, AutoProcessor
+
+    model = tiny(**tower(folders[family]))
+    theirs = AutoModel.from_pretrained(folders[family]).eval()
+    processor = AutoProcessor.from_pretrained(folders[family])
+    n_compared = 0
+
+    # Each alone, through the processor as a whole.
+    token = "<|vision_start|><|image_pad|><|vision_end|>" if family != "llava" else "<image>"
+    prompt = PROMPTS["prompt_image"].replace("{}", token)
+    for picture in pictures():
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+        read = processor(images=picture, text=prompt, return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(**read, use_cache=False).last_hidden_state[:, -1]
+            found = model.encode_image(pixels)
+        torch.testing.assert_close(found, F.normalize(expected, dim=1), rtol=0, atol=2e-5)
+        n_compared += 1
+
+    ids = tokenizers.build(model.text_spec)(TEXTS)
+    for row, text in zip(ids, TEXTS):
+        read = processor.tokenizer(PROMPTS["prompt_text"].format(text), return_tensors="pt")
+        with torch.no_grad():
+            expected = theirs(**read, use_cache=False).last_hidden_state[:, -1]
+            found = model.encode_text(row[None])
+        torch.testing.assert_close(found, F.normalize(expected, dim=1), rtol=0, atol=2e-5)
+        n_compared += 1
+    assert n_compared == 6
+
+    # Pictures differ, and so do captions.
+    assert model.encode_text(ids).std(0).max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_towers_are_one_set_of_weights(folders, family):
+    model = tiny(**tower(folders[family])).train()
+    names = [name for name, _ in model.named_parameters()]
+    assert not [name for name in names if name.startswith("text.")]
+    assert len(model.blocks()) == 4  # of the picture's part and of the language model, each once
+
+    # What learns has a gradient: DDP would wait for the others for ever.
+    features = model(*inputs(model))
+    (features.scale * (features.image * features.text).sum()).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    unread = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert all(".post_layernorm." in name or ".layers.1." in name for name in unread)
+    assert bool(unread) == (family == "llava")
+
+    # A caption alone moves the weights that read pictures, too; also in a copy.
+    for one in (model, copy.deepcopy(model)):
+        one.zero_grad()
+        one(text=inputs(one)[1]).text.sum().backward()
+        moved = {name for name, p in one.named_parameters() if p.grad is not None}
+        assert moved and all(name.startswith("visual.model.language_model.") for name in moved)
+
+
+def test_adapters_of_the_model_reach_both_sides(folders):
+    for family in FAMILIES:
+        model = tiny(**tower(folders[family], lora={"r": 2})).train()
+        learning = [name for name, p in model.named_parameters() if p.requires_grad]
+        assert learning and all(".lora_" in name or "scaling." in name for name in learning)
+        pixels, ids = inputs(model)
+        before = model.encode_image(pixels), model.encode_text(ids)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "language_model" in name and ".lora_B." in name:
+                    parameter.normal_()
+        after = model.encode_image(pixels), model.encode_text(ids)
+        assert all((a - b).abs().max() > 1e-3 for a, b in zip(after, before))
+
+
+def pairs_batch(rows=slice(None)):
+    """Pictures of the model's size, and ids of different lengths in place of CLIP's."""
+    batch = make_batch(rows)
+    lengths = torch.arange(ROWS)[rows] % 9 + 3
+    ids = torch.arange(16).expand(len(lengths), 16) * 5 + lengths[:, None]
+    ids = (ids % 14).masked_fill(torch.arange(16) >= lengths[:, None], PADDING)
+    return replace(batch, image=batch.image.repeat(1, 1, 2, 2), text=ids)
+
+
+def gradients(folder, micro_batches, **options):
+    whole = settings(**tower(folder), bias=-2.0)
+    return gradients_and_weights(micro_batches, steps=1, batch=pairs_batch, whole=whole, **options)
+
+
+@pytest.mark.slow
+def test_micro_batches_and_ranks_change_nothing(folders):
+    n_compared = 0
+    for family in FAMILIES:
+        expected = gradients(folders[family], 1)[0]
+        others = [gradients(folders[family], 4)[0]]
+        for of_rank in ranks.run(2, on_two, folders[family]):
+            others += of_rank
+        for other in others:
+            assert_close(other, expected, 2e-5)
+            n_compared += 1
+    assert n_compared == 2 * 5
+
+
+def on_two(folder):
+    """Of DDP, and of FSDP2 with activations computed again."""
+    return [
+        gradients(folder, 3)[0],
+        gradients(folder, 3, engine="fsdp2", checkpointing=True)[0],
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_loads_again_without_its_source(folders, family, tmp_path, monkeypatch):
+    source = multimodal_model(tmp_path / "a model", family)
+    model = tiny(**tower(source))
+    encoder = models.from_model(model)
+    expected = encoder.encode_texts(TEXTS), model.encode_image(inputs(model)[0])
+
+    contents = checkpoint.Contents(
+        model.state_dict(), {}, config="a: b", description=model.description()
+    )
+    checkpoint.save(tmp_path / "run", 1, contents, keep=1)
+    export_run(tmp_path / "run", tmp_path / "an export")
+    os.rename(source, tmp_path / "gone")
+    os.rename(tmp_path / "an export", tmp_path / "moved")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = models.load("../moved")
+    torch.testing.assert_close(loaded.encode_texts(TEXTS), expected[0], rtol=0, atol=1e-6)
+    images = loaded.encode_images(inputs(model)[0])
+    torch.testing.assert_close(images, expected[1], rtol=0, atol=1e-6)
+
+
+BAD = {
+    "no place for the picture": ({"prompt_image": "a photo"}, "expected one {} where the picture"),
+    "no place for the caption": ({"prompt_text": "{} {}"}, "expected one {} where the caption"),
+    "words that it does not know": ({"prompt_image": "{} zebra"}, "does not know 'zebra'"),
+    "another width": ({"embed_dim": 48}, "gives 32 features, unprojected, and embed_dim is 48"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_is_refused(folders, case):
+    options, said = BAD[case]
+    section = tower(folders["llava"])
+    section["embed_dim"] = options.pop("embed_dim", None)
+    section["image_tower"] |= options
+    with pytest.raises(ValueError, match=said):
+        tiny(**section)
+
+
+def test_a_language_model_alone_is_refused(tmp_path):
+    folder = languages.language_model(tmp_path)
+    with pytest.raises(ValueError, match=r"for texts or pictures alone.*text tower llm"):
+        tiny(**tower(folder))
+
+
+def test_other_forms_are_refused(folders, tmp_path):
+    model = tiny(**tower(folders["llava"]))
+    for options in ({"onnx": True}, {"image_size": 64}):
+        with pytest.raises(ExportError):
+            export(model, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
