@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlp.pretrained import packages
+from vlp.pretrained import places
 from vlp.types import TextSpec
 
 PADDING = -1
@@ -58,7 +58,7 @@ class PromptedTokenizer:
         self._before, _, self._after = spec.options["prompt"].partition("{}")
         self._mark: bool = spec.options.get("mark", False)
 
-        place = packages.local(spec.tokenizer)
+        place = places.locate(spec.tokenizer)
         self._inner: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         self.vocab_size = len(self._inner)
         if not getattr(self._inner, "is_fast", False):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlp.data.prompted import PromptedTokenizer, is_prompted
-from vlp.pretrained import packages
+from vlp.pretrained import places
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -150,7 +150,7 @@ class HubTokenizer:
         # Its folder may bring code along, and options that ask for it.
         options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
-        place = packages.local(spec.tokenizer)
+        place = places.locate(spec.tokenizer)
         self._inner = tokenizers.HFTokenizer(
             place, context_length=spec.context_length, clean=spec.clean, **options
         )

@@ -26,7 +26,8 @@ from vlp.export import usage
 from vlp.models import language
 from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
-from vlp.pretrained.references import ADAPTERS, CONFIG, TEXT_TOWER, on_hub, resolve
+from vlp.pretrained.places import on_hub
+from vlp.pretrained.references import ADAPTERS, CONFIG, TEXT_TOWER, resolve
 from vlp.privacy import scrubbed
 
 _HTTPError = http_error()

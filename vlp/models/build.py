@@ -16,7 +16,7 @@ from vlp.models import assemble, language, lora, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
-from vlp.pretrained import fitting, image_size, packages, weight_files
+from vlp.pretrained import fitting, image_size, places, weight_files
 from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
@@ -153,7 +153,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         keywords["text_cfg"] = language.STAND_IN
     elif language_model:
         # open_clip knows paths and repositories, and a package lies elsewhere on each machine.
-        place = packages.local(language_model)
+        place = places.locate(language_model)
         keywords["text_cfg"] = model_cfg["text_cfg"] | {"hf_model_name": place}
     try:
         clip = open_clip.CustomTextCLIP(**keywords)

@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from vlp.pretrained import clip_description, hub
 from vlp.pretrained.folders import listing, read_json
+from vlp.pretrained.places import FILES, HUB, bare, is_path, near, of_page, on_hub
 from vlp.pretrained.runs import AT_BEST, CheckpointError, best
 from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
@@ -44,13 +44,9 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )
-# Endings of weights; npz is big_vision's.
-FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
-
 Kind = Literal["run", "concatenated", "adapters", "open_clip", "transformers", "file", "tag"]
 
-# prefixes that say where to look
-_HUB = ("hf-hub:", "hf:")
+# the prefix that says to look here
 _LOCAL = "local-dir:"
 AVERAGE = "@ema"  # behind a run or checkpoint: its moving average
 _WORKING = (
@@ -88,8 +84,8 @@ def resolve(reference: str | Path | Reference) -> Reference:
     if isinstance(reference, Reference):
         return reference
     text = str(reference)
-    if text.startswith(_HUB):
-        return in_folder(text, hub.snapshot(text.partition(":")[2]))
+    if on_hub(text):
+        return in_folder(text, hub.snapshot(bare(text)))
 
     # A folder may be called so; then it is meant.
     base = text.removesuffix(AVERAGE)
@@ -107,7 +103,7 @@ def resolve(reference: str | Path | Reference) -> Reference:
         except CheckpointError as error:
             raise ValueError(str(error)) from None
     if text.startswith(_LOCAL):
-        raise ValueError(f"no folder {place}{_near(place)}. What works: {_WORKING}")
+        raise ValueError(f"no folder {place}{near(place)}. What works: {_WORKING}")
     if place.is_file():
         return _of_file(text, place)
 
@@ -124,18 +120,11 @@ def resolve(reference: str | Path | Reference) -> Reference:
             f"{text}:FILE"
         )
 
-    # A mistyped path is no business of a Hub: its folder exists, or it ends like a file of weights.
-    like_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
-    if like_repository and place.suffix not in FILES and not place.parent.exists():
+    if "/" in text and not is_path(text):
         return in_folder(text, hub.snapshot(text, patient=False))
     raise ValueError(
-        f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}"
+        f"no model {text!r}: no such file or folder{near(place)}. What works: {_WORKING}"
     )
-
-
-def on_hub(reference: str) -> bool:
-    """Whether a reference says that its model lies on the Hub."""
-    return reference.startswith(_HUB)
 
 
 def averaged(reference: Reference) -> Reference:
@@ -201,7 +190,7 @@ def describe(architecture: str) -> dict[str, Any]:
     place = Path(architecture)
     if place.suffix == ".json" and place.is_file():
         return _own_architecture(place)
-    if not architecture.startswith((*_HUB, _LOCAL)) and not place.is_dir():
+    if not architecture.startswith((*HUB, _LOCAL)) and not place.is_dir():
         known = open_clip.list_models()
         raise ValueError(
             f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, known)}"
@@ -301,10 +290,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     import open_clip
 
     # "https://…" has a colon as well. Whoever sees the message need not see a password in it.
-    hub_page = r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*"
-    address = re.fullmatch(hub_page, text)
-    if address:
-        raise ValueError(f"{scrubbed(text)} is an address; write hf-hub:{address[2]}")
+    page = of_page(text)
+    if page:
+        raise ValueError(f"{scrubbed(text)} is an address; write {page}")
     if "://" in text:
         raise ValueError(
             f"{scrubbed(text)} is an address; download the model, and name its folder or file"
@@ -316,7 +304,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
 
     is_file = Path(architecture).suffix == ".json"
     if is_file and not Path(architecture).is_file():
-        raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
+        raise ValueError(f"no file {architecture}{near(Path(architecture))}")
     if not is_file and architecture not in open_clip.list_models():
         hint = did_you_mean(architecture, open_clip.list_models()).partition(";")[0]
         raise ValueError(
@@ -337,7 +325,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
             f"{weights} is a folder, which says its architecture itself; write {weights} alone"
         )
     hint = "" if is_file else f", and no tag{did_you_mean(weights, tags)}"
-    raise ValueError(f"{architecture} has no weights {weights!r}: no such file{_near(place)}{hint}")
+    raise ValueError(f"{architecture} has no weights {weights!r}: no such file{near(place)}{hint}")
 
 
 def _own_architecture(path: Path) -> dict[str, Any]:
@@ -379,20 +367,6 @@ def noted(weights: Path) -> dict[str, str]:
 def architecture_hint(weights: Path) -> str:
     """How to name a bare file of weights so that its architecture is known."""
     return f"{_trained_as(weights) or 'ARCHITECTURE'}:{weights}"
-
-
-def _near(place: Path) -> str:
-    """The closest existing names, for a path that leads nowhere."""
-    # Up to the first folder that exists: the mistake may lie higher in the path.
-    folder = place.parent
-    while not folder.is_dir() and folder != folder.parent:
-        place, folder = folder, folder.parent
-
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    close = difflib.get_close_matches(place.name, names, n=3, cutoff=0.6)
-    if not close:
-        return ""
-    return f" (near it: {', '.join(str(folder / name) for name in close)})"
 
 
 def _inside(folder: Path) -> str:
