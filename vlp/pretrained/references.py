@@ -207,15 +207,21 @@ def describe(architecture: str) -> dict[str, Any]:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """open_clip_config.json with both sections present, its Hugging Face parts pointing into the
-    folder where they lie.
+def stated_config(folder: Path) -> dict[str, Any]:
+    """open_clip_config.json as it is written, with both sections; ValueError where one is
+    something else.
     """
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
     config = {"preprocess_cfg": {}} | config
     _check_sections(config, folder / CONFIG)
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`stated_config` whose Hugging Face parts point into the folder where they lie."""
+    config = stated_config(folder)
 
     # An export moves: its files say ".", or the place they were first written to.
     text = config["model_cfg"]["text_cfg"]
@@ -230,6 +236,9 @@ def _check_sections(config: dict[str, Any], path: Path) -> None:
     """Raise ValueError unless the sections of an architecture are mappings."""
     model_cfg = config["model_cfg"]
     sections = {"preprocess_cfg": config["preprocess_cfg"], "model_cfg": model_cfg}
+    # What vlp adds; of others it is absent.
+    if "vlp" in config:
+        sections["vlp"] = config["vlp"]
     if isinstance(model_cfg, dict):
         sections |= {name: model_cfg.get(name) for name in ("vision_cfg", "text_cfg")}
     for name, section in sections.items():
