@@ -127,6 +127,13 @@ def resolve(reference: str | Path | Reference) -> Reference:
     )
 
 
+def check(reference: str) -> None:
+    """Raise ValueError where a reference leads nowhere, as far as that is known without a Hub."""
+    may_be_on_hub = on_hub(reference) or ("/" in reference and not is_path(reference))
+    if not may_be_on_hub:
+        resolve(reference)
+
+
 def averaged(reference: Reference) -> Reference:
     """The moving average of the run that `reference` names; ValueError for other models."""
     if reference.kind != "run":
