@@ -89,6 +89,7 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
     from vlp.pretrained import places
     from vlp.pretrained.configurations import FILE, reason
     from vlp.pretrained.fingerprints import glance
+    from vlp.pretrained.tokenizers import tokenizer
 
     # A mistyped folder shows before anything is read or asked for.
     try:
@@ -101,7 +102,7 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
 
     # A folder may hold a configuration and neither words nor weights.
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        words = tokenizer(place, ref)
         model_class = getattr(transformers, _CLASSES[kind])
         model = model_class.from_pretrained(place, trust_remote_code=False, dtype=dtype)
     except Exception as error:  # transformers', safetensors' and torch's own kinds
@@ -111,7 +112,7 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
         ) from None
 
     model = model.eval().to(on_device)
-    return Loaded(model, tokenizer, kind, on_device, glance(model))
+    return Loaded(model, words, kind, on_device, glance(model))
 
 
 def _kind_of(ref: str, place: str) -> Kind:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlp.data.prompted import PromptedTokenizer, is_prompted
 from vlp.pretrained import places
+from vlp.pretrained.tokenizers import checked
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -151,8 +152,11 @@ class HubTokenizer:
         options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
         place = places.locate(spec.tokenizer)
-        self._inner = tokenizers.HFTokenizer(
-            place, context_length=spec.context_length, clean=spec.clean, **options
+        self._inner = checked(
+            lambda: tokenizers.HFTokenizer(
+                place, context_length=spec.context_length, clean=spec.clean, **options
+            ),
+            spec.tokenizer,
         )
         self.hub = self._inner.tokenizer
         self.vocab_size = len(self.hub)

@@ -171,7 +171,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"{model_cfg['embed_dim']}; make them equal"
         )
     if is_ours:
-        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
+        clip.text = _language_tower(model_cfg)
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
@@ -179,6 +179,17 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
+
+
+def _language_tower(model_cfg: dict[str, Any]) -> language.LanguageTower:
+    """The text tower of ours that a configuration describes; ValueError where it does not."""
+    try:
+        return language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"text_cfg does not describe a language model's tower ({type(error).__name__}: "
+            f"{error}); found {model_cfg['text_cfg']}"
+        ) from None
 
 
 def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:

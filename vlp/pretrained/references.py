@@ -222,7 +222,7 @@ def stated_config(folder: Path) -> dict[str, Any]:
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
     config = {"preprocess_cfg": {}} | config
-    _check_sections(config, folder / CONFIG)
+    check_sections(config, folder / CONFIG)
     return config
 
 
@@ -239,8 +239,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_sections(config: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless the sections of an architecture are mappings."""
+def check_sections(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the sections of an architecture that `path` holds are mappings."""
     model_cfg = config["model_cfg"]
     sections = {"preprocess_cfg": config["preprocess_cfg"], "model_cfg": model_cfg}
     # What vlp adds; of others it is absent.
@@ -356,7 +356,7 @@ def _own_architecture(path: Path) -> dict[str, Any]:
             f"{path} is no architecture: it lacks {sorted(missing)}; found {sorted(model_cfg)}"
         )
     described = {"model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
-    _check_sections(described, path)
+    check_sections(described, path)
     return described
 
 
