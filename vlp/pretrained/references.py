@@ -221,7 +221,7 @@ def stated_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
-    config = {"preprocess_cfg": {}} | config
+    config.setdefault("preprocess_cfg", {})
     check_sections(config, folder / CONFIG)
     return config
 
