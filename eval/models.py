@@ -24,11 +24,12 @@ from torch import Tensor
 
 from vlp.eval.legible import Vocabulary, vocabulary_of
 from vlp.pretrained import references, weight_files
+from vlp.pretrained.configurations import reason
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
 from vlp.pretrained.runs import CheckpointError
 from vlp.schema import parse
-from vlp.towers.huggingface import language_config, reason
+from vlp.towers.huggingface import language_config
 from vlp.types import ON_WHITE, Decoding
 
 if TYPE_CHECKING:

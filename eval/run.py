@@ -108,7 +108,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     from vlp.eval import memory, models, narrow, sweep
     from vlp.eval.report import records
     from vlp.eval.suites import command
-    from vlp.pretrained.references import of_average
+    from vlp.pretrained import references
 
     # What is mistyped, or could not be written, is found before a model is loaded.
     suite = command.asked_for(options)
@@ -116,7 +116,9 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
     )
     blends = sweep.asked_for(options, tasks, has_average=suite is not None)
-    reference = of_average(options.model) if options.ema else options.model
+    for name in options.blend or [options.model]:
+        references.check(name)
+    reference = references.of_average(options.model) if options.ema else options.model
     context = _context(options)
     narrow.check(options.width)
     data = read_all(tasks)

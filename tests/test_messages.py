@@ -177,6 +177,53 @@ REFUSALS = [
         "'where', 'what'",
         "image_column",
     ),
+    (
+        "eval {run} --task zeroshot --data {classes} classes={brought}/blank.txt",
+        REFUSED,
+        "blank.txt, line 2",
+        "remove the line or fill it",
+    ),
+    (
+        "eval {run} --task retrieval --data {brought}/silent.json images={photos}",
+        REFUSED,
+        "b.png",
+        "missing=skip",
+    ),
+    (
+        "eval ViT-B-32:openai --task zeroshot --data {classes}",
+        REFUSED,
+        "quick GELU",
+        "use architecture ViT-B-32-quickgelu",
+    ),
+    (
+        "eval {run} --task retrieval --data {photos} --cache none images=x",
+        USAGE,
+        "images=x",
+        "--data PATH images=x",
+    ),
+    ("eval {absent} --task zeroshot --data {brought}/zero", REFUSED, "no model", "absent"),
+    ("data pack {brought}/lost.csv --to {absent}", REFUSED, "is a table", "--captions"),
+    ("data pack {photos}/a.png --to {absent}", REFUSED, "is one picture", "--captions TABLE"),
+    (
+        "data pack {photos} {brought}/lost.csv --to {absent}",
+        USAGE,
+        "named by --captions",
+        "lost.csv",
+    ),
+    (
+        "data pack {photos} --captions {brought}/sbu.json --to {absent}",
+        REFUSED,
+        "'http://host/far.png' is missing",
+        "fetch it (img2dataset)",
+    ),
+    # other processes
+    (
+        "train {good} out={folder}/died data.workers=1 'data.sources=[{{name: webdataset, "
+        'pipeline: "tests.data.stuck:killed", samples: 24}}]\'',
+        REFUSED,
+        "killed by SIGKILL",
+        "data.workers=0",
+    ),
 ]
 
 
@@ -215,6 +262,11 @@ def bring(folder):
         b'"annotations": [{"image_id": 1, "bbox": [1]}]}',
         "lost.csv": b"image,caption\nbb.png,one\na.png,two\n",
         "names.txt": b"cat\ncows\n",
+        "blank.txt": b"cat\n\ndog\n",
+        "silent.json": b'{"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": '
+        b'"b.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}',
+        "sbu.json": b'{"image_urls": ["http://host/a.png", "http://host/far.png"], '
+        b'"captions": ["one", "two"]}',
         "splits/train/cat/1.png": encoded(picture(1)),
         "splits/val/cat/1.png": encoded(picture(2)),
         "zero/cat/0.png": b"",
@@ -246,7 +298,7 @@ def test_every_refusal_leads_out(world, capfd):
             wrong.append(f"{command}\n  status {status}, without {missing}: {text.strip()[-600:]}")
         n_refused += 1
     assert not wrong, "\n".join(wrong)
-    assert n_refused == len(REFUSALS) >= 57
+    assert n_refused == len(REFUSALS) >= 67
     assert not (world["folder"] / "new").exists()  # none of them left a trace
 
 

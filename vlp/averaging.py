@@ -34,7 +34,8 @@ from vlp.data.text import same_tokens
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.heads import last_step
-from vlp.pretrained.references import Reference, on_hub, resolve
+from vlp.pretrained.places import on_hub
+from vlp.pretrained.references import Reference, resolve
 from vlp.schema import plain
 from vlp.types import ImageSpec, TextSpec
 

@@ -149,6 +149,16 @@ def _about_unknown(
         setting = f"{first[2:].replace('-', '_')}={value}"
         return f"{text}; a setting of the configuration is written without dashes: {setting}"
 
+    # argparse lets a list end at the next option.
+    pairs = [word for word in unknown if "=" in word and not word.startswith("-")]
+    if options.command == "eval" and pairs:
+        return (
+            f"{text}; options of a task stand right behind its name or its data, before further "
+            f"--options: --data PATH {' '.join(pairs)}"
+        )
+    if options.command == "data" and Path(first).is_file():
+        return f"{text}; one SOURCE is expected, and a table is named by --captions {first}"
+
     known = [name for name in options.parser._option_string_actions if name.startswith("--")]
     return text + (did_you_mean(first, known) if first.startswith("--") else "")
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlp.joining import local_device
 from vlp.plugin import is_function_reference, own_function
+from vlp.pretrained import places
+from vlp.pretrained.configurations import FILE, configuration, reason
 from vlp.pretrained.fingerprints import glance
 
 if TYPE_CHECKING:
@@ -266,13 +268,13 @@ def _load(judge: Judge) -> Loaded:
     import transformers
 
     kind = _transformers_class(judge)
+    dtype = torch.bfloat16 if judge.bf16 else torch.float32
+    place = _place(judge)
     try:
-        processor = transformers.AutoProcessor.from_pretrained(judge.ref)
-        model = kind.from_pretrained(
-            judge.ref, dtype=torch.bfloat16 if judge.bf16 else torch.float32
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(judge, error) from None
+        processor = transformers.AutoProcessor.from_pretrained(place, trust_remote_code=False)
+        model = kind.from_pretrained(place, trust_remote_code=False, dtype=dtype)
+    except Exception as error:  # transformers', safetensors' and torch's own kinds
+        raise _not_loaded(judge, reason(error)) from None
 
     model = model.eval().requires_grad_(False).to(local_device(judge.device, shared=True))
     if judge.kind == MLLM:
@@ -284,9 +286,10 @@ def _transformers_class(judge: Judge) -> Any:
     """The class of transformers by that of the weights; ValueError for one without such a head."""
     import transformers
 
+    place = _place(judge)
     try:
-        config = transformers.AutoConfig.from_pretrained(judge.ref)
-    except (OSError, ValueError) as error:
+        config = configuration(place)
+    except ValueError as error:
         raise _not_loaded(judge, error) from None
     if judge.kind == MLLM:
         return transformers.AutoModelForImageTextToText
@@ -302,10 +305,18 @@ def _transformers_class(judge: Judge) -> Any:
     return getattr(transformers, names[0])
 
 
-def _not_loaded(judge: Judge, reason: object) -> ValueError:
-    return ValueError(
-        f"judge {judge.ref!r} cannot be loaded as a {judge.kind}: {str(reason)[:300]}"
-    )
+def _place(judge: Judge) -> str:
+    """Where transformers looks for the model; ValueError where it is neither here nor on the
+    Hub.
+    """
+    try:
+        return places.locate(judge.ref, file=FILE)
+    except ValueError as error:
+        raise _not_loaded(judge, error) from None
+
+
+def _not_loaded(judge: Judge, problem: object) -> ValueError:
+    return ValueError(f"judge {judge.ref!r} cannot be loaded as a {judge.kind}: {problem}")
 
 
 def _source_of(function: Callable[..., Any]) -> str:

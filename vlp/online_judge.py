@@ -27,6 +27,7 @@ from vlp.data.raw_texts import from_bytes
 from vlp.judges import CROSS_ENCODER, Judge
 from vlp.losses.distill import OF_CANDIDATES, Asked, hardest
 from vlp.pairwise import Pairs
+from vlp.pretrained.places import on_hub
 from vlp.types import Batch
 
 OF_BATCH = OF_CANDIDATES | {"pair_score"}
@@ -42,7 +43,7 @@ def named(options: config.Teacher, device: str = "cpu") -> Judge | None:
     if text is None:
         return None
     # A model alone is what the key is called after.
-    if ":" not in text:
+    if ":" not in text or on_hub(text):
         text = f"{CROSS_ENCODER}:{text}"
     return Judge.of(text, device, options.cross_encoder_batch, key=KEY)
 

@@ -86,36 +86,43 @@ def _load(ref: str, device: str, bf16: bool) -> Loaded:
     import transformers
 
     from vlp.joining import local_device
+    from vlp.pretrained import places
+    from vlp.pretrained.configurations import FILE, reason
     from vlp.pretrained.fingerprints import glance
+    from vlp.pretrained.tokenizers import tokenizer
 
-    kind = _kind_of(ref)
-    place = local_device(device, shared=True)
+    # A mistyped folder shows before anything is read or asked for.
+    try:
+        place = places.locate(ref, file=FILE)
+    except ValueError as error:
+        raise ValueError(f"language model {ref!r}: {error}") from None
+    kind = _kind_of(ref, place)
+    on_device = local_device(device, shared=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     # A folder may hold a configuration and neither words nor weights.
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(ref)
-        model = getattr(transformers, _CLASSES[kind]).from_pretrained(ref, dtype=dtype)
-    except (OSError, ValueError) as error:
+        words = tokenizer(place, ref)
+        model_class = getattr(transformers, _CLASSES[kind])
+        model = model_class.from_pretrained(place, trust_remote_code=False, dtype=dtype)
+    except Exception as error:  # transformers', safetensors' and torch's own kinds
         raise ValueError(
-            f"language model {ref!r} cannot be loaded ({str(error)[:300]}); give a folder or a "
+            f"language model {ref!r} cannot be loaded ({reason(error)}); give a folder or a "
             "model of the Hub with weights and a tokenizer"
         ) from None
 
-    model = model.eval().to(place)
-    return Loaded(model, tokenizer, kind, place, glance(model))
+    model = model.eval().to(on_device)
+    return Loaded(model, words, kind, on_device, glance(model))
 
 
-def _kind_of(ref: str) -> Kind:
+def _kind_of(ref: str, place: str) -> Kind:
     """By the class that the weights were saved from: names of models tell nothing."""
-    from transformers import AutoConfig
+    from vlp.pretrained.configurations import configuration
 
     try:
-        config = AutoConfig.from_pretrained(ref)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"language model {ref!r} is neither a folder nor a reachable model of the Hub: {error}"
-        ) from None
+        config = configuration(place)
+    except ValueError as error:
+        raise ValueError(f"language model {ref!r} has no configuration: {error}") from None
 
     architectures = config.architectures or []
     if any(name.endswith("ForMaskedLM") for name in architectures):

@@ -219,20 +219,23 @@ def _transformers(ref: str, device: str) -> tuple[Read, str]:
     import transformers
 
     from vlp.joining import local_device
+    from vlp.pretrained import places
+    from vlp.pretrained.configurations import FILE, reason
     from vlp.pretrained.fingerprints import glance
 
     try:
-        processor = transformers.AutoProcessor.from_pretrained(ref)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(ref)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"--ocr {TRANSFORMERS}:{ref} cannot be loaded: {reason}") from None
-    place = local_device(device, shared=True)
-    model = model.eval().requires_grad_(False).to(place)
+        place = places.locate(ref, file=FILE)
+        processor = transformers.AutoProcessor.from_pretrained(place, trust_remote_code=False)
+        model_class = transformers.AutoModelForImageTextToText
+        model = model_class.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers', safetensors' and torch's own kinds
+        raise ValueError(f"--ocr {TRANSFORMERS}:{ref} cannot be loaded: {reason(error)}") from None
+    on_device = local_device(device, shared=True)
+    model = model.eval().requires_grad_(False).to(on_device)
 
     def read(pictures: Sequence[Image]) -> list[Texts]:
         images = [picture.convert("RGB") for picture in pictures]
-        inputs = processor(images=images, return_tensors="pt").to(place)
+        inputs = processor(images=images, return_tensors="pt").to(on_device)
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
         # A model that goes on from a prompt gives it back.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
 from vlp.data_tools.pack.options import arguments as arguments
-from vlp.data_tools.pack.options import check_options
+from vlp.data_tools.pack.options import check_options, check_source
 from vlp.data_tools.pack.pictures import Pictures, loss_of
 from vlp.data_tools.pack.target import check_target, drafted
 from vlp.data_tools.pack.write import plan_of, write_shards
@@ -74,6 +74,7 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
 
     check_target(target, args.overwrite)
     check_options(args)
+    check_source(args.source)
     pictures = Pictures.of(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")

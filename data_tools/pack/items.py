@@ -159,7 +159,11 @@ def sort_out(
         # Tables write names with other folders, endings and capitals than the disk has.
         name = archive.find(item.image)
         if name is None:
-            missing.append(f"{place}image {item.image!r} {archive.why_not(item.image)}")
+            why = archive.why_not(item.image)
+            # Under the last part of its name it would have been found.
+            if item.image.startswith(("http://", "https://")):
+                why += "; fetch it (img2dataset), or leave its row out"
+            missing.append(f"{place}image {item.image!r} {why}")
         elif listing and not item.captions and item.class_name is None:
             silent.append(f"{place}image {item.image!r} has neither caption nor class")
         else:

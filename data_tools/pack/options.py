@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from vlp.data_tools.pack import pictures
 
@@ -142,6 +143,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a folder that holds earlier output of this tool",
     )
+
+
+_TABLES = (".csv", ".tsv", ".txt", ".token", ".jsonl", ".json", ".parquet")
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is called as tables are."""
+    return name.lower().removesuffix(".gz").endswith(_TABLES)
+
+
+def check_source(source: str) -> None:
+    """Refuse a table or a single picture in the place of the folder or tar of pictures."""
+    from vlp.data.archives import image_type
+
+    path = Path(source)
+    if not path.is_file():
+        return
+    if is_table(source):
+        raise ValueError(
+            f"{source} is a table; name the folder or tar of its images, and the table with "
+            f"--captions: vlp data pack {path.parent} --captions {source} --to DIR"
+        )
+    if image_type(path.name):
+        raise ValueError(
+            f"{source} is one picture; name the folder that holds it: vlp data pack "
+            f"{path.parent} --captions TABLE --to DIR, or without --captions where texts lie "
+            "beside the pictures"
+        )
 
 
 def check_options(args: argparse.Namespace) -> None:

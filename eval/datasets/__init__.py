@@ -45,7 +45,7 @@ def open_source(
 ) -> Source:
     """Read an evaluation set's index; a DataError says what was expected. No image is decoded."""
     options, texts = options or TableOptions(), texts or Texts()
-    root = _download(path[3:], split) if path.startswith("hf:") else Path(path)
+    root = _download(path, split) if path.startswith("hf:") else Path(path)
     if not root.exists():
         raise DataError(f"no evaluation data at {path}; give a folder, a table or hf:USER/NAME")
 
@@ -123,12 +123,19 @@ def _short_name(path: str) -> str:
     return name.removesuffix(".gz").rpartition(".")[0] if Path(path).is_file() else name
 
 
-def _download(repository: str, split: str) -> Path:
+def _download(path: str, split: str) -> Path:
     """Fetch what belongs to a split, by the names that the hub's data sets and clip_benchmark's
     use.
     """
     from huggingface_hub import snapshot_download
 
+    from vlp.pretrained import places
+
+    # One short question first: a download asks again and again where no Hub answers.
+    try:
+        repository = places.locate(path, kind="dataset")
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     patterns = [
         f"{split}/*",
         f"*/{split}/*",

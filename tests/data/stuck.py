@@ -1,7 +1,9 @@
 """What does not go on: `pipeline: tests.data.stuck:samples`, whose data stop coming, and a rate."""
 
 import os
+import signal
 import time
+from multiprocessing import parent_process
 
 from tests.data.material import encoded, picture
 
@@ -11,6 +13,13 @@ N_GIVEN = 256  # then nothing more comes, as from a dead mount
 def samples(part, parts):
     yield from _given()
     time.sleep(3600)
+
+
+def killed(part, parts):
+    """Samples that a loader process does not live to give."""
+    if parent_process() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from _given()
 
 
 def rank_1_fails_and_rank_0_waits(part, parts):

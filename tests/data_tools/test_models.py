@@ -60,7 +60,7 @@ def test_a_causal_model_continues_the_prompt(
 def test_a_model_that_is_neither_is_refused(language_models: Path) -> None:
     with pytest.raises(ValueError, match="is a BertModel; expected a masked, a causal or"):
         LanguageModel(str(language_models / "neither")).load()
-    with pytest.raises(ValueError, match=r"model '/no/such/model' is neither a folder"):
+    with pytest.raises(ValueError, match=r"model '/no/such/model': no folder .* here"):
         LanguageModel("/no/such/model").load()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.data.material import TEXT, data_of, encoded, loader_of, picture
 from tests.models.tiny import TEXT as TEXT_TOWER
-from tests.models.tiny import settings, tiny
+from tests.models.tiny import language_model, settings, tiny
 from vlp import config, plugin
 from vlp.data.format import ShardWriter
 from vlp.eval import run
@@ -215,10 +215,11 @@ def test_the_context_belongs_to_the_text_tower():
         parse(config.Model, {"image_tower": image, "text_tower": text})
 
 
-def test_a_hugging_face_tower_keeps_its_own_positions():
+def test_a_hugging_face_tower_keeps_its_own_positions(tmp_path):
     from vlp.models.assemble import assemble
 
-    text = {"name": "huggingface", "model": "x", "pooler": "cls_pooler", "context": {"length": 248}}
+    text = {"name": "huggingface", "model": str(language_model(tmp_path))}
+    text |= {"pooler": "cls_pooler", "context": {"length": 248}}
     model = parse(
         config.Model,
         {"image_tower": {"name": "open_clip", "architecture": "ViT-B-32"}, "text_tower": text},

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlp.pretrained import packages
+from vlp.pretrained import places
+from vlp.pretrained.tokenizers import tokenizer
 from vlp.types import TextSpec
 
 PADDING = -1
@@ -49,8 +50,6 @@ class PromptedTokenizer:
     """
 
     def __init__(self, spec: TextSpec) -> None:
-        from transformers import AutoTokenizer
-
         from vlp.data._clip_text import tokenizers as theirs
 
         self.context_length = spec.context_length
@@ -58,8 +57,8 @@ class PromptedTokenizer:
         self._before, _, self._after = spec.options["prompt"].partition("{}")
         self._mark: bool = spec.options.get("mark", False)
 
-        place = packages.local(spec.tokenizer)
-        self._inner: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        place = places.locate(spec.tokenizer)
+        self._inner: Any = tokenizer(place, spec.tokenizer)
         self.vocab_size = len(self._inner)
         if not getattr(self._inner, "is_fast", False):
             raise ValueError(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vlp.data.prompted import PromptedTokenizer, is_prompted
-from vlp.pretrained import packages
+from vlp.pretrained import places
+from vlp.pretrained.tokenizers import checked
 from vlp.types import TextSpec
 
 # Threads of the tokenizers library do not survive a fork.
@@ -150,9 +151,12 @@ class HubTokenizer:
         # Its folder may bring code along, and options that ask for it.
         options: dict[str, Any] = {**spec.options, "trust_remote_code": False}
         self.context_length = spec.context_length
-        place = packages.local(spec.tokenizer)
-        self._inner = tokenizers.HFTokenizer(
-            place, context_length=spec.context_length, clean=spec.clean, **options
+        place = places.locate(spec.tokenizer)
+        self._inner = checked(
+            lambda: tokenizers.HFTokenizer(
+                place, context_length=spec.context_length, clean=spec.clean, **options
+            ),
+            spec.tokenizer,
         )
         self.hub = self._inner.tokenizer
         self.vocab_size = len(self.hub)

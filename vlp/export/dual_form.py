@@ -17,7 +17,7 @@ from vlp.data import text as tokenizers
 from vlp.export import clip_form
 from vlp.export.parts import NoPart, Part
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import packages
+from vlp.pretrained import places
 
 if TYPE_CHECKING:
     from transformers import (
@@ -72,7 +72,7 @@ def tokenizer(model: DualEncoder) -> PreTrainedTokenizerBase:
         return clip_form.processor(model).tokenizer
     from transformers import AutoTokenizer
 
-    place, length = packages.local(model.text_spec.tokenizer), model.text_spec.context_length
+    place, length = places.locate(model.text_spec.tokenizer), model.text_spec.context_length
     loaded = AutoTokenizer.from_pretrained(place, trust_remote_code=False, model_max_length=length)
     ids = loaded(_PROBES, padding="max_length", truncation=True, return_tensors="pt").input_ids
     if not torch.equal(ids, tokenizers.build(model.text_spec)(_PROBES)):

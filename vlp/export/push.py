@@ -24,9 +24,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from vlp.export import usage
 from vlp.models import language
-from vlp.pretrained.folders import MANIFEST, exported_files, files_of, read_json
+from vlp.pretrained.folders import MANIFEST, any_json, exported_files, files_of, read_json
 from vlp.pretrained.hub import http_error
-from vlp.pretrained.references import ADAPTERS, CONFIG, TEXT_TOWER, on_hub, resolve
+from vlp.pretrained.places import bare, near, on_hub
+from vlp.pretrained.references import ADAPTERS, CONFIG, TEXT_TOWER, resolve, stated_config
 from vlp.privacy import scrubbed
 
 _HTTPError = http_error()
@@ -59,7 +60,7 @@ def push(
     repository that holds other files is left alone (PushError) unless `overwrite`, which replaces
     all of them; one that holds just these is left as it is.
     """
-    hub = HfApi(endpoint=endpoint)
+    hub, repository = HfApi(endpoint=endpoint), bare(repository)
     contents = _contents(Path(folder), repository, say)
     present = _present(hub, repository, private)
 
@@ -130,6 +131,9 @@ def _contents(
     The card, a tokenizer and a text tower that lie beside the model are named by the repository
     there.
     """
+    if not folder.is_dir():
+        raise PushError(f"no folder {folder}{near(folder)}; expected what vlp export wrote")
+
     # By the export's own list: what else lies there may be private.
     names = exported_files(folder)
     if not names:
@@ -153,7 +157,15 @@ def _contents(
         say(f"left out, because no export wrote them: {', '.join(others)}")
 
     # What loads by this folder's name loads by the repository's there.
-    title = read_json(folder / MANIFEST)["name"]
+    # Whoever downloads it could not read it either.
+    for name in names:
+        if name.endswith(".json"):
+            any_json(folder / name)
+    title = read_json(folder / MANIFEST).get("name")
+    if not isinstance(title, str):
+        raise PushError(
+            f"{folder / MANIFEST} does not say the name of the export; export the model again"
+        )
     local_card = (folder / "README.md").read_text(encoding="utf-8")
     contents["README.md"] = usage.published(local_card, title, repository).encode()
     for name in names:
@@ -185,7 +197,7 @@ def _named(path: Path, repository: str, contents: dict[str, Path | bytes]) -> by
     """open_clip_config.json as it is published. transformers finds a text tower as the
     configuration of the repository.
     """
-    described = read_json(path)
+    described = stated_config(path.parent)
     text = described["model_cfg"]["text_cfg"]
     if repository and text.get("hf_tokenizer_name") == ".":
         text["hf_tokenizer_name"] = repository

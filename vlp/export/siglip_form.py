@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlp.export.clip_form import image_settings, sections, text_trunk, tower_config
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import packages
+from vlp.pretrained import places
 from vlp.pretrained.clip_layout import TIMM
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def processor(model: DualEncoder) -> SiglipProcessor:
 
     # Padding was attended to in training, so the tokenizer gives no attention mask.
     tokenizer = AutoTokenizer.from_pretrained(
-        packages.local(model.text_spec.tokenizer),
+        places.locate(model.text_spec.tokenizer),
         trust_remote_code=False,
         model_max_length=model.text_spec.context_length,
         model_input_names=["input_ids"],

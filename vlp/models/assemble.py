@@ -12,7 +12,7 @@ from vlp import log, plugin
 from vlp.config import Model
 from vlp.plugin import Plugin
 from vlp.schema import parse, plain
-from vlp.types import Decoding, ImageSpec, TextSpec
+from vlp.types import ImageSpec, TextSpec
 
 
 def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -95,13 +95,12 @@ def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> I
             f"resize_mode {stated['resize']!r} is not supported; expected shortest or squash"
         )
 
-    # From JSON, lists become the tuples that a frozen spec compares by.
-    for name in {"mean", "std"} & stated.keys():
-        stated[name] = tuple(stated[name])
-    if "decoding" in stated:
-        stated["decoding"] = parse(Decoding, stated["decoding"], ("preprocess_cfg", "decoding"))
+    # Whoever wrote the section, its values are of these types, or every score would be wrong.
     height, width = (size, size) if isinstance(size, int) else size
-    return ImageSpec(size=(height, width), **stated)
+    spec: ImageSpec = parse(ImageSpec, {"size": [height, width]} | stated, ("preprocess_cfg",))
+    if min(spec.std) <= 0:
+        raise ValueError(f"preprocess_cfg.std is {spec.std}; expected three positive numbers")
+    return spec
 
 
 # Fields of ImageSpec by open_clip's names; it passes over `decoding`, which is ours.

@@ -16,7 +16,7 @@ from vlp.models import assemble, language, lora, multimodal, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
-from vlp.pretrained import fitting, image_size, packages, weight_files
+from vlp.pretrained import fitting, image_size, places, weight_files
 from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.fitting import UNCHANGED, Fit
 from vlp.schema import parse
@@ -156,11 +156,11 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         keywords["text_cfg"] = language.STAND_IN
     elif language_model:
         # open_clip knows paths and repositories, and a package lies elsewhere on each machine.
-        place = packages.local(language_model)
+        place = places.locate(language_model)
         keywords["text_cfg"] = model_cfg["text_cfg"] | {"hf_model_name": place}
     try:
         clip = open_clip.CustomTextCLIP(**keywords)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # open_clip's, timm's and torch's own kinds
         raise ValueError(
             f"open_clip cannot build these towers: {error or type(error).__name__}; found "
             f"{model_cfg}"
@@ -177,7 +177,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         clip.visual = multimodal.ImageTower(model_cfg)
         clip.text = multimodal.TextTower(model_cfg, clip.visual)
     elif is_ours:
-        clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
+        clip.text = _language_tower(model_cfg)
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
@@ -185,6 +185,17 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
+
+
+def _language_tower(model_cfg: dict[str, Any]) -> language.LanguageTower:
+    """The text tower of ours that a configuration describes; ValueError where it does not."""
+    try:
+        return language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"text_cfg does not describe a language model's tower ({type(error).__name__}: "
+            f"{error}); found {model_cfg['text_cfg']}"
+        ) from None
 
 
 def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:

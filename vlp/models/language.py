@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.data.prompted import unmarked
-from vlp.pretrained import packages
+from vlp.pretrained import places
+from vlp.pretrained.configurations import reason
 from vlp.pretrained.fingerprints import fingerprint
-from vlp.towers.huggingface import language_config, reason
+from vlp.towers.huggingface import language_config
 
 SECTION = "vlp_text"
 # What open_clip builds, for us to replace: the smallest tower that it knows.
@@ -262,7 +263,7 @@ def of_transformers(name: str, config: Any, pretrained: bool) -> Any:
     try:
         if pretrained:
             model, report = AutoModel.from_pretrained(
-                packages.local(name), config=config, output_loading_info=True, **options
+                places.locate(name), config=config, output_loading_info=True, **options
             )
             unfilled = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
         else:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlp.pretrained import projections
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.folders import read_json
-from vlp.pretrained.references import ADAPTERS
+from vlp.pretrained.references import ADAPTERS, check_sections
 
 REST = "rest.safetensors"
 SIDES = {"visual": "image", "text": "text"}  # a tower's name in the model: its folder
@@ -66,11 +66,13 @@ class AdapterFolder:
             raise ValueError(
                 f"{folder / ADAPTERS} does not say {missing} of its adapters; {_REMEDY}"
             )
+        described = {"preprocess_cfg": {}} | about["described"]
+        check_sections(described, folder / ADAPTERS)
         return cls(
             folder,
             about["base"],
             about["digest"],
-            about["described"],
+            described,
             about.get("keep"),
             bool(about.get("new_projection")),
         )

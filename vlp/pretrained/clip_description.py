@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlp import log
+from vlp.pretrained.configurations import reason
 from vlp.pretrained.folders import listing, read_json
 
 if TYPE_CHECKING:
@@ -35,24 +36,36 @@ def describe(folder: Path) -> dict[str, Any]:
     """model_cfg and preprocess_cfg of the CLIPModel or SiglipModel in `folder`; ValueError for any
     other model.
     """
-    from transformers import CLIPConfig, SiglipConfig
-
     kind = read_json(folder / "config.json").get("model_type")
-    if kind == "clip":
-        return {
-            "model_cfg": _clip(CLIPConfig.from_pretrained(folder), folder),
-            "preprocess_cfg": _pixels(folder, squash=False),
-        }
-    if kind == "siglip":
-        return {
-            "model_cfg": _siglip(SiglipConfig.from_pretrained(folder), folder),
-            "preprocess_cfg": _pixels(folder, squash=True),
-        }
+    if kind in ("clip", "siglip"):
+        try:
+            return _described(kind, folder)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a key of another type or size leads to
+            raise ValueError(
+                f"{folder} does not describe a model of the type {kind!r} ({reason(error)}); "
+                "download it again"
+            ) from None
     raise ValueError(
         f"{folder} holds a transformers model of the type {kind!r}; expected 'clip' (CLIPModel) or "
         "'siglip' (SiglipModel). Only `vlp eval` and the data tools take other dual encoders of "
         "transformers"
     )
+
+
+def _described(kind: str, folder: Path) -> dict[str, Any]:
+    from transformers import CLIPConfig, SiglipConfig
+
+    if kind == "clip":
+        return {
+            "model_cfg": _clip(CLIPConfig.from_pretrained(folder), folder),
+            "preprocess_cfg": _pixels(folder, squash=False),
+        }
+    return {
+        "model_cfg": _siglip(SiglipConfig.from_pretrained(folder), folder),
+        "preprocess_cfg": _pixels(folder, squash=True),
+    }
 
 
 def _clip(config: PretrainedConfig, folder: Path) -> dict[str, Any]:

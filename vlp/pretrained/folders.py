@@ -11,8 +11,17 @@ MANIFEST = "vlp_export.json"  # of an export: its name and the files that it wro
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a ValueError says what is wrong with it."""
+    value = any_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def any_json(path: Path) -> Any:
+    """What JSON a file holds; a ValueError says what is wrong with it."""
+    # Editors of Windows put a mark in front.
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except FileNotFoundError:
         raise ValueError(
             f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
@@ -20,8 +29,17 @@ def read_json(path: Path) -> dict[str, Any]:
     # A million brackets are JSON, too, and deeper than the parser goes.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where it says a key twice, of which readers differ in which
+    counts.
+    """
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in value if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} stands in it twice")
     return value
 
 

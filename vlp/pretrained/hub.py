@@ -4,7 +4,9 @@ weights, never code.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 # Never *.py: a repository's code is not downloaded, so it cannot be run.
 _DESCRIPTIONS = [
@@ -25,6 +27,8 @@ _PICKLED = {
     "open_clip_config.json": "open_clip_pytorch_model.bin",
     "config.json": "pytorch_model.bin",
 }
+Kind = Literal["model", "dataset"]
+CALLED: dict[Kind, str] = {"model": "model", "dataset": "data set"}
 # How long the Hub has for its first answer, by `patient`: a mistyped path should fail soon.
 _PATIENCE_S = {True: 10.0, False: 3.0}
 
@@ -76,7 +80,71 @@ def _cached(repository: str, waited_s: float) -> Path:
     return Path(folder)
 
 
-def _answers(repository: str, timeout_s: float) -> bool:
+def located(repository: str, kind: Kind, patient: bool) -> str:
+    """What a library of Hugging Face is handed for `repository`: its name where the Hub has it, or
+    where no Hub answers the folder of a model in the cache.
+
+    `patient` as for `snapshot`. ValueError says in a line why there is none.
+    """
+    from huggingface_hub import constants
+
+    # Another Hub or cache, as tests have them, has other answers.
+    return _located(repository, kind, patient, constants.ENDPOINT, constants.HF_HUB_CACHE)
+
+
+# A run looks for one model many times; where no Hub answers each time would cost seconds.
+@cache
+def _located(repository: str, kind: Kind, patient: bool, endpoint: str, cached_in: str) -> str:
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        if _answers(repository, _PATIENCE_S[patient], kind):
+            return repository
+    except GatedRepoError:
+        raise ValueError(
+            f"the Hub shows {repository} only to those who were let in; ask for it on its page, "
+            "and log in: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"the Hub ({endpoint}) has no {CALLED[kind]} {repository!r}, or it is private: "
+            "correct the name, or log in: hf auth login"
+        ) from None
+    except HfHubHTTPError as error:
+        # A Hub that is out of order, which the cache outlives.
+        if not in_cache(repository, kind):
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"the Hub ({endpoint}) refuses {repository!r}: {reason}") from None
+
+    if not in_cache(repository, kind):
+        raise ValueError(
+            f"no Hub answered within {_PATIENCE_S[patient]:g} s for {repository}, nor does its "
+            "cache here hold it; correct the path or name, or look at the network"
+        )
+    # `datasets` keeps tables of its own, and finds them by the name.
+    return repository if kind == "dataset" else str(_cached(repository, _PATIENCE_S[patient]))
+
+
+def in_cache(repository: str, kind: Kind) -> bool:
+    """Whether an earlier download of a repository is here."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if kind == "dataset":
+        import datasets
+
+        # where it keeps the tables that it made of a repository
+        tables = Path(datasets.config.HF_DATASETS_CACHE) / repository.replace("/", "___")
+        if tables.is_dir():
+            return True
+    try:
+        huggingface_hub.snapshot_download(repository, repo_type=kind, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return False
+    return True
+
+
+def _answers(repository: str, timeout_s: float, kind: Kind = "model") -> bool:
     """Whether the Hub has the repository; False where none can be reached, which may leave the
     cache.
     """
@@ -84,7 +152,7 @@ def _answers(repository: str, timeout_s: float) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
-        huggingface_hub.HfApi().model_info(repository, timeout=timeout_s)
+        huggingface_hub.HfApi().repo_info(repository, repo_type=kind, timeout=timeout_s)
     except HfHubHTTPError:  # an answer, and a refusal
         raise
     except (OfflineModeIsEnabled, http_error()):

@@ -18,7 +18,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, Literal
 
 from vlp.pretrained import clip_description, hub
 from vlp.pretrained.folders import listing, read_json
+from vlp.pretrained.places import FILES, HUB, bare, is_path, near, of_page, on_hub
 from vlp.pretrained.runs import AT_BEST, CheckpointError, best
 from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
@@ -44,13 +44,9 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.bin",
     "open_clip_pytorch_model.pth",
 )
-# Endings of weights; npz is big_vision's.
-FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz")
-
 Kind = Literal["run", "concatenated", "adapters", "open_clip", "transformers", "file", "tag"]
 
-# prefixes that say where to look
-_HUB = ("hf-hub:", "hf:")
+# the prefix that says to look here
 _LOCAL = "local-dir:"
 AVERAGE = "@ema"  # behind a run or checkpoint: its moving average
 _WORKING = (
@@ -88,8 +84,8 @@ def resolve(reference: str | Path | Reference) -> Reference:
     if isinstance(reference, Reference):
         return reference
     text = str(reference)
-    if text.startswith(_HUB):
-        return in_folder(text, hub.snapshot(text.partition(":")[2]))
+    if on_hub(text):
+        return in_folder(text, hub.snapshot(bare(text)))
 
     # A folder may be called so; then it is meant.
     base = text.removesuffix(AVERAGE)
@@ -107,7 +103,7 @@ def resolve(reference: str | Path | Reference) -> Reference:
         except CheckpointError as error:
             raise ValueError(str(error)) from None
     if text.startswith(_LOCAL):
-        raise ValueError(f"no folder {place}{_near(place)}. What works: {_WORKING}")
+        raise ValueError(f"no folder {place}{near(place)}. What works: {_WORKING}")
     if place.is_file():
         return _of_file(text, place)
 
@@ -124,18 +120,18 @@ def resolve(reference: str | Path | Reference) -> Reference:
             f"{text}:FILE"
         )
 
-    # A mistyped path is no business of a Hub: its folder exists, or it ends like a file of weights.
-    like_repository = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
-    if like_repository and place.suffix not in FILES and not place.parent.exists():
+    if "/" in text and not is_path(text):
         return in_folder(text, hub.snapshot(text, patient=False))
     raise ValueError(
-        f"no model {text!r}: no such file or folder{_near(place)}. What works: {_WORKING}"
+        f"no model {text!r}: no such file or folder{near(place)}. What works: {_WORKING}"
     )
 
 
-def on_hub(reference: str) -> bool:
-    """Whether a reference says that its model lies on the Hub."""
-    return reference.startswith(_HUB)
+def check(reference: str) -> None:
+    """Raise ValueError where a reference leads nowhere, as far as that is known without a Hub."""
+    may_be_on_hub = on_hub(reference) or ("/" in reference and not is_path(reference))
+    if not may_be_on_hub:
+        resolve(reference)
 
 
 def averaged(reference: Reference) -> Reference:
@@ -201,7 +197,7 @@ def describe(architecture: str) -> dict[str, Any]:
     place = Path(architecture)
     if place.suffix == ".json" and place.is_file():
         return _own_architecture(place)
-    if not architecture.startswith((*_HUB, _LOCAL)) and not place.is_dir():
+    if not architecture.startswith((*HUB, _LOCAL)) and not place.is_dir():
         known = open_clip.list_models()
         raise ValueError(
             f"open_clip knows no architecture {architecture!r}{did_you_mean(architecture, known)}"
@@ -218,15 +214,21 @@ def describe(architecture: str) -> dict[str, Any]:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """open_clip_config.json with both sections present, its Hugging Face parts pointing into the
-    folder where they lie.
+def stated_config(folder: Path) -> dict[str, Any]:
+    """open_clip_config.json as it is written, with both sections; ValueError where one is
+    something else.
     """
     config = read_json(folder / CONFIG)
     if "model_cfg" not in config:
         raise ValueError(f"{folder / CONFIG} has no section 'model_cfg'; found {sorted(config)}")
-    config = {"preprocess_cfg": {}} | config
-    _check_sections(config, folder / CONFIG)
+    config.setdefault("preprocess_cfg", {})
+    check_sections(config, folder / CONFIG)
+    return config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`stated_config` whose Hugging Face parts point into the folder where they lie."""
+    config = stated_config(folder)
 
     # An export moves: its files say ".", or the place they were first written to.
     text = config["model_cfg"]["text_cfg"]
@@ -237,10 +239,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_sections(config: dict[str, Any], path: Path) -> None:
-    """Raise ValueError unless the sections of an architecture are mappings."""
+def check_sections(config: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless the sections of an architecture that `path` holds are mappings."""
     model_cfg = config["model_cfg"]
     sections = {"preprocess_cfg": config["preprocess_cfg"], "model_cfg": model_cfg}
+    # What vlp adds; of others it is absent.
+    if "vlp" in config:
+        sections["vlp"] = config["vlp"]
     if isinstance(model_cfg, dict):
         sections |= {name: model_cfg.get(name) for name in ("vision_cfg", "text_cfg")}
     for name, section in sections.items():
@@ -301,10 +306,9 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
     import open_clip
 
     # "https://…" has a colon as well. Whoever sees the message need not see a password in it.
-    hub_page = r"(https?:)?//(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+).*"
-    address = re.fullmatch(hub_page, text)
-    if address:
-        raise ValueError(f"{scrubbed(text)} is an address; write hf-hub:{address[2]}")
+    page = of_page(text)
+    if page:
+        raise ValueError(f"{scrubbed(text)} is an address; write {page}")
     if "://" in text:
         raise ValueError(
             f"{scrubbed(text)} is an address; download the model, and name its folder or file"
@@ -316,7 +320,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
 
     is_file = Path(architecture).suffix == ".json"
     if is_file and not Path(architecture).is_file():
-        raise ValueError(f"no file {architecture}{_near(Path(architecture))}")
+        raise ValueError(f"no file {architecture}{near(Path(architecture))}")
     if not is_file and architecture not in open_clip.list_models():
         hint = did_you_mean(architecture, open_clip.list_models()).partition(";")[0]
         raise ValueError(
@@ -337,7 +341,7 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
             f"{weights} is a folder, which says its architecture itself; write {weights} alone"
         )
     hint = "" if is_file else f", and no tag{did_you_mean(weights, tags)}"
-    raise ValueError(f"{architecture} has no weights {weights!r}: no such file{_near(place)}{hint}")
+    raise ValueError(f"{architecture} has no weights {weights!r}: no such file{near(place)}{hint}")
 
 
 def _own_architecture(path: Path) -> dict[str, Any]:
@@ -352,7 +356,7 @@ def _own_architecture(path: Path) -> dict[str, Any]:
             f"{path} is no architecture: it lacks {sorted(missing)}; found {sorted(model_cfg)}"
         )
     described = {"model_cfg": model_cfg, "preprocess_cfg": config.get("preprocess_cfg", {})}
-    _check_sections(described, path)
+    check_sections(described, path)
     return described
 
 
@@ -379,20 +383,6 @@ def noted(weights: Path) -> dict[str, str]:
 def architecture_hint(weights: Path) -> str:
     """How to name a bare file of weights so that its architecture is known."""
     return f"{_trained_as(weights) or 'ARCHITECTURE'}:{weights}"
-
-
-def _near(place: Path) -> str:
-    """The closest existing names, for a path that leads nowhere."""
-    # Up to the first folder that exists: the mistake may lie higher in the path.
-    folder = place.parent
-    while not folder.is_dir() and folder != folder.parent:
-        place, folder = folder, folder.parent
-
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    close = difflib.get_close_matches(place.name, names, n=3, cutoff=0.6)
-    if not close:
-        return ""
-    return f" (near it: {', '.join(str(folder / name) for name in close)})"
 
 
 def _inside(folder: Path) -> str:

@@ -22,6 +22,7 @@ from vlp import log
 from vlp.pretrained import clip_description, clip_layout, references, runs
 from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.folders import listing, read_json
+from vlp.pretrained.places import FILES
 from vlp.pretrained.references import OPEN_CLIP_WEIGHTS, Reference, read_config
 from vlp.schema import did_you_mean
 
@@ -138,7 +139,7 @@ def weights_in(folder: Path, kind: str = "open_clip") -> Path:
             return folder / name
 
     # A single file of weights under another name is taken; of several, none is.
-    others = [path for path in sorted(folder.iterdir()) if path.suffix in references.FILES]
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in FILES]
     if len(others) != 1:
         raise ValueError(
             f"{folder} holds no weights: it holds {listing(folder)}; expected {expected[0]}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlp.pretrained import efficientnet_layout, packages, references
+from vlp.pretrained import efficientnet_layout, packages, places
 from vlp.pretrained.folders import listing, read_json
 
 
@@ -64,7 +64,7 @@ def file_of(reference: str) -> Path:
 
 
 # npz is big_vision's, whose trunks come with a whole model.
-_FILES = tuple(ending for ending in references.FILES if ending != ".npz")
+_FILES = tuple(ending for ending in places.FILES if ending != ".npz")
 
 
 def stated_beside(file: Path) -> dict[str, Any]:

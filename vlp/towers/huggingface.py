@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlp.pretrained import packages
+from vlp.pretrained import places
+from vlp.pretrained.configurations import FILE, configuration
 from vlp.schema import did_you_mean
 
 if TYPE_CHECKING:
@@ -42,49 +43,40 @@ class Options:
 
 def text_cfg(options: Options) -> dict[str, Any]:
     tokenizer = options.tokenizer or options.model
-    # What is not installed shows here, before anything is built.
-    for reference in (options.model, tokenizer):
-        packages.local(reference)
+    # What is not there shows here, before anything is built.
+    pooler = options.pooler or _usual_pooler(options.model)
+    if options.pooler:
+        language_config(options.model)
+    if options.tokenizer:
+        _check_tokenizer(options.tokenizer)
 
     return {
-        "hf_model_name": options.model,
+        "hf_model_name": places.bare(options.model),
         "hf_model_pretrained": options.pretrained,
-        "hf_tokenizer_name": tokenizer,
+        "hf_tokenizer_name": places.bare(tokenizer),
         "hf_proj_type": None if options.proj == "none" else options.proj,
-        "hf_pooler_type": options.pooler or _usual_pooler(options.model),
+        "hf_pooler_type": pooler,
         "context_length": options.context_length,
         "tokenizer_kwargs": {"clean": options.clean},
     }
 
 
+def _check_tokenizer(tokenizer: str) -> None:
+    """Raise ValueError where no tokenizer can lie."""
+    try:
+        places.locate(tokenizer, "a folder with tokenizer.json or the like")
+    except ValueError as error:
+        raise ValueError(f"text_tower.tokenizer: {error}") from None
+
+
 def language_config(model: str) -> PretrainedConfig:
     """transformers' configuration of a language model by name, folder or package; ValueError for
     none, and for one with code.
-
-    Code that a folder or repository brings along is never run, nor asked about.
     """
-    from transformers import AutoConfig
-
-    place = packages.local(model)
     try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"no Hugging Face model configuration at {model!r}: {reason(error)}"
-        ) from None
-
-
-def reason(error: Exception) -> str:
-    """What transformers says in a line; where it would have code of the folder run, that vlp does
-    not.
-    """
-    message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
-        return (
-            "it needs code that it brings along, which vlp never runs; convert it to a class of "
-            "transformers"
-        )
-    return message[:300]
+        return configuration(places.locate(model, file=FILE))
+    except ValueError as error:
+        raise ValueError(f"no Hugging Face model configuration at {model!r}: {error}") from None
 
 
 def _usual_pooler(model: str) -> str:
@@ -142,7 +134,7 @@ def _json_of(model: str, name: str) -> Any:
     from transformers.utils.hub import cached_file
 
     path = cached_file(
-        packages.local(model),
+        places.locate(model),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

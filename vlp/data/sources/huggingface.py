@@ -34,6 +34,7 @@ from vlp.data.tables.columns import (
     usual_captions,
 )
 from vlp.data.tables.values import NoText, asked, counted, equals, jsonable, shown, texts
+from vlp.pretrained import places
 from vlp.schema import did_you_mean
 from vlp.types import Sample
 
@@ -96,7 +97,12 @@ def open(options: Options, captions: Captions) -> HubSet:
 
 
 def _load(datasets: Any, options: Options) -> datasets.Dataset:
-    folder = Path(options.path).expanduser()
+    # No Hub is asked about a mistyped path.
+    try:
+        path = places.locate(options.path, "a folder of save_to_disk or load_dataset", "dataset")
+    except ValueError as error:
+        raise ValueError(f"the source huggingface: path: {error}") from None
+    folder = Path(path)
 
     # What `save_to_disk` wrote: one data set, or one a split.
     if (folder / "state.json").exists():
@@ -112,7 +118,6 @@ def _load(datasets: Any, options: Options) -> datasets.Dataset:
         return splits[options.split]
 
     # A folder that load_dataset understands, or a name on the Hub.
-    path = str(folder) if folder.is_dir() else options.path
     return datasets.load_dataset(
         path, options.config or None, split=options.split, revision=options.revision or None
     )

@@ -18,7 +18,7 @@ from vlp.schema import did_you_mean
 IMAGE_COLUMNS = (
     "image", "file_name", "filepath", "file_path", "image_path", "img_path", "image_name",
     "img_name", "image_file", "image_filename", "img", "path", "file", "picture", "photo",
-    "images", "image_id", "url", "image_url",
+    "images", "image_id", "url", "image_url", "urls", "image_urls",
 )  # fmt: skip
 CAPTION_COLUMNS = (
     "captions", "caption", "text", "texts", "title", "sentences", "sentence", "raw", "comments",
