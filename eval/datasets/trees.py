@@ -36,9 +36,10 @@ def from_tree(
         raise DataError(str(error)) from error
     if tree.problems and missing != "skip":
         some = "".join(f"\n  {problem}" for problem in tree.problems[:10])
+        unread = f" (not read: {archive.left_out})" if archive.left_out.counts else ""
         raise DataError(
-            f"{len(tree.problems)} images or folders of {archive.path} cannot be used:{some}\n"
-            "mend them, or pass missing=skip to evaluate without them "
+            f"{len(tree.problems)} images or folders of {archive.path} cannot be used{unread}:"
+            f"{some}\nmend them, or pass missing=skip to evaluate without them "
             "(the score is then not comparable)"
         )
 

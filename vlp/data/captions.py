@@ -21,6 +21,9 @@ from vlp.data import encodings
 
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident
 USUAL = ("captions", "caption", "txt")  # where captions stand in a shard of which nothing is said
+# The extensions of text files. Of a sample's files the first of these that holds any text is its
+# text file, which is called `txt` in a choice of captions.
+TEXT_FILES = ("txt", "text", "caption")
 MAX_CLASS = 10**9  # class numbers are below this
 
 # the text file among the names of a `Form`, in which `txt` may be a field of the JSON too
@@ -30,6 +33,9 @@ _MAX_NAMES = 64  # text fields of one sample that can be chosen, and the length 
 _MAX_PYTHON_LIST = 1 << 16  # characters
 # Cheap, and true of few captions: parsing each that begins with a bracket would take long.
 _LIST_OF_TEXTS = re.compile(r"\[\s*(['\"].*)?\]", re.DOTALL)
+# The labels of a detector: the number of a class and at least two points, in parts of the picture.
+_BOX = r"\d{1,5}(?:[ \t]+(?:[01]?\.\d+(?:[eE]-\d+)?|[01])){4,}[ \t]*"
+_BOXES = re.compile(rf"{_BOX}(?:\n+{_BOX})*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 # How many texts a sample has under each name, the lines of its text file included; at most 255.
@@ -41,8 +47,9 @@ class TextMembers(NamedTuple):
 
     captions: tuple[str, ...]
     meta: dict[str, Any]  # the JSON, with the class number of a .cls as "cls"
-    text: str  # of the .txt, whole
+    text: str  # of the text file, whole
     notes: list[str]  # what could not be used, as "kind: details"
+    spare: list[str]  # text files that are not read, in words: "a .caption beside a .txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +222,7 @@ def listed(names: Mapping[str, int]) -> str:
 
 
 def read_texts(members: dict[str, bytes]) -> TextMembers:
-    """Read the members txt, json and cls of a sample."""
+    """Read the text members of a sample, by extension: `TEXT_FILES`, json and cls."""
     notes: list[str] = []
     decoded = {}
     for kind, data in members.items():
@@ -235,11 +242,30 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
                 f"expected a whole number below {MAX_CLASS}"
             )
 
-    text = decoded.get("txt", "")
+    text, spare = _text_file(
+        {kind: _plain(decoded[kind]) for kind in TEXT_FILES if kind in decoded}
+    )
+    return TextMembers(_USUAL_CHOICE.captions(meta, text), meta, text, notes, spare)
+
+
+def _plain(text: str) -> str:
+    """A text without blanks around it, its lines ended as on Unix."""
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.strip()
-    return TextMembers(_USUAL_CHOICE.captions(meta, text), meta, text, notes)
+    return text.strip()
+
+
+def _text_file(texts: dict[str, str]) -> tuple[str, list[str]]:
+    """The first of a sample's text files, by extension, that holds a text; and which others are
+    not read, in words.
+    """
+    spare = [f"a .{kind} of boxes" for kind, text in texts.items() if _BOXES.fullmatch(text)]
+    filled = [(kind, text) for kind, text in texts.items() if text and not _BOXES.fullmatch(text)]
+    if not filled:
+        return "", spare
+    first_kind, first = filled[0]
+    spare += [f"a .{kind} beside a .{first_kind}" for kind, text in filled if text != first]
+    return first, spare
 
 
 def form_of(meta: dict[str, Any], text: str) -> Form:

@@ -22,8 +22,8 @@ _REGULAR = b"0\x007"
 # Links, devices, folders and pipes: their size, if any, counts no bytes of the file.
 _WITHOUT_DATA = b"123456"
 _NAMES = {
-    b"1": "links",
-    b"2": "links",
+    b"1": "links (tar --hard-dereference stores the files)",
+    b"2": "links (tar --dereference stores the files)",
     b"3": "devices",
     b"4": "devices",
     b"5": "folders",
@@ -98,6 +98,8 @@ def walk(
             name = override.get("path", name)
             if data + size > end:
                 raise DamagedTar(position, f"member {name!r} needs {size} bytes but the file ends")
+            if override.get("sparse"):
+                kind = b"S"
             if kind in _REGULAR:
                 yield Member(name, chain, data, size)
             elif kind not in b"gK":  # a header of no member, and a long link's name
@@ -201,6 +203,9 @@ def _extended(kind: bytes, data: bytes, position: int) -> dict[str, Any]:
                 result["path"] = value[:-1].decode("utf-8", "replace")
             elif key == b"size":
                 result["size"] = int(value)
+            # Such a file looks like a regular one, and holds a map before parts of its bytes.
+            elif key.startswith(b"GNU.sparse."):
+                result["sparse"] = True
             start += length
     except ValueError:
         raise DamagedTar(position, "a damaged extended header") from None

@@ -2,6 +2,7 @@
 one folder a class.
 
     00000/000000001.jpg + .txt, .json (img2dataset's `files`) or .caption, at any depth     pairs
+    images/1.jpg + texts/1.txt and other loose texts (`vlp.data.loose_texts`)                pairs
     cat/1.jpg, cat/more/2.jpg, dog/1.jpg                                                     classes
 
 A tree in which any picture has a text beside it is never taken for classes. A folder of splits, or
@@ -13,11 +14,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
-from vlp.data import splits
+from vlp.data import loose_texts, splits
 from vlp.data.archives import Archive, extension_of, printable
 from vlp.data.captions import Choice, lines_of, read_texts
 from vlp.data.tables import Item, fetched
@@ -49,10 +51,11 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
     `lines`: a text file of several lines is one caption, or each of its lines is one.
     """
     if not archive.names:
-        others = f"; found {archive.left_out}" if archive.left_out.counts else ""
-        raise ValueError(f"{archive.path} holds no images{others}{_other_hint(archive)}")
+        others = f"{_found_instead(archive)}{_other_hint(archive)}"
+        raise ValueError(f"{archive.path} holds no images{others}")
 
-    texts = _texts_beside(archive)
+    beside = _texts_beside(archive)
+    texts, n_loose = _with_loose_texts(archive, beside)
 
     # One folder "train" of pairs is a name like another; of classes it would be the only class.
     split_folders = splits_in(archive)
@@ -62,7 +65,9 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
             f"give one of them, such as {_how_to_name(archive, split_folders[0])}"
         )
     if texts:
-        return _pairs(archive, texts, lines)
+        tree = _pairs(archive, texts, lines)
+        tree.notes += [f"{n:,} {how}" for how, n in n_loose.items()]
+        return tree
     # Their folders are numbered as they were fetched, which says nothing of the pictures.
     if fetched.files_in(archive.path):
         raise ValueError(
@@ -148,8 +153,7 @@ def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
     by_stem: dict[str, dict[str, str]] = defaultdict(dict)
     by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
     for name in archive.texts:
-        extension = extension_of(name)
-        kind = "txt" if extension == "caption" else extension
+        kind = extension_of(name)
         by_stem[_stem(name)].setdefault(kind, name)
         by_image_name[_plain_extension(_stem(name))].setdefault(kind, name)
 
@@ -163,6 +167,26 @@ def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
         if texts:
             beside[name] = texts
     return beside
+
+
+def _with_loose_texts(
+    archive: Archive, beside: dict[str, dict[str, str]]
+) -> tuple[dict[str, dict[str, str]], Counter[str]]:
+    """The same with the texts that `vlp.data.loose_texts` finds a picture for; and how many were
+    found in which way.
+    """
+    names = {_stem(name): name for name in reversed(archive.names)}
+    kinds = {key: beside.get(name, {}).keys() for key, name in names.items()}
+    used = set(chain.from_iterable(texts.values() for texts in beside.values()))
+    unused: dict[loose_texts.Text, str] = {}
+    for name in sorted(archive.texts.keys() - used):
+        unused.setdefault((_stem(name), extension_of(name)), name)
+
+    owners = loose_texts.owners(kinds, unused)
+    joined = {name: dict(texts) for name, texts in beside.items()}
+    for (key, kind), owner in owners.items():
+        joined.setdefault(names[owner.key], {})[kind] = unused[key, kind]
+    return joined, Counter(owner.how for owner in owners.values())
 
 
 def _plain_extension(name: str) -> str:
@@ -195,6 +219,8 @@ def _pairs(
             continue
 
         content = read_texts(members)
+        for kind in content.spare:
+            archive.left_out.add(kind, name)
         json_keys |= content.meta.keys()
         captions = choice.captions(content.meta, content.text)
         if captions == (content.text,) and len(lines_of(content.text)) > 1:
@@ -206,8 +232,9 @@ def _pairs(
             items.append(Item(name, 0, list(captions), meta))
             continue
         fault = "holds no caption"
-        if content.notes:
-            fault = f"cannot be used: {'; '.join(content.notes)}"
+        unread = [*content.notes, *content.spare]
+        if unread:
+            fault = f"cannot be used: {'; '.join(unread)}"
         problems.append(f"the text beside {name!r} {fault}")
 
     if not items:
@@ -247,6 +274,11 @@ def _leave_out_texts(archive: Archive, names: list[str]) -> None:
         archive.left_out.add(f".{extension_of(name)} without an image", name)
 
 
+def _found_instead(archive: Archive) -> str:
+    """What lies there that is neither an image nor the text of one, as "; found …"."""
+    return f"; found {archive.left_out}" if archive.left_out.counts else ""
+
+
 def _expected(name: str) -> str:
     stem = os.path.splitext(_last(name))[0]
     return f"{stem}.txt, {stem}.json or {stem}.caption"
@@ -264,8 +296,8 @@ def _classes(archive: Archive) -> Tree:
     if len(loose) == len(archive.names):
         raise ValueError(
             f"{archive.path} is no tree with one folder a class: its {len(loose)} images lie "
-            f"outside of any folder, and none has a text beside it ({_expected(loose[0])}); "
-            f"{_naming(archive)}"
+            f"outside of any folder, and none has a text beside it ({_expected(loose[0])}"
+            f"{_found_instead(archive)}); {_naming(archive)}"
         )
 
     tops = {name.split("/")[0] for name in archive.names if "/" in name}

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlp.config import Captions
 from vlp.data import looks, splits, stores
-from vlp.data.captions import USUAL, Choice, Texts, listed
+from vlp.data.captions import USUAL, Choice, Texts
 from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.index import located
 from vlp.data.members import open_sample
@@ -38,7 +38,7 @@ from vlp.data.sources._table import (
     table_of,
 )
 from vlp.data.stored import source
-from vlp.data.tables import fetched
+from vlp.data.without_text import columns_beside, other_names, unread_texts
 from vlp.privacy import address
 from vlp.types import Sample
 
@@ -212,15 +212,6 @@ class Shards(Source):
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
 
-    def _other_columns(self) -> str:
-        """How img2dataset's parquet files beside the shards come into the samples."""
-        if not any(fetched.beside(Path(path)) for path in self.paths):
-            return ""
-        return (
-            ". Parquet files lie beside the shards: vlp data filter SHARDS --to DIR writes their "
-            "columns into the samples"
-        )
-
     def _refuse_or_note(self, kinds: Kinds) -> None:
         """Refuse samples without a text, or note how many there are in each shard."""
         per_shard = kinds.n_without
@@ -232,14 +223,13 @@ class Shards(Source):
 
         # To leave samples out is a choice of the user's: a misspelt name would leave out most.
         if self.captions.missing == "error":
-            wanted = " or ".join(self.choice.names or USUAL)
+            n_samples = n_without + int(kinds.n.sum())
             raise ValueError(
-                f"{n_without} of {n_without + int(kinds.n.sum())} samples have no caption under "
-                f"{wanted} "
-                f"({'; '.join(lines[:3])}). There are texts under {listed(self.names)}: name those "
-                "to take in the source's captions; or set captions.class_templates to make "
-                "captions of class names, or captions.missing=drop to leave the samples out"
-                f"{self._other_columns()}"
+                f"{n_without} of {n_samples} samples have no caption under "
+                f"{' or '.join(self.choice.names or USUAL)} ({'; '.join(lines[:3])}). "
+                f"{other_names(self.names)}Set captions.class_templates to make captions of class "
+                "names, or captions.missing=drop to leave the samples out"
+                f"{unread_texts(self.left_out, self._problems)}{columns_beside(self.paths)}"
             )
         self._problems += lines
 
