@@ -94,6 +94,12 @@ def evaluated(path: Path) -> dict[str, str]:
     return captions
 
 
+def streamed(path: Path, n: int) -> dict[str, str]:
+    return captions_of(
+        webdataset.open(webdataset.Options(urls=str(path), samples=n), Captions()), n
+    )
+
+
 def packed(path: Path, to: Path) -> dict[str, str]:
     assert pack(path, "--to", to) == 0
     return {os.path.splitext(sample.meta["image"])[0]: sample.captions[0] for sample in read(to)}
@@ -116,6 +122,9 @@ def test_a_text_belongs_to_the_same_picture_wherever_it_is_read(tmp_path, names,
         path = write_tar(tmp_path / f"{number}.tar", [(name, content(name)) for name in order])
         assert trained(path) == expected, order
         assert evaluated(path) == expected, order
+        # webdataset joins these two at their first dot, and says so.
+        if "1.jpg.png" not in names:
+            assert streamed(path, len(expected)) == expected, order
     assert number == 3
     assert packed(path, tmp_path / "of a tar") == expected
     assert call(validate, path) == 0
@@ -154,14 +163,6 @@ def test_what_fits_no_picture_for_certain_is_named(tmp_path, names, of_folder, o
     with pytest.raises(ValueError, match=of_tar):
         trained(path)
     assert call(validate, path) == 1
-
-
-def test_webdataset_gives_a_text_by_the_whole_name_to_its_picture(tmp_path):
-    names = ["1.jpg", "1.jpg.txt", "2.JPG", "2.jpg.txt", "3.jpg", "3.txt", "3.jpg.txt"]
-    path = write_tar(tmp_path / "0.tar", [(name, content(name)) for name in names])
-    options = webdataset.Options(urls=str(path), samples=3)
-    expected = {"1": "1.jpg.txt", "2": "2.jpg.txt", "3": "3.txt"}
-    assert captions_of(webdataset.open(options, Captions()), 3) == expected
 
 
 def test_a_text_that_no_picture_takes_is_counted(tmp_path: Path, capsys):
