@@ -46,6 +46,13 @@ LAYOUTS = [
     (["1.jpg", "1.txt", "1.jpg.png", "1.jpg.txt"], {"1": "1.txt", "1.jpg": "1.jpg.txt"}),
     (["1.png", "1.txt", "1.jpg.txt"], {"1": "1.txt"}),
     (["a/1.jpg", "a/1.jpg.txt", "b/1.jpg", "b/1.txt"], {"a/1": "a/1.jpg.txt", "b/1": "b/1.txt"}),
+    # Usual fields of a JSON.
+    (["1.jpg", "1.json"], {"1": "1.json"}),
+    (
+        ["text/1.jpg", "text/1.json", "title/1.jpg", "title/1.json"],
+        {"text/1": "text/1.json", "title/1": "title/1.json"},
+    ),
+    (["ALT_TEXT/1.jpg", "ALT_TEXT/1.json"], {"ALT_TEXT/1": "ALT_TEXT/1.json"}),
     # Endings that say what they are.
     (["1.jpg", "1.caption.txt"], {"1": "1.caption.txt"}),
     (["1.jpg", "1.txt", "1.caption.txt", "2.jpg", "2.Text.txt"], {"1": "1.txt", "2": "2.Text.txt"}),
@@ -69,7 +76,10 @@ LAYOUTS = [
 
 def content(name: str) -> bytes:
     if name.lower().endswith(".json"):
-        return json.dumps({"caption": name}).encode()
+        # Beside what is no caption, under the name of its folder.
+        folder_name = name.rpartition("/")[0]
+        field = folder_name if folder_name in ("text", "title", "ALT_TEXT") else "caption"
+        return json.dumps({"url": "http://x", "key": "7", field: name}).encode()
     if name.lower().endswith((".txt", ".text", ".caption")):
         return name.encode()
     return encoded(picture(1), "PNG" if name.endswith("png") else "JPEG")

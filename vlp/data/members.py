@@ -15,9 +15,10 @@ from io import BytesIO
 from typing import Any, NamedTuple, TypeVar
 
 from vlp.data import loose_texts
-from vlp.data.captions import TEXT_FILES, read_texts
+from vlp.data.captions import read_texts
 from vlp.data.digests import UNKNOWN, digest_of
 from vlp.data.tar import Member, walk
+from vlp.data.text_files import TEXT_FILES
 
 # Pillow's names of the formats that are read, with the extensions that say so. Content decides what
 # a picture is; an extension only whether a member or file is taken for one. None of these readers

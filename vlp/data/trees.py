@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
-from vlp.data import loose_texts, splits
+from vlp.data import splits
 from vlp.data.archives import Archive, extension_of, printable
-from vlp.data.captions import Choice, lines_of, read_texts
+from vlp.data.captions import Choice, form_of, lines_of, read_texts
 from vlp.data.tables import Item, fetched
+from vlp.data.texts_beside import stem_of, texts_beside, with_loose_texts
 
 _TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
 # What a .txt or .json is called that is a table rather than a note.
@@ -54,8 +53,8 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
         others = f"{_found_instead(archive)}{_other_hint(archive)}"
         raise ValueError(f"{archive.path} holds no images{others}")
 
-    beside = _texts_beside(archive)
-    texts, n_loose = _with_loose_texts(archive, beside)
+    beside = texts_beside(archive)
+    texts, n_loose = with_loose_texts(archive, beside)
 
     # One folder "train" of pairs is a name like another; of classes it would be the only class.
     split_folders = splits_in(archive)
@@ -146,59 +145,6 @@ def _last(name: str) -> str:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
-    """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
-    `a.jpg`."""
-    # Composed Unicode throughout: a tar made on a Mac spells its names decomposed.
-    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
-    by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in archive.texts:
-        kind = extension_of(name)
-        by_stem[_stem(name)].setdefault(kind, name)
-        by_image_name[_plain_extension(_stem(name))].setdefault(kind, name)
-
-    stems = {_plain_extension(_stem(name)) for name in archive.names}
-    beside: dict[str, dict[str, str]] = {}
-    for name in archive.names:
-        image_name = _plain_extension(unicodedata.normalize("NFC", name))
-        # Of `a.jpg` and `a.jpg.png`, the second one has the text `a.jpg.txt`.
-        by_name = {} if image_name in stems else by_image_name.get(image_name, {})
-        texts = by_name | by_stem.get(_stem(name), {})
-        if texts:
-            beside[name] = texts
-    return beside
-
-
-def _with_loose_texts(
-    archive: Archive, beside: dict[str, dict[str, str]]
-) -> tuple[dict[str, dict[str, str]], Counter[str]]:
-    """The same with the texts that `vlp.data.loose_texts` finds a picture for; and how many were
-    found in which way.
-    """
-    names = {_stem(name): name for name in reversed(archive.names)}
-    kinds = {key: beside.get(name, {}).keys() for key, name in names.items()}
-    used = set(chain.from_iterable(texts.values() for texts in beside.values()))
-    unused: dict[loose_texts.Text, str] = {}
-    for name in sorted(archive.texts.keys() - used):
-        unused.setdefault((_stem(name), extension_of(name)), name)
-
-    owners = loose_texts.owners(kinds, unused)
-    joined = {name: dict(texts) for name, texts in beside.items()}
-    for (key, kind), owner in owners.items():
-        joined.setdefault(names[owner.key], {})[kind] = unused[key, kind]
-    return joined, Counter(owner.how for owner in owners.values())
-
-
-def _plain_extension(name: str) -> str:
-    """The name with its last extension in lower case."""
-    stem, extension = os.path.splitext(name)
-    return stem + extension.lower()
-
-
-def _stem(name: str) -> str:
-    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
-
-
 def _pairs(
     archive: Archive, texts: dict[str, dict[str, str]], lines: Literal["one", "each"]
 ) -> Tree:
@@ -207,6 +153,7 @@ def _pairs(
     items: list[Item] = []
     problems: list[str] = []
     json_keys: set[str] = set()
+    stand_ins: Counter[str] = Counter()
     n_of_several_lines = 0
     for name in archive.names:
         if name not in texts:
@@ -223,6 +170,8 @@ def _pairs(
             archive.left_out.add(kind, name)
         json_keys |= content.meta.keys()
         captions = choice.captions(content.meta, content.text)
+        if stand_in := choice.stand_in(form_of(content.meta, content.text)):
+            stand_ins[stand_in] += 1
         if captions == (content.text,) and len(lines_of(content.text)) > 1:
             n_of_several_lines += 1
 
@@ -257,6 +206,8 @@ def _pairs(
             f"text files of several lines are one caption each beside {n_of_several_lines:,} "
             "images; lines: each (--lines each) makes each line a caption"
         )
+    for field_name, n in stand_ins.items():
+        notes.append(f"captions are taken from the JSON's {field_name!r} beside {n:,} images")
     return Tree(items, _class_names(items), True, problems, notes)
 
 
@@ -335,11 +286,11 @@ def _classes(archive: Archive) -> Tree:
 def _refuse_texts_elsewhere(archive: Archive) -> None:
     """Raise where texts lie in folders of their own, with the names of the images: they would be
     lost."""
-    images = {_last(_stem(name)): name for name in archive.names}
+    images = {_last(stem_of(name)): name for name in archive.names}
     # A few notes may be called as an image is by chance; most of the texts are not.
-    paired = [text for text in sorted(archive.texts) if _last(_stem(text)) in images]
+    paired = [text for text in sorted(archive.texts) if _last(stem_of(text)) in images]
     if 2 * len(paired) > len(archive.texts):
-        image = images[_last(_stem(paired[0]))]
+        image = images[_last(stem_of(paired[0]))]
         raise ValueError(
             f"{archive.path}: {len(paired)} texts are called as images are, but lie in other "
             f"folders (as {paired[0]} for {image}); put each beside its image, in the same folder. "

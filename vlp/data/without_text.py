@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vlp.data.captions import TEXT_FILES, listed
+from vlp.data.captions import listed
 from vlp.data.rows import said
 from vlp.data.tables import fetched
+from vlp.data.text_files import TEXT_FILES
 
 # So `Shard.left_out` counts members that are no texts, and text files that are not read.
 _UNREAD = ("members ", "a .")

@@ -22,7 +22,7 @@ import numpy as np
 
 from vlp.config import Captions
 from vlp.data import looks, splits, stores
-from vlp.data.captions import USUAL, Choice, Texts
+from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.index import located
 from vlp.data.members import open_sample
@@ -174,6 +174,11 @@ class Shards(Source):
         n_samples = int(kinds.n.sum() + kinds.n_without.sum())
         self._problems += self.choice.check(self.names, n_samples, name)
 
+        if kinds.stand_ins:
+            self._problems.append(
+                f"{name}: there is no {', '.join(USUAL)}: captions are taken from the field "
+                f"{listed(kinds.stand_ins)}; the source's captions names others"
+            )
         if kinds.n_several:
             self._problems.append(
                 f"{name}: text files of several lines are one caption each in "
