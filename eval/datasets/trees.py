@@ -44,12 +44,14 @@ def from_tree(
         )
 
     # With texts beside the images the class is written there; without, the folder is the class.
+    # Folders of one class, such as "cat" and "cat ", have the name of the first.
+    folders: dict[str, str] = {}
     records = []
     for item in tree.items:
         if tree.paired:
             label = item.meta.get("class", item.meta.get("cls"))
         else:
-            label = item.image.split("/")[0]
+            label = folders.setdefault(item.meta["class"], item.image.split("/")[0])
         picture = picture_of(archive, item.image)
         records.append(Record(picture, tuple(item.captions), label, item.meta))
     return Source(str(root), records, skipped=tree.problems)

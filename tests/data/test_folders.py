@@ -154,6 +154,7 @@ def test_splits_of_pairs_are_refused_too(tmp_path):
         ),
         (["00000.tar"], r"holds no images; found 1 \.tar .*train on them with \{name: shards\}"),
         (["a/x.webm"], r"holds no images; found 1 \.webm"),
+        (["a/x.txt", "b.txt", "c.json"], r"holds no images; found 2 \.txt, 1 \.json"),
         ([], "holds no images$"),
     ],
 )

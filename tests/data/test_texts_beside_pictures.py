@@ -46,6 +46,7 @@ LAYOUTS = [
     (["1.jpg", "1.txt", "1.jpg.png", "1.jpg.txt"], {"1": "1.txt", "1.jpg": "1.jpg.txt"}),
     (["1.png", "1.txt", "1.jpg.txt"], {"1": "1.txt"}),
     (["a/1.jpg", "a/1.jpg.txt", "b/1.jpg", "b/1.txt"], {"a/1": "a/1.jpg.txt", "b/1": "b/1.txt"}),
+    (["1.jpg ", "1.txt "], {"1": "1.txt"}),
     # Usual fields of a JSON.
     (["1.jpg", "1.json"], {"1": "1.json"}),
     (
@@ -80,8 +81,8 @@ def content(name: str) -> bytes:
         folder_name = name.rpartition("/")[0]
         field = folder_name if folder_name in ("text", "title", "ALT_TEXT") else "caption"
         return json.dumps({"url": "http://x", "key": "7", field: name}).encode()
-    if name.lower().endswith((".txt", ".text", ".caption")):
-        return name.encode()
+    if name.lower().rstrip().endswith((".txt", ".text", ".caption")):
+        return name.rstrip().encode()
     return encoded(picture(1), "PNG" if name.endswith("png") else "JPEG")
 
 

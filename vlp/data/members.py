@@ -111,7 +111,7 @@ def parse_name(name: str) -> Name | None:
     if not dot:
         return Name(folder + last, "", "")
 
-    extension = extension.lower()
+    extension = extension.rstrip().lower()
     kind = extension if extension in TEXT_TYPES else ""
     if _BOOKKEEPING.fullmatch(last):
         kind = ""

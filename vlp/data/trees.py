@@ -227,7 +227,11 @@ def _leave_out_texts(archive: Archive, names: list[str]) -> None:
 
 def _found_instead(archive: Archive) -> str:
     """What lies there that is neither an image nor the text of one, as "; found …"."""
-    return f"; found {archive.left_out}" if archive.left_out.counts else ""
+    found = [str(archive.left_out)] if archive.left_out.counts else []
+    if archive.texts and not archive.names:
+        kinds = Counter(extension_of(name) for name in archive.texts)
+        found += [f"{n:,} .{kind}" for kind, n in kinds.most_common()]
+    return f"; found {', '.join(found)}" if found else ""
 
 
 def _expected(name: str) -> str:
@@ -334,4 +338,13 @@ def _notes(folders: set[str]) -> list[str]:
     for same_class in spellings.values():
         if len(same_class) > 1:
             notes.append(f"the folders {', '.join(map(repr, same_class))} are one class")
+
+    by_case = defaultdict(list)
+    for name in spellings:
+        by_case[name.casefold()].append(name)
+    for names in by_case.values():
+        if len(names) > 1:
+            notes.append(
+                f"{', '.join(map(repr, names))} differ in case only: they stay classes apart"
+            )
     return notes
