@@ -272,16 +272,17 @@ def test_members_in_any_order_give_the_samples_of_shards(tmp_path, order):
     assert {s.key[0] for s in streamed[:6]} == {"0"}, "a tar ends before the next begins"
 
 
-def test_incomplete_samples_of_a_stream_keep_their_number(tmp_path):
+def test_incomplete_samples_of_a_stream_keep_their_number(tmp_path, capfd):
     """A picture without a text is one bad sample at the end of its tar, not a missing one."""
-    names = ["0.png", "0.txt", "1.png", "2.txt", "3.png", "3.txt"]
-    members = [(name, encoded(picture(1)) if name[2] == "p" else b"a text") for name in names]
+    names = ["0.png", "0.txt", "1.png", "README.md", "2.txt", "3.png", "3.txt"]
+    members = [(name, encoded(picture(1)) if name.endswith("png") else b"a text") for name in names]
     path = write_tar(tmp_path / "0.tar", members)
     stream = source_module.open(source_module.Options(urls=str(path), samples=4), Captions())
     assert [stream[i].key for i in (0, 1)] == ["0", "3"]
-    for i, reason in ((2, "no caption"), (3, "no image among the members")):
+    for i, reason in ((2, r"no caption among the members \['png'\]"), (3, "no image among the m")):
         with pytest.raises(ValueError, match=reason):
             stream[i]
+    assert "0.tar: passed over: 1 × md" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

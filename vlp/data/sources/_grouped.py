@@ -8,11 +8,16 @@ texts stand last, all pictures are in memory at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from vlp import log
 from vlp.data import loose_texts
 from vlp.data.members import TEXT_TYPES, parse_name
+from vlp.data.rows import said
+
+_told: set[str] = set()  # addresses of tars with members that nobody reads
 
 Sample = dict[str, Any]  # webdataset's: bytes by ending, beside __key__ and __url__
 
@@ -63,10 +68,22 @@ class _Tar:
         """
         yield from self._close()
         self._join_loose_texts()
+        self._tell_passed_over()
+        yield from filter(_kinds, self.waiting.values())
+
+    def _tell_passed_over(self) -> None:
+        """Warn of members that no reader looks at."""
+        passed_over: Counter[str] = Counter()
+        url = ""
         for sample in self.waiting.values():
-            # One whose texts went to their pictures is only a name.
-            if any(not name.startswith("__") for name in sample):
-                yield sample
+            if not _kinds(sample):
+                url = sample["__url__"]
+                passed_over.update(name for name in sample if name[:2] != "__")
+
+        # Once a tar; every pass would tell it again.
+        if passed_over and url not in _told:
+            _told.add(url)
+            log.warn(f"{url}: passed over: {said(passed_over)}")
 
     def _close(self) -> Iterator[Sample]:
         """Hand on the current sample, or let it wait."""
@@ -96,6 +113,6 @@ class _Tar:
 
 
 def _kinds(sample: Sample) -> set[str]:
-    """The kinds of a sample's members."""
+    """The kinds of those of a sample's members that count."""
     names = [parse_name(f"{sample['__key__']}.{name}") for name in sample if name[:2] != "__"]
-    return {name.kind for name in names if name is not None}
+    return {name.kind for name in names if name is not None and name.kind}

@@ -263,7 +263,7 @@ def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions)
     if not texts:
         under = f" under {choice.names}" if choice.names else ""
         notes = f"; {'; '.join(content.notes)}" if content.notes else ""
-        raise ValueError(f"no caption{under}{notes}")
+        raise ValueError(f"no caption{under} among the members {sorted(_endings(members))}{notes}")
 
     return Sample(
         i,
@@ -288,8 +288,7 @@ def _content(i: int, members: dict[str, Any]) -> Content:
     # webdataset cuts names at the first dot, so one of its samples may be several of ours.
     parts: dict[str, dict[str, _Member]] = {}
     prefix = str(members.get("__key__", i))
-    endings = [ending for ending in members if not ending.startswith("__")]
-    for ending in endings:
+    for ending in _endings(members):
         name = parse_name(f"{prefix}.{ending}")
         if name is not None and name.kind:
             data = _bytes(ending, members[ending], name.kind)
@@ -301,7 +300,10 @@ def _content(i: int, members: dict[str, Any]) -> Content:
         key: sample for key, sample in samples.items() if "image" in sample and sample["image"].data
     }
     if not pictured:
-        raise ValueError(f"no image among the members {sorted(endings)}")
+        raise ValueError(
+            f"no image among the members {sorted(_endings(members))}; where its image stands far "
+            "before, sort the tar by name, or read it by the source shards"
+        )
     if len(pictured) > 1:
         raise ValueError(
             f"webdataset joins the samples {sorted(pictured)} at their first dot; "
@@ -313,6 +315,11 @@ def _content(i: int, members: dict[str, Any]) -> Content:
     texts = {kind: member.data for kind, member in sample.items() if kind in TEXT_TYPES}
     fill(content, texts)
     return content
+
+
+def _endings(members: dict[str, Any]) -> list[str]:
+    """What members are called behind their key."""
+    return [ending for ending in members if not ending.startswith("__")]
 
 
 def _check_written(members: dict[str, Any]) -> None:
