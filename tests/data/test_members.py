@@ -409,3 +409,18 @@ def test_no_order_of_the_members_changes_what_is_found(tmp_path):
         assert found[0] == found[1] == found[2], members
         n_compared += 1
     assert n_compared == 80 and n_samples > 300
+
+
+def test_a_stray_text_does_not_make_a_tar_be_held_in_memory(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("gathered")
+
+    members = [*ORDERS["together"](pairs("{i}")), ("README.txt", b"about")]
+    monkeypatch.setattr("vlp.data.scan.gathered", refuse)
+    assert scan(write_tar(tmp_path / "0.tar", members)).count == 6
+
+    # Nor does it where the picture that it may belong to has a text.
+    members = [*members, ("A.png", IMAGE), ("A.txt", b"own"), ("a.txt", b"other")]
+    assert scan(write_tar(tmp_path / "1.tar", members)).count == 7
+    with pytest.raises(AssertionError, match="gathered"):
+        scan(write_tar(tmp_path / "2.tar", [*members, ("B.png", IMAGE), ("b.txt", b"its")]))

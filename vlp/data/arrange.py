@@ -15,6 +15,7 @@ from vlp.data.members import (
 from vlp.data.rows import Shard
 from vlp.data.runs import Members, Run
 from vlp.data.tar import Member
+from vlp.data.text_files import TEXT_FILES
 
 
 class Scattered(Exception):
@@ -30,6 +31,7 @@ def in_order(
     lies beside damage.
     """
     seen: set[str] = set()
+    is_text_alone = is_image_bare = False
     for run in runs if judged else _trusted(runs, shard, seen):
         # A key returns: its members lie in several places, or it is there twice.
         if not seen.isdisjoint(run.parts):
@@ -40,8 +42,12 @@ def in_order(
         parts = run.parts if alone else _separate(run.parts, shard)
         for key, members in parts.items():
             may_be_guest = "." in key and not _complete(members)
-            # Its image may be called otherwise. What we wrote is never torn apart so.
-            is_loose = "image" not in members and not judged
+            # The one may be the text of the other. What we wrote is never torn apart so.
+            if "image" not in members:
+                is_text_alone = True
+            elif members.keys().isdisjoint(TEXT_FILES):
+                is_image_bare = True
+            is_loose = is_text_alone and is_image_bare and not judged
             if may_be_guest or is_loose:
                 raise Scattered
             yield key, members, alone

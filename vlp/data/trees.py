@@ -227,11 +227,11 @@ def _leave_out_texts(archive: Archive, names: list[str]) -> None:
 
 def _found_instead(archive: Archive) -> str:
     """What lies there that is neither an image nor the text of one, as "; found …"."""
-    found = [str(archive.left_out)] if archive.left_out.counts else []
+    parts = [str(archive.left_out)] if archive.left_out.counts else []
     if archive.texts and not archive.names:
         kinds = Counter(extension_of(name) for name in archive.texts)
-        found += [f"{n:,} .{kind}" for kind, n in kinds.most_common()]
-    return f"; found {', '.join(found)}" if found else ""
+        parts += [f"{n:,} .{kind}" for kind, n in kinds.most_common()]
+    return f"; found {', '.join(parts)}" if parts else ""
 
 
 def _expected(name: str) -> str:

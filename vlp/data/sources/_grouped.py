@@ -42,7 +42,7 @@ class _Tar:
     def __init__(self) -> None:
         self.current: Sample | None = None
         self.waiting: dict[str, Sample] = {}
-        self.given: dict[str, set[str]] = {}  # the kinds of text of what was handed on, by key
+        self.handed_on: dict[str, set[str]] = {}  # the kinds of text of what was handed on, by key
 
     def take(self, file: dict[str, Any]) -> Iterator[Sample]:
         """One more member; gives the sample that it is the first behind, where that is complete."""
@@ -93,13 +93,13 @@ class _Tar:
 
         kinds = _kinds(sample)
         if "image" in kinds and kinds & TEXT_TYPES:
-            self.given[sample["__key__"]] = kinds & TEXT_TYPES
+            self.handed_on[sample["__key__"]] = kinds & TEXT_TYPES
             yield sample
         else:
             self.waiting[sample["__key__"]] = sample
 
     def _join_loose_texts(self) -> None:
-        pictures = dict(self.given)
+        pictures = dict(self.handed_on)
         texts = []
         for key, sample in self.waiting.items():
             if "image" in _kinds(sample):
