@@ -205,8 +205,8 @@ class Choice:
                 return [texts]
 
         # As the index counted: by the form that it keeps.
-        name = usual_names.stand_in(cut(form_of(meta, text)))
-        return [self._texts(name, meta, text)] if name else []
+        stand_in = usual_names.stand_in(cut(form_of(meta, text)))
+        return [self._texts(stand_in, meta, text)] if stand_in else []
 
     def _texts(self, name: str, meta: dict[str, Any], text: str) -> Sequence[str]:
         """The captions under a name; as many as `_under` counts."""
