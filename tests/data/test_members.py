@@ -424,3 +424,21 @@ def test_a_stray_text_does_not_make_a_tar_be_held_in_memory(tmp_path, monkeypatc
     assert scan(write_tar(tmp_path / "1.tar", members)).count == 7
     with pytest.raises(AssertionError, match="gathered"):
         scan(write_tar(tmp_path / "2.tar", [*members, ("B.png", IMAGE), ("b.txt", b"its")]))
+
+
+def test_a_sparse_file_with_a_long_map_costs_no_neighbour(tmp_path):
+    """GNU's older format: blocks of the map between the header and the data, which are counted in
+    no size.
+    """
+    info = tarfile.TarInfo("hole.bin")
+    info.type, info.size = b"S", 1024
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    whole = write_tar(tmp_path / "0.tar", pairs("{i}")[0]).read_bytes()
+    sparse = bytes(header) + maps + b"x" * 1024
+    (tmp_path / "2.tar").write_bytes(sparse + whole)
+    shard = scan(tmp_path / "2.tar")
+    assert shard.count == 1 and shard.left_out == {"sparse files": 1} and not shard.problems

@@ -88,6 +88,8 @@ def walk(
 
         kind, name, size = _header(header, position)
         data = position + BLOCK
+        if kind == b"S":
+            data += _sparse_map_bytes(file, header)
         # A long name (GNU) or extended header (POSIX) for the member that comes next.
         if kind in b"Lx":
             if data + size > end or size > MAX_HEADER_BYTES:
@@ -110,6 +112,18 @@ def walk(
         chain = position if not override else chain
     if position < end:
         raise DamagedTar(position, "the file ends within a header")
+
+
+def _sparse_map_bytes(file: BinaryIO, header: bytes) -> int:
+    """How many bytes of GNU's map of a sparse file follow its header, before its data; the file
+    stands behind the header.
+    """
+    n_blocks = 0
+    block, flag = header, 482  # whether a block of the map follows, and in that, another one
+    while len(block) == BLOCK and block[flag]:
+        block, flag = file.read(BLOCK), 504
+        n_blocks += 1
+    return n_blocks * BLOCK
 
 
 def find_header(file: BinaryIO, position: int, end: int) -> int:
