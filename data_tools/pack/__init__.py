@@ -146,6 +146,8 @@ def _say_refused(n_problems: int, archive: Archive, is_tree: bool, any_named: bo
     """Say on stderr why nothing is written."""
     kind = "images or folders" if is_tree else "rows"
     advice = "nothing was written. --on-missing skip leaves them out"
+    if is_tree and archive.left_out.counts:
+        print(f"not read: {archive.left_out}", file=sys.stderr)
     print(f"{n_problems} {kind} cannot be packed; {advice}", file=sys.stderr)
 
     # A table beside the wrong folder fails in every row; one line says so.

@@ -62,7 +62,7 @@ def _of_shards(path: Path, tars: list[Path], missing: str) -> Rows:
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     for tar in tars:
-        samples, left_out = shards.samples_of(tar, missing)
+        samples, _, left_out = shards.samples_of(tar, missing)
         skipped += left_out
         for sample in samples:
             written = dict.fromkeys(_TEXTS, sample.content.text) if sample.content.text else {}

@@ -12,6 +12,7 @@ from typing import Any
 from vlp.data.captions import Choice, form_of
 from vlp.data.rows import Shard
 from vlp.data.scan import Found, read
+from vlp.data.without_text import unread_texts
 from vlp.eval import classes
 from vlp.eval.datasets.source import Record, Source
 from vlp.eval.pictures import DataError, Picture
@@ -77,9 +78,13 @@ def from_tars(
     records: list[Record] = []
     skipped: list[str] = []
     text_names: Counter[str] = Counter()
+    passed_over: Counter[str] = Counter()
+    problems: list[str] = []
     for tar in tars:
-        samples, left_out = samples_of(tar, missing)
+        samples, shard, left_out = samples_of(tar, missing)
         skipped += left_out
+        passed_over.update(shard.left_out)
+        problems += [f"{tar}: {problem}" for problem in shard.problems]
         for sample in samples:
             text_names.update(form_of(sample.content.meta, sample.content.text).keys())
             records.append(_record(tar, sample, choice, prefer))
@@ -90,12 +95,13 @@ def from_tars(
         choice.check(n_with, len(records), str(root))
     except ValueError as error:
         raise DataError(str(error)) from None
-    return Source(str(root), records, skipped=skipped)
+    unread = unread_texts(passed_over, problems)
+    return Source(str(root), records, skipped=skipped, unread=unread)
 
 
-def samples_of(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
-    """The samples of a tar, and a line for each that is left out; a DataError names them unless
-    they may be.
+def samples_of(tar: Path, missing: str) -> tuple[list[Found], Shard, list[str]]:
+    """The samples of a tar, what else is in it, and a line for each that is left out; a DataError
+    names them unless they may be.
     """
     # The same reader as in training: evaluation must not see other samples than it would.
     samples: list[Found] = []
@@ -116,7 +122,7 @@ def samples_of(tar: Path, missing: str) -> tuple[list[Found], list[str]]:
             "these samples, or pass missing=skip to evaluate without them "
             "(the score is then not comparable)"
         )
-    return samples, [f"{tar}: left out"] * n_lost
+    return samples, shard, [f"{tar}: left out"] * n_lost
 
 
 def _record(tar: Path, sample: Found, choice: Choice, prefer: str) -> Record:

@@ -33,6 +33,8 @@ class Source:
     multilabel: bool = False
     # annotations left out because their images are missing
     skipped: list[str] = field(default_factory=list)
+    # Of a set in tars: which members no reader looks at, and which texts have no image.
+    unread: str = ""
     n_joined: int = 0  # records that went because their pictures equal another one's
 
 

@@ -36,19 +36,22 @@ def from_tree(
         raise DataError(str(error)) from error
     if tree.problems and missing != "skip":
         some = "".join(f"\n  {problem}" for problem in tree.problems[:10])
+        unread = f" (not read: {archive.left_out})" if archive.left_out.counts else ""
         raise DataError(
-            f"{len(tree.problems)} images or folders of {archive.path} cannot be used:{some}\n"
-            "mend them, or pass missing=skip to evaluate without them "
+            f"{len(tree.problems)} images or folders of {archive.path} cannot be used{unread}:"
+            f"{some}\nmend them, or pass missing=skip to evaluate without them "
             "(the score is then not comparable)"
         )
 
     # With texts beside the images the class is written there; without, the folder is the class.
+    # Folders of one class, such as "cat" and "cat ", have the name of the first.
+    folders: dict[str, str] = {}
     records = []
     for item in tree.items:
         if tree.paired:
             label = item.meta.get("class", item.meta.get("cls"))
         else:
-            label = item.image.split("/")[0]
+            label = folders.setdefault(item.meta["class"], item.image.split("/")[0])
         picture = picture_of(archive, item.image)
         records.append(Record(picture, tuple(item.captions), label, item.meta))
     return Source(str(root), records, skipped=tree.problems)

@@ -101,13 +101,14 @@ def with_captions(source: Source, data: str, missing: str) -> Source:
     silent = [record.picture.name for record in source.records if not _has_caption(record)]
     if not with_caption:
         raise DataError(
-            f"none of the {len(source.records)} images of {data} has a caption; if their "
-            "captions are in a table, name it: --data TABLE images=FOLDER"
+            f"none of the {len(source.records)} images of {data} has a caption{source.unread}; if "
+            "their captions are in a table, name it: --data TABLE images=FOLDER"
         )
     if silent and missing == "error":
         raise DataError(
             f"{len(silent)} of {len(source.records)} images have no caption, e.g. {silent[0]}; "
             "add one, remove the image, or pass missing=skip to evaluate without them"
+            f"{source.unread}"
         )
     return replace(source, records=with_caption, skipped=[*source.skipped, *silent])
 

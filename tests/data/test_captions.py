@@ -300,3 +300,30 @@ def test_what_tools_write_is_read_again(tmp_path):
         (f"two dogs and a cat {i} \ufffd",) for i in range(8)
     ]
     assert open_shards(Options(str(tmp_path / "b")), Captions()).n_left_out == 0
+
+
+def test_another_usual_field_stands_in_where_there_is_no_caption_and_no_class(tmp_path):
+    records = [
+        {"url": "http://x", "TEXT": "by case", "title": "later"},
+        {"title": ["one", "two"], "description": "later"},
+        {"caption": "", "alt-text": "by marks"},
+        {"caption": "a caption", "text": "not this"},
+        {"class": "cat", "title": "a title"},
+        {"url": "http://x", "key": "7"},
+    ]
+    path = shards(tmp_path, len(records), json=records.__getitem__)
+    source = open_shards(Options(path), Captions(missing="drop", class_templates=["a {}"]))
+    assert [source[i].captions for i in range(len(source))] == [
+        ("by case",),
+        ("one", "two"),
+        ("by marks",),
+        ("a caption",),
+        ("a cat",),
+    ]
+    said = "there is no captions, caption, txt: captions are taken from the field "
+    assert said + "TEXT (1), alt-text (1), title (1)" in " ".join(source.problems())
+    assert captions_of(path, captions=["title"], config={"missing": "drop"}) == [
+        ("later",),
+        ("one", "two"),
+        ("a title",),
+    ]

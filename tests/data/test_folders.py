@@ -128,8 +128,8 @@ def test_a_table_beside_the_pictures_is_named(tmp_path, capsys, pictures, others
 
 def test_texts_in_folders_of_their_own_are_not_lost(tmp_path):
     layouts = (
-        (["images/1.png", "images/2.png"], ["captions/1.txt", "captions/2.txt"]),
-        (["images/cat/1.png", "images/dog/2.png"], ["text/cat/1.txt", "text/dog/2.txt"]),
+        (["images/1.png", "images/2.png"], ["a/captions/1.txt", "b/captions/2.txt"]),
+        (["images/cat/1.png", "images/dog/2.png"], ["text/1.txt", "text/2.txt"]),
         (["1.png", "2.png"], ["labels/1.json", "labels/2.json"]),
     )
     for number, (pictures, texts) in enumerate(layouts):
@@ -154,6 +154,7 @@ def test_splits_of_pairs_are_refused_too(tmp_path):
         ),
         (["00000.tar"], r"holds no images; found 1 \.tar .*train on them with \{name: shards\}"),
         (["a/x.webm"], r"holds no images; found 1 \.webm"),
+        (["a/x.txt", "b.txt", "c.json"], r"holds no images; found 2 \.txt, 1 \.json"),
         ([], "holds no images$"),
     ],
 )

@@ -11,6 +11,7 @@ from tests.data.folder_material import TEMPLATES, both, pack, put
 from tests.data.material import data_of, encoded, loader_of, picture
 from vlp.data.archives import Archive
 from vlp.data.trees import read_tree
+from vlp.eval.datasets import open_source
 
 
 def test_hidden_and_system_names_are_never_classes_or_pictures(tmp_path, capsys):
@@ -204,6 +205,14 @@ def test_folders_that_spell_one_class_are_one_class(tmp_path):
     decomposed = unicodedata.normalize("NFD", "café_noir")
     tree = read_tree(Archive(put(tmp_path, f"{decomposed}/1.png", "café noir/1.png", "tea /1.png")))
     assert tree.classes == ["café noir", "tea"] and "are one class" in tree.notes[0]
+    labels = [record.label for record in open_source(str(tmp_path)).records]
+    assert len(labels) == 3 and len(set(labels)) == 2, "evaluation sees the same classes"
+
+
+def test_classes_that_differ_in_case_stay_apart_and_are_told(tmp_path):
+    tree = read_tree(Archive(put(tmp_path, "Cat/1.png", "cat/1.png", "dog/1.png")))
+    assert tree.classes == ["Cat", "cat", "dog"]
+    assert tree.notes == ["'Cat', 'cat' differ in case only: they stay classes apart"]
 
 
 def test_names_that_are_no_unicode_are_packed(tmp_path):

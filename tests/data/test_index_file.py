@@ -19,14 +19,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.data.material import data_of, loader_of, write_shards, write_tar
+from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from vlp.config import Captions
 from vlp.data import index as index_module
 from vlp.data import index_file
 from vlp.data.format import ShardWriter
 from vlp.data.index import index
-from vlp.data.index_file import parse_index, save_index
-from vlp.data.rows import EXTENT
+from vlp.data.index_file import NAME, open_index, parse_index, save_index
+from vlp.data.rows import EXTENT, READER, ROW
 from vlp.data.sources import _stored_rows
 from vlp.data.sources._remote_index import list_shards
 from vlp.data.sources.remote import Options as RemoteOptions
@@ -371,3 +371,23 @@ def test_shards_of_samples_are_found_by_counts(tmp_path):
     source = opened(write_shards(tmp_path, 25, 10))
     shards = source.shards_of(np.arange(25)).tolist()
     assert shards == [0] * 10 + [1] * 10 + [2] * 5 == [source.shard_of(i) for i in range(25)]
+
+
+def test_an_index_by_a_reader_that_passed_texts_over_is_made_anew(tmp_path):
+    members = [("0.png", encoded(picture(0))), ("0.caption", b"a text")]
+    write_tar(tmp_path / "0.tar", members)
+    write_tar(tmp_path / "1.tar", [("1.png", encoded(picture(1))), ("1.txt", b"plain")])
+    paths = [tmp_path / "0.tar", tmp_path / "1.tar"]
+    shards = index(paths)
+
+    # As the reader before wrote it: the first tar without its caption.
+    for shard in shards:
+        shard.reader = 0
+    shards[0].left_out = {"members .caption": 1}
+    shards[0].rows, shards[0].forms = shards[0].rows[: ROW.size], [{}]
+    save_index(tmp_path / NAME, {shard.name: shard for shard in shards})
+
+    assert set(open_index(tmp_path / NAME)) == {"1.tar"}
+    again = index(paths)
+    assert again[0].reader == READER and again[0].left_out == {} and again[0].forms[0]
+    assert again[1].reader == 0, "others are not read again"

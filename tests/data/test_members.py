@@ -138,7 +138,8 @@ def test_every_member_that_nobody_reads_is_counted_and_told(tmp_path, capsys):
         "members .npy": 1,
         "members without an extension": 1,
         "hidden files": 3,
-        "links": 2,
+        "links (tar --dereference stores the files)": 1,
+        "links (tar --hard-dereference stores the files)": 1,
         "devices": 1,
         "folders": 1,
         "no image member": 1,
@@ -408,3 +409,36 @@ def test_no_order_of_the_members_changes_what_is_found(tmp_path):
         assert found[0] == found[1] == found[2], members
         n_compared += 1
     assert n_compared == 80 and n_samples > 300
+
+
+def test_a_stray_text_does_not_make_a_tar_be_held_in_memory(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("gathered")
+
+    members = [*ORDERS["together"](pairs("{i}")), ("README.txt", b"about")]
+    monkeypatch.setattr("vlp.data.scan.gathered", refuse)
+    assert scan(write_tar(tmp_path / "0.tar", members)).count == 6
+
+    # Nor does it where the picture that it may belong to has a text.
+    members = [*members, ("A.png", IMAGE), ("A.txt", b"own"), ("a.txt", b"other")]
+    assert scan(write_tar(tmp_path / "1.tar", members)).count == 7
+    with pytest.raises(AssertionError, match="gathered"):
+        scan(write_tar(tmp_path / "2.tar", [*members, ("B.png", IMAGE), ("b.txt", b"its")]))
+
+
+def test_a_sparse_file_with_a_long_map_costs_no_neighbour(tmp_path):
+    """GNU's older format: blocks of the map between the header and the data, which are counted in
+    no size.
+    """
+    info = tarfile.TarInfo("hole.bin")
+    info.type, info.size = b"S", 1024
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    whole = write_tar(tmp_path / "0.tar", pairs("{i}")[0]).read_bytes()
+    sparse = bytes(header) + maps + b"x" * 1024
+    (tmp_path / "2.tar").write_bytes(sparse + whole)
+    shard = scan(tmp_path / "2.tar")
+    assert shard.count == 1 and shard.left_out == {"sparse files": 1} and not shard.problems

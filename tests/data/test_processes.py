@@ -4,6 +4,7 @@ processes and real kills.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from tests.data.material import write_shards
 from vlp.data import cores, processes
 from vlp.data.processes import (
     Feed,
@@ -28,6 +30,7 @@ from vlp.data.processes import (
 from vlp.data.steps import DataError
 
 TRAINER = Path(__file__).with_name("trainer.py")
+ROOT = Path(__file__).parents[2]
 
 
 class Items(Dataset):
@@ -221,3 +224,15 @@ def test_shared_memory_that_runs_full_is_told_with_a_way_out(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     for part in ("DataError", "/dev/shm (", "free of 1 MB", "--shm-size", "data.workers=0"):
         assert part in last, done.stderr[-2000:]
+
+
+def test_a_loader_process_imports_no_model_library(tmp_path):
+    """Each would cost every server of loader processes seconds, and a hundred megabytes."""
+    folder = write_shards(tmp_path, 8, 8)
+    command = [sys.executable, "-m", "tests.data.imported", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    modules = json.loads(result.stdout)
+    assert {"torch", "regex", "vlp.data.steps", "vlp.data.sources.shards"} <= {*modules}
+    packages = {name.partition(".")[0] for name in modules}
+    assert packages.isdisjoint({"open_clip", "transformers", "timm", "torchvision", "datasets"})

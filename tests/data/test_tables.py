@@ -204,3 +204,9 @@ def test_the_folder_source_takes_what_the_table_reader_takes(tmp_path, photos):
 
     batch = next(loader_of(data_of({**source, "on_missing": "skip", "separator": ";"}), 2))
     assert sorted(batch.score.tolist()) == [0.25, 0.5]
+
+
+def test_captions_that_programs_write_for_none_are_told(tmp_path, photos):
+    table = write(tmp_path, "t.csv", "image,caption\na.jpg,nan\nb.jpg,None\nc.png,a nan\n")
+    (note,) = items(table, TableOptions()).notes
+    assert "'nan' (1), 'None' (1); empty the cells" in note

@@ -17,9 +17,12 @@ import webdataset as wds
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_shards, write_tar
 from tests.data.test_loader import joined, same, take
+from vlp.config import Captions
 from vlp.data.index import index
 from vlp.data.loader import DataError
 from vlp.data.sources import webdataset as source_module
+from vlp.data.sources.shards import Options
+from vlp.data.sources.shards import open as open_shards
 from vlp.data.sources.webdataset import StreamError
 
 PER_SHARD, N = 10, 80
@@ -238,3 +241,71 @@ def test_streams_refuse_what_needs_random_access(shards, tmp_path):
     state = loader_of(data_of(stream(shards)), 8).state_dict()
     with pytest.raises(DataError, match="sources"):
         loader_of(data_of(stream(shards, parts=2)), 8).load_state_dict(state)
+
+
+ORDERS = {
+    "together": lambda names: names,
+    "pictures first": lambda names: sorted(names, key=lambda name: name[-3:] != "png"),
+    "texts first": lambda names: sorted(names, key=lambda name: name[-3:] != "txt"),
+    "pictures first, texts backwards": lambda names: [*names[::2], *names[1::2][::-1]],
+    "one text at the end": lambda names: [*names[:3], *names[4:], names[3]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_members_in_any_order_give_the_samples_of_shards(tmp_path, order):
+    urls = []
+    for part in range(2):
+        names = [f"{part}{i}.{ending}" for i in range(6) for ending in ("png", "txt")]
+        members = [
+            (name, encoded(picture(int(name[:2]))) if name.endswith("png") else name.encode())
+            for name in ORDERS[order](names)
+        ]
+        urls.append(str(write_tar(tmp_path / f"{part}.tar", members)))
+    path = "::".join(urls)
+    local = open_shards(Options(path), Captions())
+    stream = source_module.open(source_module.Options(urls=path, samples=12), Captions())
+
+    expected = {local[i].key: (local[i].image, local[i].captions) for i in range(len(local))}
+    streamed = [stream[i] for i in range(12)]
+    assert {s.key: (s.image, s.captions) for s in streamed} == expected and len(expected) == 12
+    assert {s.key[0] for s in streamed[:6]} == {"0"}, "a tar ends before the next begins"
+
+
+def test_incomplete_samples_of_a_stream_keep_their_number(tmp_path, capfd):
+    """A picture without a text is one bad sample at the end of its tar, not a missing one."""
+    names = ["0.png", "0.txt", "1.png", "README.md", "2.txt", "3.png", "3.txt"]
+    members = [(name, encoded(picture(1)) if name.endswith("png") else b"a text") for name in names]
+    path = write_tar(tmp_path / "0.tar", members)
+    stream = source_module.open(source_module.Options(urls=str(path), samples=4), Captions())
+    assert [stream[i].key for i in (0, 1)] == ["0", "3"]
+    for i, reason in ((2, r"no caption among the members \['png'\]"), (3, "no image among the m")):
+        with pytest.raises(ValueError, match=reason):
+            stream[i]
+    assert "0.tar: passed over: 1 × md" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("urls", "message"),
+    [
+        ("{}/absent.tar", r"is neither a folder nor a tar file; there is .*, but no absent\.tar"),
+        ("{}/{{00000..00009}}.tar", r"there is .*, but no 00008\.tar in it"),
+        ("{}/{{}}.tar", r"but no \{\}\.tar in it"),
+        ("{}/no*.tar", r"is neither a folder nor a tar file"),
+        ("{}/00000.tar::", r"expected an address on each side of every ::"),
+        ("{}/nowhere/{{0..3}}.tar", r"of the path only .* is there"),
+    ],
+)
+def test_urls_that_are_not_there_are_told_before_anything_is_read(shards, urls, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(data_of(stream(shards, urls=urls.format(shards))), 8)
+
+
+def test_a_folder_and_a_pattern_name_their_tars_and_addresses_are_left_alone(shards):
+    def opened(urls: str) -> list[str]:
+        return source_module.open(source_module.Options(urls=urls, samples=N), Captions()).urls
+
+    tars = sorted(map(str, shards.glob("*.tar")))
+    assert opened(str(shards)) == opened(f"{shards}/0*.tar") == tars and len(tars) == 8
+    for url in ("pipe:cat x.tar", "s3://bucket/{0..1}.tar", "https://host/a.tar", "file:x.tar"):
+        assert opened(url)[0] == url.replace("{0..1}", "0")

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from vlp.data.captions import MAX_TEXT_BYTES
-from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden
+from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden, split_name
 from vlp.data.names import Names, cleaned
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
-# Of texts that may lie beside a picture under its name.
-CAPTION_TYPES = TEXT_TYPES | {"caption"}
 _SHOWN = 3  # names that are given for a reason
 _LONGEST_EXTENSION = 10  # what is longer is the end of a sentence
 
@@ -89,7 +87,8 @@ class LeftOut:
         nothing."""
         parts = []
         for reason, count in self.counts.most_common():
-            parts.append(f"{count:,} {reason} ({self._some(reason)})")
+            some = f" ({self._some(reason)})" if self.names[reason] else ""
+            parts.append(f"{count:,} {reason}{some}")
         return ", ".join(parts)
 
     def _some(self, reason: str) -> str:
@@ -182,7 +181,7 @@ class Archive:
 
         if extension in IMAGE_TYPES:
             self._places[name] = place
-        elif extension in CAPTION_TYPES:
+        elif extension in TEXT_TYPES:
             self.texts[name] = place
         elif 0 < len(extension) <= _LONGEST_EXTENSION:
             self.left_out.add(f".{extension}", name)
@@ -196,31 +195,40 @@ class Archive:
         with open(self.path, "rb", buffering=1 << 18) as file:
             self._refuse_packed(file.read(8))
             for member in self._members(file):
-                # Without parts that would lead out of the tar where a tool unpacks by these names.
-                parts = [part for part in member.name.split("/") if part not in ("", ".", "..")]
+                # As the members of shards are read: `vlp.data.members.parse_name`.
+                folders, last = split_name(member.name)
+                parts = [*folders, last]
                 name = "/".join(parts)
-                if len(parts) > 1:
-                    top_folders.add(parts[0])
+                if folders:
+                    top_folders.add(folders[0])
 
                 if not name.startswith(prefix):
                     continue
                 if any(is_hidden(part) for part in parts):
                     self.left_out.add("hidden", name)
                     continue
-                place = Place(str(self.path), member.offset, member.size)
-                self._take(name.removeprefix(prefix), place)
+                name = name.removeprefix(prefix)
+                if name in self._places or name in self.texts:
+                    self.left_out.add("further members of the same name", name)
+                    continue
+                self._take(name, Place(str(self.path), member.offset, member.size))
 
         if below and not (self._places or self.texts):
             raise ValueError(_no_folder(self.path, below, top_folders))
 
     def _members(self, file: BinaryIO) -> Iterator[Member]:
-        """The members of the tar; raises ValueError for damage, since a part would be lost."""
+        """The members of the tar; raises ValueError for damage, since a part would be lost. What is
+        no regular file is counted.
+        """
+        passed: Counter[str] = Counter()
         try:
-            yield from walk(file, 0, self.path.stat().st_size)
+            yield from walk(file, 0, self.path.stat().st_size, passed)
         except DamagedTar as error:
             raise ValueError(
                 f"{self.path} is no tar, or damaged: {error}; fetch or pack it again"
             ) from None
+        for kind in passed.keys() - {"folders", "joints"}:
+            self.left_out.counts[kind] += passed[kind]
 
     def _refuse_packed(self, start: bytes) -> None:
         # Samples are read from any place, and a compressed tar has none to go to.

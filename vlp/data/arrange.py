@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from vlp.data.members import MAX_IMAGE_BYTES, TEXT_TYPES, join_texts, separate
+from vlp.data.members import (
+    MAX_IMAGE_BYTES,
+    TEXT_TYPES,
+    join_loose_texts,
+    join_texts,
+    separate,
+)
 from vlp.data.rows import Shard
 from vlp.data.runs import Members, Run
 from vlp.data.tar import Member
+from vlp.data.text_files import TEXT_FILES
 
 
 class Scattered(Exception):
@@ -24,6 +31,7 @@ def in_order(
     lies beside damage.
     """
     seen: set[str] = set()
+    is_text_alone = is_image_bare = False
     for run in runs if judged else _trusted(runs, shard, seen):
         # A key returns: its members lie in several places, or it is there twice.
         if not seen.isdisjoint(run.parts):
@@ -34,7 +42,13 @@ def in_order(
         parts = run.parts if alone else _separate(run.parts, shard)
         for key, members in parts.items():
             may_be_guest = "." in key and not _complete(members)
-            if may_be_guest:
+            # The one may be the text of the other. What we wrote is never torn apart so.
+            if "image" not in members:
+                is_text_alone = True
+            elif members.keys().isdisjoint(TEXT_FILES):
+                is_image_bare = True
+            is_loose = is_text_alone and is_image_bare and not judged
+            if may_be_guest or is_loose:
                 raise Scattered
             yield key, members, alone
 
@@ -42,13 +56,19 @@ def in_order(
 def gathered(
     runs: Iterator[Run], file: BinaryIO, shard: Shard, judged: bool
 ) -> Iterator[tuple[str, Members, bool]]:
-    """(key, members, False) of every sample, wherever in the tar its members lie, in the order of
+    """(key, members, whole) of every sample, wherever in the tar its members lie, in the order of
     their first ones. `judged` as above.
     """
     parts: dict[str, Members] = {}
+    in_one_run: set[str] = set()
     suspects: set[str] = set()
     unclear: set[str] = set()
     for run in runs if judged else _trusted(runs, shard, suspects):
+        if len(run.parts) == 1 and run.key not in parts:
+            in_one_run.add(run.key)
+        else:
+            in_one_run -= run.parts.keys()
+
         for key, members in run.parts.items():
             first = parts.setdefault(key, {})
             twice = first.keys() & members.keys()
@@ -77,7 +97,8 @@ def gathered(
             del parts[key]
 
     for key, members in _separate(parts, shard).items():
-        yield key, members, False
+        has_joined = members.keys() != parts[key].keys()
+        yield key, members, key in in_one_run and not has_joined
 
 
 def read_member(file: BinaryIO, member: Member) -> bytes:
@@ -88,7 +109,10 @@ def read_member(file: BinaryIO, member: Member) -> bytes:
 
 def _separate(parts: dict[str, Members], shard: Shard) -> dict[str, Members]:
     """The members by sample; guests, which nobody reads, are counted."""
-    parts = join_texts(parts, _extension)
+    parts, n_loose = join_loose_texts(join_texts(parts, _extension))
+    for how, n in n_loose.items():
+        shard.pass_over(how, n)
+
     samples, guests = separate(parts)
     for key, host in guests.items():
         for member in parts[key].values():

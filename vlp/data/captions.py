@@ -17,10 +17,13 @@ from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from vlp.config import Captions
-from vlp.data import encodings
+from vlp.data import encodings, text_files, usual_names
+from vlp.data.text_files import TEXT_FILES
 
 MAX_TEXT_BYTES = 1 << 20  # a caption file or JSON beyond this is an attack or an accident
-USUAL = ("captions", "caption", "txt")  # where captions stand in a shard of which nothing is said
+# Where captions stand in a shard of which nothing is said; a sample that has none of these may have
+# some under another usual name.
+USUAL = ("captions", "caption", "txt")
 MAX_CLASS = 10**9  # class numbers are below this
 
 # the text file among the names of a `Form`, in which `txt` may be a field of the JSON too
@@ -41,8 +44,9 @@ class TextMembers(NamedTuple):
 
     captions: tuple[str, ...]
     meta: dict[str, Any]  # the JSON, with the class number of a .cls as "cls"
-    text: str  # of the .txt, whole
+    text: str  # of the text file, whole
     notes: list[str]  # what could not be used, as "kind: details"
+    spare: list[str]  # text files that are not read, in words: "a .caption beside a .txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Texts:
     # Fields of the JSON by name, `txt` for the text file: [re_caption, txt] has the texts of all of
     # them, in this order; {re_caption: 0.75, txt: 0.25} draws a field by its share; {long:
     # re_caption, short: caption} names the field of each of data.captions.roles. Empty: the JSON's
-    # captions or caption, else the text file.
+    # captions or caption, else the text file, else another usual field such as text or title.
     captions: list[str] | dict[str, float] | dict[str, str] = field(default_factory=list)
     # A text file of several lines: as data.captions.lines, unless said here.
     lines: Literal["one", "each"] | None = None
@@ -129,10 +133,19 @@ class Choice:
 
     def count(self, form: Form) -> int:
         """How many captions a sample of this form has."""
-        counts = [self._under(name, form) for name in self.names or USUAL]
         if self.names:
-            return sum(counts)
-        return next(filter(None, counts), 0)
+            return sum(self._under(name, form) for name in self.names)
+
+        usual = (self._under(name, form) for name in USUAL)
+        return next(filter(None, usual), 0) or form.get(self.stand_in(form) or "", 0)
+
+    def stand_in(self, form: Form) -> str | None:
+        """The field of the JSON that is taken for the captions of a sample of this form: text,
+        title, …; None where it has some under `USUAL`, or names say which.
+        """
+        if self.names or any(self._under(name, form) for name in USUAL):
+            return None
+        return usual_names.stand_in(form)
 
     def captions(self, meta: dict[str, Any], text: str) -> tuple[str, ...]:
         """The captions of a sample with this JSON and this text file."""
@@ -190,7 +203,10 @@ class Choice:
         for name in USUAL:
             if texts := self._texts(name, meta, text):
                 return [texts]
-        return []
+
+        # As the index counted: by the form that it keeps.
+        stand_in = usual_names.stand_in(cut(form_of(meta, text)))
+        return [self._texts(stand_in, meta, text)] if stand_in else []
 
     def _texts(self, name: str, meta: dict[str, Any], text: str) -> Sequence[str]:
         """The captions under a name; as many as `_under` counts."""
@@ -215,7 +231,7 @@ def listed(names: Mapping[str, int]) -> str:
 
 
 def read_texts(members: dict[str, bytes]) -> TextMembers:
-    """Read the members txt, json and cls of a sample."""
+    """Read the text members of a sample, by extension: `TEXT_FILES`, json and cls."""
     notes: list[str] = []
     decoded = {}
     for kind, data in members.items():
@@ -235,11 +251,9 @@ def read_texts(members: dict[str, bytes]) -> TextMembers:
                 f"expected a whole number below {MAX_CLASS}"
             )
 
-    text = decoded.get("txt", "")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.strip()
-    return TextMembers(_USUAL_CHOICE.captions(meta, text), meta, text, notes)
+    texts = {kind: decoded[kind] for kind in TEXT_FILES if kind in decoded}
+    text, spare = text_files.chosen(texts)
+    return TextMembers(_USUAL_CHOICE.captions(meta, text), meta, text, notes, spare)
 
 
 def form_of(meta: dict[str, Any], text: str) -> Form:
@@ -261,7 +275,7 @@ def cut(form: Form) -> Form:
         return form
 
     names = [name for name in form if len(name) <= _MAX_NAMES][:_MAX_NAMES]
-    kept = {*names, *USUAL, TEXT_FILE}
+    kept = {*names, *USUAL, TEXT_FILE, "class"}
     return {name: n for name, n in form.items() if name in kept}
 
 

@@ -158,10 +158,13 @@ def _read(file: BinaryIO, size: int, path: str, oldest: int) -> dict[str, Shard]
     file.seek(len(magics[version]))
     try:
         if version == VERSION:
-            return _with_places(file, size, path)
-        return _whole(file.read(), version)
+            shards = _with_places(file, size, path)
+        else:
+            shards = _whole(file.read(), version)
     except (TypeError, KeyError, IndexError, RecursionError, AttributeError) as error:
         raise ValueError(f"its header is none ({type(error).__name__})") from None
+    # Of those an earlier reader may have left out captions that are read by now.
+    return {name: shard for name, shard in shards.items() if not shard.is_outdated()}
 
 
 def _with_places(file: BinaryIO, size: int, path: str) -> dict[str, Shard]:

@@ -8,14 +8,17 @@ like any other member.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any, NamedTuple, TypeVar
 
+from vlp.data import loose_texts
 from vlp.data.captions import read_texts
 from vlp.data.digests import UNKNOWN, digest_of
 from vlp.data.tar import Member, walk
+from vlp.data.text_files import TEXT_FILES
 
 # Pillow's names of the formats that are read, with the extensions that say so. Content decides what
 # a picture is; an extension only whether a member or file is taken for one. None of these readers
@@ -32,7 +35,7 @@ IMAGE_FORMATS = {
     "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
 }
 IMAGE_TYPES = frozenset().union(*IMAGE_FORMATS.values())
-TEXT_TYPES = frozenset({"txt", "json", "cls"})
+TEXT_TYPES = frozenset({*TEXT_FILES, "json", "cls"})
 # KEY.negative.jpg: the image of the sample's first negative caption; KEY.negative.2.jpg: of the
 # third, counted from 0
 _NEGATIVE = re.compile(r"\.negative(?:\.(\d{1,3}))?$", re.IGNORECASE)
@@ -78,8 +81,9 @@ class Content:
     negative_images: dict[int, Picture] = field(default_factory=dict)
     captions: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
-    text: str = ""  # of the .txt, whole
+    text: str = ""  # of its text file, whole
     notes: list[str] = field(default_factory=list)  # oddities that did not cost the sample
+    spare: list[str] = field(default_factory=list)  # text files that another one goes before
 
 
 def parse_name(name: str) -> Name | None:
@@ -95,8 +99,7 @@ def parse_name(name: str) -> Name | None:
     # Most names have no folder, and this is called for every member of every tar.
     folder, last = "", name
     if "/" in name or "\\" in name or "\0" in name:
-        *parts, last = name.replace("\\", "/").replace("\0", "").split("/")
-        parts = [part for part in parts if part not in ("", ".", "..")]
+        parts, last = split_name(name)
         if any(map(is_hidden, parts)):
             return None
         folder = "".join(f"{part}/" for part in parts)
@@ -108,7 +111,7 @@ def parse_name(name: str) -> Name | None:
     if not dot:
         return Name(folder + last, "", "")
 
-    extension = extension.lower()
+    extension = extension.rstrip().lower()
     kind = extension if extension in TEXT_TYPES else ""
     if _BOOKKEEPING.fullmatch(last):
         kind = ""
@@ -118,6 +121,12 @@ def parse_name(name: str) -> Name | None:
         if "negative" in stem[-_LONGEST_NEGATIVE:].lower():
             kind, stem = _kind_of_image(stem)
     return Name(folder + stem, kind, extension)
+
+
+def split_name(name: str) -> tuple[list[str], str]:
+    """The folders of a member's name, without parts that lead elsewhere, and its last part."""
+    *folders, last = name.replace("\\", "/").replace("\0", "").split("/")
+    return [folder for folder in folders if folder not in ("", ".", "..")], last
 
 
 def _kind_of_image(stem: str) -> tuple[str, str]:
@@ -175,6 +184,30 @@ def join_texts(
         if not joined[key]:
             del joined[key]
     return joined
+
+
+def join_loose_texts(
+    parts: dict[str, dict[str, Payload]],
+) -> tuple[dict[str, dict[str, Payload]], Counter[str]]:
+    """The members by kind, by key, with the texts that `vlp.data.loose_texts` finds a picture for;
+    and how many were found in which way.
+    """
+    pictures = {key: TEXT_TYPES & kinds.keys() for key, kinds in parts.items() if "image" in kinds}
+    texts = [
+        (key, kind)
+        for key in parts.keys() - pictures.keys()
+        for kind in TEXT_TYPES & parts[key].keys()
+    ]
+    owners = loose_texts.owners(pictures, texts)
+    if not owners:
+        return parts, Counter()
+
+    joined = {key: dict(members) for key, members in parts.items()}
+    for (key, kind), owner in sorted(owners.items()):
+        joined[owner.key][kind] = joined[key].pop(kind)
+        if not joined[key]:
+            del joined[key]
+    return joined, Counter(owner.how for owner in owners.values())
 
 
 def separate(
@@ -259,11 +292,16 @@ def _key_of(names: list[Name]) -> str:
 
 
 def _is_part(name: Name, key: str) -> bool:
-    """Whether a member belongs to a sample: by its key, or as a text by its image's name."""
+    """Whether a member may belong to a sample: by its key, or as a text by its image's name or by
+    another spelling of it.
+    """
     if name.key == key:
         return True
     stem, _, extension = name.key.rpartition(".")
-    return name.kind in TEXT_TYPES and stem == key and extension.lower() in IMAGE_TYPES
+    if name.kind not in TEXT_TYPES:
+        return False
+    by_image = stem == key and extension.lower() in IMAGE_TYPES
+    return by_image or loose_texts.may_own(key, name.key)
 
 
 def check_images(members: dict[str, Member]) -> None:
@@ -279,9 +317,8 @@ def check_images(members: dict[str, Member]) -> None:
 
 
 def fill(content: Content, texts: dict[str, bytes]) -> None:
-    """Read the members txt, json and cls into captions, meta and text; what cannot be used is
-    noted.
-    """
+    """Read the text members into captions, meta and text; what cannot be used is noted."""
     read = read_texts(texts)
     content.captions, content.meta, content.text = read.captions, read.meta, read.text
     content.notes += read.notes
+    content.spare = read.spare

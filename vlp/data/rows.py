@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from vlp.data.captions import Form
-from vlp.data.members import Content, open_sample
+from vlp.data.members import TEXT_TYPES, Content, open_sample
 from vlp.fields import JSON_LABELS
 
 # Offset and bytes of the sample's members, number of its form, digest of its members, the most
@@ -27,6 +27,8 @@ _FIRST_LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}
 FURTHER_LABELS = [name for name in JSON_LABELS if name not in _FIRST_LABELS]
 LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS)}
 
+# Of the reader of tars; raised where it takes for samples or texts what it passed over before.
+READER = 1
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
 _KINDS = 40  # different kinds of what was left out; further ones are counted together
 
@@ -63,6 +65,7 @@ class Shard:
     size: int
     mtime_ns: int
     ctime_ns: int = 0  # of the inode's last change, which no tool sets back
+    reader: int = 0  # READER of whoever read it
     count: int = 0
     n_left_out: int = 0  # samples that are in the tar, or were written to it, but not in `rows`
     n_problems: int = 0  # those, and what is odd or damaged besides
@@ -100,6 +103,14 @@ class Shard:
         if kind not in self.left_out and len(self.left_out) >= _KINDS:
             kind = "of further kinds"
         self.left_out[kind] = self.left_out.get(kind, 0) + n
+
+    def is_outdated(self) -> bool:
+        """Whether an earlier reader passed over what may be texts for the one of today."""
+        if self.reader >= READER:
+            return False
+        passed_over = [kind for kind in self.left_out if kind.startswith("members .")]
+        has_texts = any(kind.rpartition(".")[2] in TEXT_TYPES for kind in passed_over)
+        return has_texts or "no image member" in self.left_out
 
     def sample(self, file: BinaryIO, i: int) -> Content:
         """Sample i, read from the opened shard; raises ValueError where it cannot be used."""

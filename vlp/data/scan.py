@@ -32,6 +32,7 @@ from vlp.data.rows import (
     EXTENT,
     LABELS,
     PICTURED,
+    READER,
     ROW,
     SCATTERED,
     Shard,
@@ -94,7 +95,8 @@ def read(
     try:
         with open(path, "rb", buffering=1 << 18) as file:
             status = os.fstat(file.fileno())
-            shard = Shard(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            times = status.st_mtime_ns, status.st_ctime_ns
+            shard = Shard(path.name, status.st_size, *times, reader=READER)
             _refuse_packed(path, file)
 
             # Nearly every tar is in order; only of the others all members are held in memory.
@@ -183,6 +185,8 @@ def _found(file: BinaryIO, shard: Shard, key: str, members: Members, whole: bool
     # Oddities that cost only themselves.
     for note in content.notes:
         shard.report(key, note)
+    for kind in content.spare:
+        shard.pass_over(kind)
     by_name = {members[kind].name: data[kind] for kind in data}
     digest = digest_written = digests.digest_of(by_name)
     if any(name.startswith("./") for name in by_name):

@@ -22,8 +22,8 @@ _REGULAR = b"0\x007"
 # Links, devices, folders and pipes: their size, if any, counts no bytes of the file.
 _WITHOUT_DATA = b"123456"
 _NAMES = {
-    b"1": "links",
-    b"2": "links",
+    b"1": "links (tar --hard-dereference stores the files)",
+    b"2": "links (tar --dereference stores the files)",
     b"3": "devices",
     b"4": "devices",
     b"5": "folders",
@@ -88,6 +88,8 @@ def walk(
 
         kind, name, size = _header(header, position)
         data = position + BLOCK
+        if kind == b"S":
+            data += _sparse_map_bytes(file, header)
         # A long name (GNU) or extended header (POSIX) for the member that comes next.
         if kind in b"Lx":
             if data + size > end or size > MAX_HEADER_BYTES:
@@ -98,6 +100,8 @@ def walk(
             name = override.get("path", name)
             if data + size > end:
                 raise DamagedTar(position, f"member {name!r} needs {size} bytes but the file ends")
+            if override.get("sparse"):
+                kind = b"S"
             if kind in _REGULAR:
                 yield Member(name, chain, data, size)
             elif kind not in b"gK":  # a header of no member, and a long link's name
@@ -108,6 +112,18 @@ def walk(
         chain = position if not override else chain
     if position < end:
         raise DamagedTar(position, "the file ends within a header")
+
+
+def _sparse_map_bytes(file: BinaryIO, header: bytes) -> int:
+    """How many bytes of GNU's map of a sparse file follow its header, before its data; the file
+    stands behind the header.
+    """
+    n_blocks = 0
+    block, flag = header, 482  # whether a block of the map follows, and in that, another one
+    while len(block) == BLOCK and block[flag]:
+        block, flag = file.read(BLOCK), 504
+        n_blocks += 1
+    return n_blocks * BLOCK
 
 
 def find_header(file: BinaryIO, position: int, end: int) -> int:
@@ -201,6 +217,9 @@ def _extended(kind: bytes, data: bytes, position: int) -> dict[str, Any]:
                 result["path"] = value[:-1].decode("utf-8", "replace")
             elif key == b"size":
                 result["size"] = int(value)
+            # Such a file looks like a regular one, and holds a map before parts of its bytes.
+            elif key.startswith(b"GNU.sparse."):
+                result["sparse"] = True
             start += length
     except ValueError:
         raise DamagedTar(position, "a damaged extended header") from None

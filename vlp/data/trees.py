@@ -2,6 +2,7 @@
 one folder a class.
 
     00000/000000001.jpg + .txt, .json (img2dataset's `files`) or .caption, at any depth     pairs
+    images/1.jpg + texts/1.txt and other loose texts (`vlp.data.loose_texts`)                pairs
     cat/1.jpg, cat/more/2.jpg, dog/1.jpg                                                     classes
 
 A tree in which any picture has a text beside it is never taken for classes. A folder of splits, or
@@ -12,15 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlp.data import splits
 from vlp.data.archives import Archive, extension_of, printable
-from vlp.data.captions import Choice, lines_of, read_texts
+from vlp.data.captions import Choice, form_of, lines_of, read_texts
 from vlp.data.tables import Item, fetched
+from vlp.data.texts_beside import stem_of, texts_beside, with_loose_texts
 
 _TABLES = (".csv", ".tsv", ".token", ".jsonl", ".ndjson", ".parquet")
 # What a .txt or .json is called that is a table rather than a note.
@@ -49,10 +50,11 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
     `lines`: a text file of several lines is one caption, or each of its lines is one.
     """
     if not archive.names:
-        others = f"; found {archive.left_out}" if archive.left_out.counts else ""
-        raise ValueError(f"{archive.path} holds no images{others}{_other_hint(archive)}")
+        others = f"{_found_instead(archive)}{_other_hint(archive)}"
+        raise ValueError(f"{archive.path} holds no images{others}")
 
-    texts = _texts_beside(archive)
+    beside = texts_beside(archive)
+    texts, n_loose = with_loose_texts(archive, beside)
 
     # One folder "train" of pairs is a name like another; of classes it would be the only class.
     split_folders = splits_in(archive)
@@ -62,7 +64,9 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
             f"give one of them, such as {_how_to_name(archive, split_folders[0])}"
         )
     if texts:
-        return _pairs(archive, texts, lines)
+        tree = _pairs(archive, texts, lines)
+        tree.notes += [f"{n:,} {how}" for how, n in n_loose.items()]
+        return tree
     # Their folders are numbered as they were fetched, which says nothing of the pictures.
     if fetched.files_in(archive.path):
         raise ValueError(
@@ -141,40 +145,6 @@ def _last(name: str) -> str:
 # --- pairs ----------------------------------------------------------------------------------------
 
 
-def _texts_beside(archive: Archive) -> dict[str, dict[str, str]]:
-    """{picture: {kind: text}} of the pictures that have any: `a.txt` or `a.jpg.txt` beside
-    `a.jpg`."""
-    # Composed Unicode throughout: a tar made on a Mac spells its names decomposed.
-    by_stem: dict[str, dict[str, str]] = defaultdict(dict)
-    by_image_name: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in archive.texts:
-        extension = extension_of(name)
-        kind = "txt" if extension == "caption" else extension
-        by_stem[_stem(name)].setdefault(kind, name)
-        by_image_name[_plain_extension(_stem(name))].setdefault(kind, name)
-
-    stems = {_plain_extension(_stem(name)) for name in archive.names}
-    beside: dict[str, dict[str, str]] = {}
-    for name in archive.names:
-        image_name = _plain_extension(unicodedata.normalize("NFC", name))
-        # Of `a.jpg` and `a.jpg.png`, the second one has the text `a.jpg.txt`.
-        by_name = {} if image_name in stems else by_image_name.get(image_name, {})
-        texts = by_name | by_stem.get(_stem(name), {})
-        if texts:
-            beside[name] = texts
-    return beside
-
-
-def _plain_extension(name: str) -> str:
-    """The name with its last extension in lower case."""
-    stem, extension = os.path.splitext(name)
-    return stem + extension.lower()
-
-
-def _stem(name: str) -> str:
-    return unicodedata.normalize("NFC", os.path.splitext(name)[0])
-
-
 def _pairs(
     archive: Archive, texts: dict[str, dict[str, str]], lines: Literal["one", "each"]
 ) -> Tree:
@@ -183,6 +153,7 @@ def _pairs(
     items: list[Item] = []
     problems: list[str] = []
     json_keys: set[str] = set()
+    stand_ins: Counter[str] = Counter()
     n_of_several_lines = 0
     for name in archive.names:
         if name not in texts:
@@ -195,8 +166,12 @@ def _pairs(
             continue
 
         content = read_texts(members)
+        for kind in content.spare:
+            archive.left_out.add(kind, name)
         json_keys |= content.meta.keys()
         captions = choice.captions(content.meta, content.text)
+        if stand_in := choice.stand_in(form_of(content.meta, content.text)):
+            stand_ins[stand_in] += 1
         if captions == (content.text,) and len(lines_of(content.text)) > 1:
             n_of_several_lines += 1
 
@@ -206,8 +181,9 @@ def _pairs(
             items.append(Item(name, 0, list(captions), meta))
             continue
         fault = "holds no caption"
-        if content.notes:
-            fault = f"cannot be used: {'; '.join(content.notes)}"
+        unread = [*content.notes, *content.spare]
+        if unread:
+            fault = f"cannot be used: {'; '.join(unread)}"
         problems.append(f"the text beside {name!r} {fault}")
 
     if not items:
@@ -230,6 +206,8 @@ def _pairs(
             f"text files of several lines are one caption each beside {n_of_several_lines:,} "
             "images; lines: each (--lines each) makes each line a caption"
         )
+    for field_name, n in stand_ins.items():
+        notes.append(f"captions are taken from the JSON's {field_name!r} beside {n:,} images")
     return Tree(items, _class_names(items), True, problems, notes)
 
 
@@ -245,6 +223,15 @@ def _class_names(items: list[Item]) -> list[str]:
 def _leave_out_texts(archive: Archive, names: list[str]) -> None:
     for name in names:
         archive.left_out.add(f".{extension_of(name)} without an image", name)
+
+
+def _found_instead(archive: Archive) -> str:
+    """What lies there that is neither an image nor the text of one, as "; found …"."""
+    parts = [str(archive.left_out)] if archive.left_out.counts else []
+    if archive.texts and not archive.names:
+        kinds = Counter(extension_of(name) for name in archive.texts)
+        parts += [f"{n:,} .{kind}" for kind, n in kinds.most_common()]
+    return f"; found {', '.join(parts)}" if parts else ""
 
 
 def _expected(name: str) -> str:
@@ -264,8 +251,8 @@ def _classes(archive: Archive) -> Tree:
     if len(loose) == len(archive.names):
         raise ValueError(
             f"{archive.path} is no tree with one folder a class: its {len(loose)} images lie "
-            f"outside of any folder, and none has a text beside it ({_expected(loose[0])}); "
-            f"{_naming(archive)}"
+            f"outside of any folder, and none has a text beside it ({_expected(loose[0])}"
+            f"{_found_instead(archive)}); {_naming(archive)}"
         )
 
     tops = {name.split("/")[0] for name in archive.names if "/" in name}
@@ -303,11 +290,11 @@ def _classes(archive: Archive) -> Tree:
 def _refuse_texts_elsewhere(archive: Archive) -> None:
     """Raise where texts lie in folders of their own, with the names of the images: they would be
     lost."""
-    images = {_last(_stem(name)): name for name in archive.names}
+    images = {_last(stem_of(name)): name for name in archive.names}
     # A few notes may be called as an image is by chance; most of the texts are not.
-    paired = [text for text in sorted(archive.texts) if _last(_stem(text)) in images]
+    paired = [text for text in sorted(archive.texts) if _last(stem_of(text)) in images]
     if 2 * len(paired) > len(archive.texts):
-        image = images[_last(_stem(paired[0]))]
+        image = images[_last(stem_of(paired[0]))]
         raise ValueError(
             f"{archive.path}: {len(paired)} texts are called as images are, but lie in other "
             f"folders (as {paired[0]} for {image}); put each beside its image, in the same folder. "
@@ -351,4 +338,13 @@ def _notes(folders: set[str]) -> list[str]:
     for same_class in spellings.values():
         if len(same_class) > 1:
             notes.append(f"the folders {', '.join(map(repr, same_class))} are one class")
+
+    by_case = defaultdict(list)
+    for name in spellings:
+        by_case[name.casefold()].append(name)
+    for names in by_case.values():
+        if len(names) > 1:
+            notes.append(
+                f"{', '.join(map(repr, names))} differ in case only: they stay classes apart"
+            )
     return notes

@@ -45,8 +45,9 @@ def open_tree(
 
     if tree.problems and on_missing == "fail":
         lines = "\n".join(tree.problems[:10])
+        unread = f"; not read: {archive.left_out}" if archive.left_out.counts else ""
         raise ValueError(
-            f"{len(tree.problems)} images or folders cannot be used; "
+            f"{len(tree.problems)} images or folders cannot be used{unread}; "
             f"on_missing: skip leaves them out\n{lines}"
         )
 

@@ -24,6 +24,7 @@ class Kinds:
     """What follows from the kinds of all samples, without reading a row."""
 
     names: Counter[str]  # how many samples have a text under each name
+    stand_ins: Counter[str]  # how many have their captions under another usual name
     n_several: int  # samples whose text file has several lines, which are one caption
     n: np.ndarray  # usable samples of each shard, int64
     n_without: np.ndarray  # samples of each shard that are left out for want of a text, int64
@@ -41,6 +42,7 @@ def kinds_of(shards: Sequence[Shard], choice: Choice, with_class: bool) -> Kinds
     usable.
     """
     names: Counter[str] = Counter()
+    stand_ins: Counter[str] = Counter()
     n_several = 0
     n = np.zeros(len(shards), np.int64)
     n_without = np.zeros(len(shards), np.int64)
@@ -76,6 +78,8 @@ def kinds_of(shards: Sequence[Shard], choice: Choice, with_class: bool) -> Kinds
 
     for (key, number), n_samples in with_form.items():
         in_form = forms_of[key][number]
+        if stand_in := choice.stand_in(in_form):
+            stand_ins[stand_in] += n_samples
         names.update({"txt" if name == TEXT_FILE else name: n_samples for name in in_form})
 
     every_flag, some_flag = -1, 0
@@ -84,6 +88,7 @@ def kinds_of(shards: Sequence[Shard], choice: Choice, with_class: bool) -> Kinds
         some_flag |= kind.some_flags
     return Kinds(
         names,
+        stand_ins,
         n_several,
         n,
         n_without,

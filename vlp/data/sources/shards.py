@@ -38,7 +38,7 @@ from vlp.data.sources._table import (
     table_of,
 )
 from vlp.data.stored import source
-from vlp.data.tables import fetched
+from vlp.data.without_text import columns_beside, other_names, unread_texts
 from vlp.privacy import address
 from vlp.types import Sample
 
@@ -174,6 +174,11 @@ class Shards(Source):
         n_samples = int(kinds.n.sum() + kinds.n_without.sum())
         self._problems += self.choice.check(self.names, n_samples, name)
 
+        if kinds.stand_ins:
+            self._problems.append(
+                f"{name}: there is no {', '.join(USUAL)}: captions are taken from the field "
+                f"{listed(kinds.stand_ins)}; the source's captions names others"
+            )
         if kinds.n_several:
             self._problems.append(
                 f"{name}: text files of several lines are one caption each in "
@@ -212,15 +217,6 @@ class Shards(Source):
     def _name(self) -> str:
         return self.paths[0] + ("…" if len(self.paths) > 1 else "")
 
-    def _other_columns(self) -> str:
-        """How img2dataset's parquet files beside the shards come into the samples."""
-        if not any(fetched.beside(Path(path)) for path in self.paths):
-            return ""
-        return (
-            ". Parquet files lie beside the shards: vlp data filter SHARDS --to DIR writes their "
-            "columns into the samples"
-        )
-
     def _refuse_or_note(self, kinds: Kinds) -> None:
         """Refuse samples without a text, or note how many there are in each shard."""
         per_shard = kinds.n_without
@@ -232,14 +228,13 @@ class Shards(Source):
 
         # To leave samples out is a choice of the user's: a misspelt name would leave out most.
         if self.captions.missing == "error":
-            wanted = " or ".join(self.choice.names or USUAL)
+            n_samples = n_without + int(kinds.n.sum())
             raise ValueError(
-                f"{n_without} of {n_without + int(kinds.n.sum())} samples have no caption under "
-                f"{wanted} "
-                f"({'; '.join(lines[:3])}). There are texts under {listed(self.names)}: name those "
-                "to take in the source's captions; or set captions.class_templates to make "
-                "captions of class names, or captions.missing=drop to leave the samples out"
-                f"{self._other_columns()}"
+                f"{n_without} of {n_samples} samples have no caption under "
+                f"{' or '.join(self.choice.names or USUAL)} ({'; '.join(lines[:3])}). "
+                f"{other_names(self.names)}Set captions.class_templates to make captions of class "
+                "names, or captions.missing=drop to leave the samples out"
+                f"{unread_texts(self.left_out, self._problems)}{columns_beside(self.paths)}"
             )
         self._problems += lines
 

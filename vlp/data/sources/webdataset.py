@@ -19,6 +19,8 @@ Members stay bytes: webdataset's own decoder, which runs pickles, is never used.
   ranks and workers change no batch, but read parts more than once;
 - a sample is known by its number in the pass; its key is webdataset's `__key__`, where there is
   one;
+- members of a sample may lie anywhere in their tar (`_grouped`); best they follow one another,
+  which needs no memory;
 - a damaged tar (cut short, or with a member twice) ends the run after some tries: it looks like a
   connection that broke, and to skip what a broken connection held would change the order. Leave the
   tar out of `urls`, or skip the damage in a pipeline of your own with
@@ -34,23 +36,35 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
 from vlp.config import Captions
 from vlp.data.captions import Choice, Texts
-from vlp.data.members import TEXT_TYPES, Content, fill, join_texts, parse_name, separate
-from vlp.data.sources import Source, _written, captions_of
+from vlp.data.members import (
+    TEXT_TYPES,
+    Content,
+    fill,
+    join_loose_texts,
+    join_texts,
+    parse_name,
+    separate,
+)
+from vlp.data.paths import expand
+from vlp.data.sources import Source, _grouped, _written, captions_of
 from vlp.plugin import own_function
 from vlp.types import Sample
 
 RESERVE = 64
 _TRIES = 4
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # pipe:, https:, s3:, file:
 # Before a stream that failed is opened again; doubled before each further try.
 _PAUSE_S = 1.0
 
@@ -96,6 +110,21 @@ def open(options: Options, captions: Captions) -> Stream:
     return stream
 
 
+def _urls_of(urls: str) -> list[str]:
+    """The addresses that the option names, in order; raises ValueError for what is not there."""
+    names: list[str] = []
+    for pattern in urls.split("::"):
+        if not pattern.strip():
+            raise ValueError(f"urls is {urls!r}; expected an address on each side of every ::")
+        for name in braceexpand(pattern):
+            # Others are opened where they are read. What is there keeps its spelling: a resumed
+            # run compares it.
+            is_elsewhere = _ADDRESS.match(name) is not None
+            is_there = Path(name).exists() and not Path(name).is_dir()
+            names += [name] if is_elsewhere or is_there else map(str, expand(name, packed=True))
+    return names
+
+
 class Stream(Source):
     """Samples of a stream by their number in a pass, cheap where the numbers rise."""
 
@@ -105,8 +134,7 @@ class Stream(Source):
         self.choice = Choice.of(options, captions)
         self.urls: list[str] = []
         if options.urls:
-            for pattern in options.urls.split("::"):
-                self.urls += braceexpand(pattern)
+            self.urls = _urls_of(options.urls)
         self.reserve = min(RESERVE, options.samples)
 
         self._first: list[Sample | ValueError] = []
@@ -151,13 +179,15 @@ class Stream(Source):
     def _open(self, part: int) -> Iterable[dict[str, Any]]:
         """The samples of a part from its beginning, as webdataset gives them."""
         import webdataset as wds
+        from webdataset.tariterators import tar_file_expander, url_opener
 
         if self.options.pipeline:
             pipeline = own_function(self.options.pipeline, "pipeline")
             stream = pipeline(part, self.options.parts)
         else:
             shards = wds.SimpleShardList(self.urls[part :: self.options.parts])
-            stream = _written.counted(wds.DataPipeline(shards, wds.tarfile_to_samples()))
+            files = wds.DataPipeline(shards, url_opener, tar_file_expander)
+            stream = _written.counted(_grouped.samples(files))
 
         size = self.options.buffer
         if not size:
@@ -221,7 +251,7 @@ class _Part:
                 empty = False
                 yield sample
             if empty:
-                raise StreamError(f"{self.name} is empty")
+                raise StreamError(f"{self.name} is empty: its tars hold no samples")
 
 
 def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions) -> Sample:
@@ -233,7 +263,7 @@ def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions)
     if not texts:
         under = f" under {choice.names}" if choice.names else ""
         notes = f"; {'; '.join(content.notes)}" if content.notes else ""
-        raise ValueError(f"no caption{under}{notes}")
+        raise ValueError(f"no caption{under} among the members {sorted(_endings(members))}{notes}")
 
     return Sample(
         i,
@@ -258,19 +288,22 @@ def _content(i: int, members: dict[str, Any]) -> Content:
     # webdataset cuts names at the first dot, so one of its samples may be several of ours.
     parts: dict[str, dict[str, _Member]] = {}
     prefix = str(members.get("__key__", i))
-    endings = [ending for ending in members if not ending.startswith("__")]
-    for ending in endings:
+    for ending in _endings(members):
         name = parse_name(f"{prefix}.{ending}")
         if name is not None and name.kind:
             data = _bytes(ending, members[ending], name.kind)
             parts.setdefault(name.key, {}).setdefault(name.kind, _Member(name.extension, data))
 
-    samples, _ = separate(join_texts(parts, _extension))
+    parts, _ = join_loose_texts(join_texts(parts, _extension))
+    samples, _ = separate(parts)
     pictured = {
         key: sample for key, sample in samples.items() if "image" in sample and sample["image"].data
     }
     if not pictured:
-        raise ValueError(f"no image among the members {sorted(endings)}")
+        raise ValueError(
+            f"no image among the members {sorted(_endings(members))}; where its image stands far "
+            "before, sort the tar by name, or read it by the source shards"
+        )
     if len(pictured) > 1:
         raise ValueError(
             f"webdataset joins the samples {sorted(pictured)} at their first dot; "
@@ -282,6 +315,11 @@ def _content(i: int, members: dict[str, Any]) -> Content:
     texts = {kind: member.data for kind, member in sample.items() if kind in TEXT_TYPES}
     fill(content, texts)
     return content
+
+
+def _endings(members: dict[str, Any]) -> list[str]:
+    """What members are called behind their key."""
+    return [ending for ending in members if not ending.startswith("__")]
 
 
 def _check_written(members: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vlp.data.members import IMAGE_TYPES
 from vlp.data.tables import fetched
 from vlp.data.tables.files import option
+from vlp.data.usual_names import CAPTION_NAMES, plain
 from vlp.schema import did_you_mean
 
 # Looked for in this order where none is named, in any case and with blanks, "-", "_" or nothing.
@@ -20,11 +21,8 @@ IMAGE_COLUMNS = (
     "img_name", "image_file", "image_filename", "img", "path", "file", "picture", "photo",
     "images", "image_id", "url", "image_url", "urls", "image_urls",
 )  # fmt: skip
-CAPTION_COLUMNS = (
-    "captions", "caption", "text", "texts", "title", "sentences", "sentence", "raw", "comments",
-    "comment", "txt", "description", "alt_text", "alt", "caption_str", "conversations", "messages",
-)  # fmt: skip
 DIALOGUE_COLUMNS = ("conversations", "messages")
+CAPTION_COLUMNS = (*CAPTION_NAMES, *DIALOGUE_COLUMNS)
 CLASS_COLUMNS = ("class", "class_name")
 # Only without captions: beside them they may mean anything.
 LABEL_COLUMNS = ("category", "label")
@@ -104,7 +102,7 @@ def names_image(cell: Any) -> bool:
 def is_usual(name: str) -> bool:
     """Whether a column of this name would be taken without being named."""
     names = (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *CLASS_COLUMNS, *LABEL_COLUMNS, SPLIT_COLUMN)
-    return _plain(_without_number(name)) in map(_plain, names)
+    return plain(_without_number(name)) in map(plain, names)
 
 
 def choose(
@@ -168,7 +166,7 @@ def column(columns: Sequence[str], name: str, table: object) -> str:
         return name
 
     # Case and marks do not count, unless two columns differ in them only.
-    same = [other for other in columns if _plain(other) == _plain(name)]
+    same = [other for other in columns if plain(other) == plain(name)]
     if len(same) == 1:
         return same[0]
     raise ValueError(
@@ -184,10 +182,10 @@ def split_column(columns: Sequence[str]) -> str:
 def usual(columns: Sequence[str], names: Sequence[str]) -> str:
     """The column with the first of these usual names that there is, or ""."""
     # Reversed, so that the first of two columns of one plain name counts.
-    by_plain_name = {_plain(name): name for name in reversed(columns)}
+    by_plain_name = {plain(name): name for name in reversed(columns)}
     for name in names:
-        if _plain(name) in by_plain_name:
-            return by_plain_name[_plain(name)]
+        if plain(name) in by_plain_name:
+            return by_plain_name[plain(name)]
     return ""
 
 
@@ -195,7 +193,7 @@ def usual_captions(columns: Sequence[str]) -> list[str]:
     """The first usual caption column, or all of a numbered family: caption1, caption2, …"""
     for usual_name in CAPTION_COLUMNS:
         # caption, caption1, caption_2 and `Caption 3` are one family.
-        family = [name for name in columns if _plain(_without_number(name)) == _plain(usual_name)]
+        family = [name for name in columns if plain(_without_number(name)) == plain(usual_name)]
         if family:
             return sorted(family, key=_number)
     return []
@@ -223,11 +221,6 @@ def listed(columns: Sequence[str]) -> str:
     """Column names for a message."""
     shown = ", ".join(repr(name[:60]) for name in columns[:20])
     return f"{shown}, …" if len(columns) > 20 else shown
-
-
-def _plain(name: str) -> str:
-    """A column's name without case, blanks and marks."""
-    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def _without_number(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,14 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
             if earlier.meta.get(name) != item.meta.get(name):
                 differing[name] += 1
 
+    captions = chain.from_iterable(item.captions for item in by_image.values())
+    empty_words = Counter(filter(_says_nothing, captions))
+    if empty_words:
+        words = ", ".join(f"{word!r} ({n:,})" for word, n in empty_words.most_common(5))
+        result.notes.append(
+            f"{table.path}: captions that stand for none are taken as they are written: {words}; "
+            "empty the cells to leave them out"
+        )
     if differing:
         names = ", ".join(list(differing)[:5])
         result.notes.append(
@@ -199,6 +207,11 @@ def _gather(table: Table, chosen: Chosen, conditions: dict[str, Any]) -> Listing
     result.items = list(by_image.values())
     result.classes = [values.shown(label) for label in sorted(classes, key=_class_order)]
     return result
+
+
+def _says_nothing(caption: str) -> bool:
+    """Whether a caption is what programs write for a value that is not there."""
+    return caption.casefold() in ("nan", "none", "null", "na", "n/a", "<na>")
 
 
 def _item(row: dict[str, Any], number: int, chosen: Chosen, label: Any) -> Item:
