@@ -15,12 +15,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
+from vlp.data_tools._run import work
+from vlp.data_tools.pack.items import items_in_part, read_table, sort_out
 from vlp.data_tools.pack.options import arguments as arguments
 from vlp.data_tools.pack.options import check_options
 from vlp.data_tools.pack.pictures import Pictures, loss_of
-from vlp.data_tools.pack.target import check_target, drafted
-from vlp.data_tools.pack.write import plan_of, write_shards
+from vlp.data_tools.pack.target import check_target, drafted, tidy
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
@@ -38,7 +38,7 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
   vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
       --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
-                                       (checked as a whole, here: there is no --ray)
+  vlp data pack photos/ --to data/small --max-side 512 --ray head:6379
 """
 
 
@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     OSError.
     """
     from vlp.data.stores import is_address
+
+    # Before anything is fetched.
+    check_options(args)
+    Pictures.of(args)
 
     places = (args.source, args.to, args.captions or "")
     if any(is_address(place) for place in places):
@@ -71,10 +75,13 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
     from vlp.data.trees import read_tree
+    from vlp.data_tools.pack import chunks
+    from vlp.data_tools.pack.write import plan_of, write_shards
 
+    tidy(target)
     check_target(target, args.overwrite)
-    check_options(args)
     pictures = Pictures.of(args)
+    pool = work.undivided(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
     if not args.captions and not archive.has_texts:
@@ -95,10 +102,10 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
     try:
         with drafted(target, args.overwrite, plan) as draft:
             # Every picture is decoded before anything is written: a pack is whole, or not there.
-            named, unusable = without_unreadable(named, archive, pictures, draft.checked())
+            named, unusable = chunks.usable(named, archive, pictures, draft.made, pool)
             left_out["whose image cannot be used"] = unusable
             _refuse(left_out, named, archive, bool(tree), args)
-            shards = write_shards(named, archive, classes, args, draft.folder, pictures)
+            shards = write_shards(named, archive, classes, args, draft, pictures, pool)
     except _Refused:
         return 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from vlp.data_tools._run import work
 from vlp.data_tools.pack import pictures
 
 
@@ -142,10 +143,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a folder that holds earlier output of this tool",
     )
+    work.undivided_arguments(parser, "chunks of images, or shards,")
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that choose from a table where none is named: they would be ignored."""
+    """Refuse numbers that mean nothing, and options that choose from a table where none is named:
+    they would be ignored.
+    """
+    work.check_processes(args)
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+
     of_tables = (
         "image_column",
         "caption_column",

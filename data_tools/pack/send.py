@@ -52,7 +52,9 @@ def packed(args: argparse.Namespace, pack: Pack) -> int:
 def _digest(args: argparse.Namespace) -> str:
     """What tells a command, and the input that it reads, from another."""
     options = {name: value for name, value in vars(args).items() if isinstance(value, _PLAIN)}
-    options.pop("storage", None)  # which may change from call to call
+    # Which may change from call to call.
+    for name in ("storage", "processes", "ray"):
+        options.pop(name, None)
 
     # A pack that waits to be sent, and a copy of the input, are of what was there when they were
     # made. Of a folder only its own entries are seen.

@@ -1,0 +1,188 @@
+"""The pictures of a pack in chunks that processes share: each picture is checked, and encoded where
+that is asked for, before a shard is written.
+
+Below the draft's folder of work (`Draft.made`):
+
+    checked/00000.json    mark of a chunk of all pictures: {"problems": [[place in it, text], …]}
+    encoded/00000.bin     the new pictures of a chunk of the usable ones, in the order of the shards
+    encoded/00000.rows    JSON: where each of its pictures lies now, there or still in the input
+    encoded/00000.json    mark
+
+A picture that stays as it came is not copied into a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from vlp.data.archives import Place, printable
+from vlp.data_tools._run.shards import windows
+from vlp.data_tools._run.work import Job, Pool, Result, all_done, carry_out
+from vlp.files import replacing, write_atomically
+
+if TYPE_CHECKING:
+    from vlp.data.archives import Archive
+    from vlp.data.listing import Named
+    from vlp.data_tools.pack.pictures import Pictures, Written
+
+SIZE = 256  # pictures of a chunk
+_UNIT = "chunks"
+_AHEAD = 64  # pictures that are held until they are written
+_MAX_THREADS = 8
+
+
+class Source(NamedTuple):
+    """A picture of the input."""
+
+    name: str
+    place: Place
+
+
+class Row(NamedTuple):
+    """A picture as it goes into a shard."""
+
+    place: Place
+    extension: str  # "": that of its name
+    numbers: dict[str, int]  # for the shard's statistics
+
+
+class Chunk(NamedTuple):
+    """Pictures that one process takes at once."""
+
+    number: int
+    sources: list[Source]
+    seen: Path  # of the first picture: a node of a cluster is asked whether it is there
+
+
+def n_threads(pool: Pool) -> int:
+    """Threads of a process: Pillow's coders leave the interpreter to others."""
+    # A process of a cluster is given one core.
+    if pool.ray:
+        return 1
+    n_cores = os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, n_cores // (pool.processes or 1)))
+
+
+def usable(
+    named: Sequence[Named], archive: Archive, pictures: Pictures, folder: Path, pool: Pool
+) -> tuple[list[Named], list[str]]:
+    """The items whose picture decodes and can be written, and a line for each other. What is known
+    of the pictures stays in `folder`.
+    """
+    work = Check(pictures, n_threads(pool))
+    marks = folder / "checked"
+    results = carry_out("check", _jobs(named, archive, marks), work, pool, _UNIT)
+    assert all_done(results)  # all parts of the work are this call's
+
+    usable_items: list[Named] = []
+    problems = []
+    for chunk, result in zip(windows(named, SIZE), results, strict=True):
+        problem_at = dict(result["problems"])
+        usable_items += [pair for i, pair in enumerate(chunk) if i not in problem_at]
+        problems += problem_at.values()
+    return usable_items, problems
+
+
+def encode(
+    ordered: Sequence[Named], archive: Archive, pictures: Pictures, folder: Path, pool: Pool
+) -> None:
+    """Encode the pictures of the usable items, which stand as they will in the shards."""
+    work = Encode(pictures, folder, n_threads(pool))
+    carry_out("encode", _jobs(ordered, archive, _encoded(folder)), work, pool, _UNIT)
+
+
+def rows(folder: Path, start: int, stop: int) -> Iterator[Row]:
+    """Where the encoded pictures from the `start`-th to before the `stop`-th lie."""
+    for number in range(start // SIZE, -(-stop // SIZE)):
+        path = _encoded(folder) / f"{number:05d}.rows"
+        lines = json.loads(path.read_text(encoding="utf-8"))
+        first = number * SIZE
+        for place, extension, numbers in lines[max(start - first, 0) : stop - first]:
+            yield Row(Place(*place), extension, numbers)
+
+
+def _encoded(folder: Path) -> Path:
+    return folder / "encoded"
+
+
+def _jobs(named: Sequence[Named], archive: Archive, marks: Path) -> list[Job]:
+    """A job a chunk, as large as it has pictures."""
+    marks.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for number, pairs in enumerate(windows(named, SIZE)):
+        sources = [Source(name, archive.place(name)) for _, name in pairs]
+        chunk = Chunk(number, sources, Path(sources[0].place.path))
+        jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources)))
+    return jobs
+
+
+@dataclass(frozen=True)
+class Check:
+    """Finds what of a chunk cannot be used."""
+
+    pictures: Pictures
+    n_threads: int
+
+    def __call__(self, chunk: Chunk) -> Result:
+        with ThreadPoolExecutor(self.n_threads) as threads:
+            texts = list(threads.map(self._problem, chunk.sources))
+        problems = [[i, text] for i, text in enumerate(texts) if text]
+        return {"counts": {"samples read": len(texts)}, "problems": problems}
+
+    def _problem(self, source: Source) -> str:
+        """Why a picture cannot be used; empty where it can."""
+        from vlp.data.picture import array
+
+        try:
+            data = source.place.read()
+            # Of a JPEG every byte is read all the same, in a third of the time.
+            array(data, shrink=8)
+            self.pictures.refuse(data)
+        except (ValueError, OSError) as error:
+            return _unusable(source, error)
+        return ""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Shrinks and encodes the pictures of a chunk into one file."""
+
+    pictures: Pictures
+    folder: Path
+    n_threads: int
+
+    def __call__(self, chunk: Chunk) -> Result:
+        path = _encoded(self.folder) / f"{chunk.number:05d}.bin"
+        rows: list[Row] = []
+        with (
+            replacing(path) as temporary,
+            open(temporary, "wb") as file,
+            ThreadPoolExecutor(self.n_threads) as threads,
+        ):
+            for sources in windows(chunk.sources, _AHEAD):
+                for source, written in zip(sources, threads.map(self._written, sources)):
+                    place = source.place
+                    # Only what is encoded has an extension of its own.
+                    if written.extension:
+                        place = Place(str(path), file.tell(), len(written.data))
+                        file.write(written.data)
+                    rows.append(Row(place, written.extension, written.numbers))
+
+        write_atomically(path.with_suffix(".rows"), json.dumps(rows).encode())
+        return {"counts": {"samples read": len(rows)}}
+
+    def _written(self, source: Source) -> Written:
+        try:
+            return self.pictures.written(source.place.read())
+        except ValueError as error:
+            raise ValueError(_unusable(source, error)) from None
+
+
+def _unusable(source: Source, error: Exception) -> str:
+    return printable(f"image {source.name!r} cannot be used: {error}")
