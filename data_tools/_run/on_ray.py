@@ -186,7 +186,8 @@ class _Workers:
         if task.n_begun == TRIES:
             raise WorkerLost(
                 f"{TRIES} processes ended without a word at one shard, most often for want of "
-                "memory; call again, with fewer --processes: the shards that are finished stay"
+                "memory; call again, with fewer --processes: what is finished stays",
+                task.item,
             )
         say("a process was lost, with its node or alone; its shard begins anew")
         waiting.appendleft(task)

@@ -160,7 +160,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
     """A job for every shard: (its number, its path), with a mark in `folder`."""
     return [
-        Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size)
+        Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size, str(path))
         for i, path in enumerate(sources)
     ]
 

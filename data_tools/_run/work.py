@@ -79,6 +79,7 @@ class Job:
     mark: Path
     item: Any
     size: int
+    about: str = ""  # which input it is of, in words
 
 
 def carry_out(
@@ -110,6 +111,11 @@ def carry_out(
             f"{title}: {n_finished} of {len(share)} {unit} are finished and stay; the same "
             "command goes on with the others"
         )
+        raise
+    except WorkerLost as lost:
+        if isinstance(lost.item, Job):
+            about = lost.item.about or f"the work of {lost.item.mark.name}"
+            raise WorkerLost(f"{lost}. It was at {about}") from lost
         raise
 
     # The marks are read again: other machines may have finished theirs meanwhile.

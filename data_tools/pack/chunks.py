@@ -91,24 +91,28 @@ def usable(
 
 def encode(
     ordered: Sequence[Named], archive: Archive, pictures: Pictures, folder: Path, pool: Pool
-) -> None:
+) -> Encoded:
     """Encode the pictures of the usable items, which stand as they will in the shards."""
-    work = Encode(pictures, folder, n_threads(pool))
-    carry_out("encode", _jobs(ordered, archive, _encoded(folder)), work, pool, _UNIT)
+    encoded = Encoded(folder / "encoded", SIZE)
+    work = Encode(pictures, encoded.folder, n_threads(pool))
+    carry_out("encode", _jobs(ordered, archive, encoded.folder), work, pool, _UNIT)
+    return encoded
 
 
-def rows(folder: Path, start: int, stop: int) -> Iterator[Row]:
-    """Where the encoded pictures from the `start`-th to before the `stop`-th lie."""
-    for number in range(start // SIZE, -(-stop // SIZE)):
-        path = _encoded(folder) / f"{number:05d}.rows"
-        lines = json.loads(path.read_text(encoding="utf-8"))
-        first = number * SIZE
-        for place, extension, numbers in lines[max(start - first, 0) : stop - first]:
-            yield Row(Place(*place), extension, numbers)
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded pictures of all shards."""
 
+    folder: Path
+    size: int  # pictures of a chunk, but for the last
 
-def _encoded(folder: Path) -> Path:
-    return folder / "encoded"
+    def rows(self, start: int, stop: int) -> Iterator[Row]:
+        """Those from the `start`-th to before the `stop`-th."""
+        for number in range(start // self.size, -(-stop // self.size)):
+            lines = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
+            first = number * self.size
+            for place, extension, numbers in lines[max(start - first, 0) : stop - first]:
+                yield Row(Place(*place), extension, numbers)
 
 
 def _jobs(named: Sequence[Named], archive: Archive, marks: Path) -> list[Job]:
@@ -118,7 +122,8 @@ def _jobs(named: Sequence[Named], archive: Archive, marks: Path) -> list[Job]:
     for number, pairs in enumerate(windows(named, SIZE)):
         sources = [Source(name, archive.place(name)) for _, name in pairs]
         chunk = Chunk(number, sources, Path(sources[0].place.path))
-        jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources)))
+        about = printable(f"images {sources[0].name!r} to {sources[-1].name!r}")
+        jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources), about))
     return jobs
 
 
@@ -158,7 +163,7 @@ class Encode:
     n_threads: int
 
     def __call__(self, chunk: Chunk) -> Result:
-        path = _encoded(self.folder) / f"{chunk.number:05d}.bin"
+        path = self.folder / f"{chunk.number:05d}.bin"
         rows: list[Row] = []
         with (
             replacing(path) as temporary,

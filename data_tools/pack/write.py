@@ -80,6 +80,12 @@ def write_shards(
     from vlp.data.listing import families
     from vlp.files import remove_leftovers
 
+    parts = list(_parts(families(named), args.samples_per_shard))
+    encoded = None
+    if pictures.change:
+        ordered = list(chain.from_iterable(parts))
+        encoded = chunks.encode(ordered, archive, pictures, draft.made, pool)
+
     is_benchmark = args.layout == "clip_benchmark"
     work = WriteShard(
         folder=draft.folder / args.split if is_benchmark else draft.folder,
@@ -87,14 +93,9 @@ def write_shards(
         shard_name="{}" if is_benchmark else "{:05d}",
         class_numbers={name: i for i, name in enumerate(classes)},
         is_retrieval=is_benchmark and not classes,
-        made=draft.made if pictures.change else None,
+        encoded=encoded,
         n_threads=chunks.n_threads(pool),
     )
-
-    parts = list(_parts(families(named), args.samples_per_shard))
-    if pictures.change:
-        ordered = list(chain.from_iterable(parts))
-        chunks.encode(ordered, archive, pictures, draft.made, pool)
     carry_out("pack", _jobs(parts, archive, draft.made / "shards"), work, pool)
 
     # Nobody writes any more, not even a process that was taken for lost.
@@ -149,7 +150,7 @@ class WriteShard:
     shard_name: str
     class_numbers: dict[str, int]
     is_retrieval: bool  # clip_benchmark reads all captions of an image from its .txt
-    made: Path | None  # folder of the encoded pictures; None: all stay as they came
+    encoded: chunks.Encoded | None  # None: all pictures stay as they came
     n_threads: int
 
     def path(self, number: int) -> Path:
@@ -181,9 +182,9 @@ class WriteShard:
 
     def _rows(self, part: _Part) -> Iterable[chunks.Row]:
         """The pictures of a shard in order."""
-        if self.made is None:
+        if self.encoded is None:
             return [chunks.Row(place, "", {}) for place in part.places]
-        return chunks.rows(self.made, part.start, part.start + len(part.named))
+        return self.encoded.rows(part.start, part.start + len(part.named))
 
     def _add(self, writer: ShardWriter, pair: Named, row: chunks.Row, image: bytes) -> None:
         """Write one sample; a ValueError names its image."""
