@@ -61,16 +61,24 @@ def run(args: argparse.Namespace) -> int:
     return _locked(args, target, target)
 
 
-def _locked(args: argparse.Namespace, target: Path, name: Path) -> int:
+def _locked(args: argparse.Namespace, target: Path, name: Path, address: str = "") -> int:
+    """Pack while nobody else writes there. `target`: is called `name` in what is said. `address`:
+    of the tar that is packed, where the source is a copy of it.
+    """
+    from vlp.data.stored import StoredPath
+    from vlp.data_tools._run.writers import writing
     from vlp.locks import held
 
     advice = "Wait until it is done, or name another folder with --to"
+    if isinstance(target, StoredPath):
+        with writing(target, advice=advice, part=(1, 1)):
+            return _pack(args, target, name, address)
     with held(target, beside=True, advice=advice):
-        return _pack(args, target, name)
+        return _pack(args, target, name, address)
 
 
-def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
-    """Pack into `target`, which is called `name` in what is said."""
+def _pack(args: argparse.Namespace, target: Path, name: Path, address: str) -> int:
+    """What `_locked` does, once it holds the target."""
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
@@ -84,6 +92,7 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
     pool = work.undivided(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
+    inputs = chunks.Inputs(archive, address if pool.ray else "")
     if not args.captions and not archive.has_texts:
         # What img2dataset fetched without writing texts is told of by its own tables.
         args.captions = str(archive.path) if fetched.files_in(archive.path) else None
@@ -98,14 +107,14 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
     named, left_out["whose names contradict each other"] = settle(named, archive)
     left_out["images or folders that cannot be used"] = tree.problems if tree else []
 
-    plan = plan_of(named, archive, classes, args, pictures)
+    plan = plan_of(named, inputs, classes, args, pictures)
     try:
         with drafted(target, args.overwrite, plan) as draft:
             # Every picture is decoded before anything is written: a pack is whole, or not there.
-            named, unusable = chunks.usable(named, archive, pictures, draft.made, pool)
+            named, unusable = chunks.usable(named, inputs, pictures, draft.made, pool)
             left_out["whose image cannot be used"] = unusable
             _refuse(left_out, named, archive, bool(tree), args)
-            shards = write_shards(named, archive, classes, args, draft, pictures, pool)
+            shards = write_shards(named, inputs, classes, args, draft, pictures, pool)
     except _Refused:
         return 1
 

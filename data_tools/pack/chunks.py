@@ -4,7 +4,7 @@ that is asked for, before a shard is written.
 Below the draft's folder of work (`Draft.made`):
 
     checked/00000.json    mark of a chunk of all pictures: {"problems": [[place in it, text], …]}
-    encoded/00000.bin     the new pictures of a chunk of the usable ones, in the order of the shards
+    encoded/00000.made    the new pictures of a chunk of the usable ones, in the order of the shards
     encoded/00000.rows    JSON: where each of its pictures lies now, there or still in the input
     encoded/00000.json    mark
 
@@ -17,11 +17,15 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlp.data import stored, stores
 from vlp.data.archives import Place, printable
+from vlp.data.stored import StoredPath
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, all_done, carry_out
 from vlp.files import replacing, write_atomically
@@ -35,6 +39,26 @@ SIZE = 256  # pictures of a chunk
 _UNIT = "chunks"
 _AHEAD = 64  # pictures that are held until they are written
 _MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures that are packed, for processes that may see them under another name."""
+
+    archive: Archive
+    address: str = ""  # of the tar, where what is read here is a copy from a store
+
+    def place(self, name: str) -> Place:
+        """Where the picture of a stored name lies."""
+        place = self.archive.place(name)
+        return place._replace(path=self.address) if self.address else place
+
+
+def read(place: Place) -> bytes:
+    """The bytes of a picture; of a file in a store, out of a copy that is fetched once."""
+    if stores.is_address(place.path):
+        place = place._replace(path=os.fspath(stored.source(place.path)))
+    return place.read()
 
 
 class Source(NamedTuple):
@@ -70,14 +94,14 @@ def n_threads(pool: Pool) -> int:
 
 
 def usable(
-    named: Sequence[Named], archive: Archive, pictures: Pictures, folder: Path, pool: Pool
+    named: Sequence[Named], inputs: Inputs, pictures: Pictures, folder: Path, pool: Pool
 ) -> tuple[list[Named], list[str]]:
     """The items whose picture decodes and can be written, and a line for each other. What is known
     of the pictures stays in `folder`.
     """
     work = Check(pictures, n_threads(pool))
     marks = folder / "checked"
-    results = carry_out("check", _jobs(named, archive, marks), work, pool, _UNIT)
+    results = carry_out("check", _jobs(named, inputs, marks), work, pool, _UNIT)
     assert all_done(results)  # all parts of the work are this call's
 
     usable_items: list[Named] = []
@@ -90,12 +114,12 @@ def usable(
 
 
 def encode(
-    ordered: Sequence[Named], archive: Archive, pictures: Pictures, folder: Path, pool: Pool
+    ordered: Sequence[Named], inputs: Inputs, pictures: Pictures, folder: Path, pool: Pool
 ) -> Encoded:
     """Encode the pictures of the usable items, which stand as they will in the shards."""
     encoded = Encoded(folder / "encoded", SIZE)
     work = Encode(pictures, encoded.folder, n_threads(pool))
-    carry_out("encode", _jobs(ordered, archive, encoded.folder), work, pool, _UNIT)
+    carry_out("encode", _jobs(ordered, inputs, encoded.folder), work, pool, _UNIT)
     return encoded
 
 
@@ -106,22 +130,41 @@ class Encoded:
     folder: Path
     size: int  # pictures of a chunk, but for the last
 
-    def rows(self, start: int, stop: int) -> Iterator[Row]:
-        """Those from the `start`-th to before the `stop`-th."""
+    @contextmanager
+    def rows(self, start: int, stop: int) -> Iterator[Iterator[Row]]:
+        """Those from the `start`-th to before the `stop`-th, which lie where their rows say while
+        the block runs.
+        """
+        if not isinstance(self.folder, StoredPath):
+            yield self._rows(start, stop, self.folder)
+            return
+
+        # Copies of this process alone, which go with it: there would soon be those of all chunks.
+        scratch = self.folder.local()
+        scratch.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=scratch) as copies:
+            yield self._rows(start, stop, Path(copies))
+
+    def _rows(self, start: int, stop: int, here: Path) -> Iterator[Row]:
+        """`here`: the folder to read from, with copies of what lies in a store."""
         for number in range(start // self.size, -(-stop // self.size)):
-            lines = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
+            made = here / f"{number:05d}.made"
+            if here != self.folder:
+                stores.fetch(str(self.folder / made.name), made)
+
+            rows = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
             first = number * self.size
-            for place, extension, numbers in lines[max(start - first, 0) : stop - first]:
-                yield Row(Place(*place), extension, numbers)
+            for (path, *span), extension, numbers in rows[max(start - first, 0) : stop - first]:
+                yield Row(Place(path or str(made), *span), extension, numbers)
 
 
-def _jobs(named: Sequence[Named], archive: Archive, marks: Path) -> list[Job]:
+def _jobs(named: Sequence[Named], inputs: Inputs, marks: Path) -> list[Job]:
     """A job a chunk, as large as it has pictures."""
     marks.mkdir(parents=True, exist_ok=True)
     jobs = []
     for number, pairs in enumerate(windows(named, SIZE)):
-        sources = [Source(name, archive.place(name)) for _, name in pairs]
-        chunk = Chunk(number, sources, Path(sources[0].place.path))
+        sources = [Source(name, inputs.place(name)) for _, name in pairs]
+        chunk = Chunk(number, sources, stored.source(sources[0].place.path))
         about = printable(f"images {sources[0].name!r} to {sources[-1].name!r}")
         jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources), about))
     return jobs
@@ -145,7 +188,7 @@ class Check:
         from vlp.data.picture import array
 
         try:
-            data = source.place.read()
+            data = read(source.place)
             # Of a JPEG every byte is read all the same, in a third of the time.
             array(data, shrink=8)
             self.pictures.refuse(data)
@@ -163,7 +206,7 @@ class Encode:
     n_threads: int
 
     def __call__(self, chunk: Chunk) -> Result:
-        path = self.folder / f"{chunk.number:05d}.bin"
+        path = self.folder / f"{chunk.number:05d}.made"
         rows: list[Row] = []
         with (
             replacing(path) as temporary,
@@ -175,7 +218,7 @@ class Encode:
                     place = source.place
                     # Only what is encoded has an extension of its own.
                     if written.extension:
-                        place = Place(str(path), file.tell(), len(written.data))
+                        place = Place("", file.tell(), len(written.data))
                         file.write(written.data)
                     rows.append(Row(place, written.extension, written.numbers))
 
@@ -184,7 +227,7 @@ class Encode:
 
     def _written(self, source: Source) -> Written:
         try:
-            return self.pictures.written(source.place.read())
+            return self.pictures.written(read(source.place))
         except ValueError as error:
             raise ValueError(_unusable(source, error)) from None
 

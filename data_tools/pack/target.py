@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vlp.data.stored import StoredPath
+from vlp.data_tools.pack.stored_draft import StoredDraft, is_unfinished
+
 _PLAN = "_plan.txt"  # a digest of settings and input
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _MADE = "_made"  # marks, and the pictures that go into shards
@@ -37,7 +40,7 @@ class Draft:
         if note.exists() and note.read_text() == plan:
             return
         # A mistyped option must not cost the work of hours.
-        n_shards, n_encoded = len(self.finished()), len(list(self.made.rglob("*.bin")))
+        n_shards, n_encoded = len(self.finished()), len(list(self.made.rglob("*.made")))
         if (n_shards or n_encoded) and not overwrite:
             encoded = f" and {n_encoded} chunks of encoded images" if n_encoded else ""
             raise FileExistsError(
@@ -62,6 +65,9 @@ class Draft:
     def n_marks(self) -> int:
         """How many pieces of the work are done."""
         return len(list(self.made.rglob("*.json")))
+
+    def make_room(self) -> None:
+        """Nothing: an earlier pack keeps its name until this one is whole."""
 
     def publish(self, overwrite: bool) -> None:
         """Give the folder its name."""
@@ -93,11 +99,12 @@ class Draft:
 
 
 @contextmanager
-def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
-    """A Draft that is published when the block ends well, removed where its input is unusable, and
+def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft | StoredDraft]:
+    """A draft that is published when the block ends well, removed where its input is unusable, and
     kept for the next call where it is interrupted.
     """
-    draft = Draft(target, plan, overwrite)
+    kind = StoredDraft if isinstance(target, StoredPath) else Draft
+    draft = kind(target, plan, overwrite)
     try:
         yield draft
         draft.publish(overwrite)
@@ -128,6 +135,10 @@ def tidy(target: Path) -> None:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where there is something that must not be replaced."""
+    # By its plan it is told whether this call goes on with it.
+    if isinstance(target, StoredPath) and is_unfinished(target):
+        return
     if not target.exists():
         return
     if not target.is_dir():

@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from vlp.data import stored
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, carry_out
 from vlp.data_tools.pack import chunks
 from vlp.data_tools.pack.pictures import Pictures, sum_of
+from vlp.files import write_atomically
 
 if TYPE_CHECKING:
-    from vlp.data.archives import Archive, Place
+    from vlp.data.archives import Place
     from vlp.data.format import ShardWriter
     from vlp.data.listing import Named
+    from vlp.data_tools.pack.stored_draft import StoredDraft
     from vlp.data_tools.pack.target import Draft
 
 _AHEAD = 64  # pictures that are read before they are written
@@ -37,7 +40,7 @@ class Shards(NamedTuple):
 
 def plan_of(
     named: Sequence[Named],
-    archive: Archive,
+    inputs: chunks.Inputs,
     classes: list[str],
     args: argparse.Namespace,
     pictures: Pictures,
@@ -56,10 +59,10 @@ def plan_of(
     add([__version__, encoder, options, asdict(pictures), classes])
     states: dict[str, tuple[int, int]] = {}
     for item, name in named:
-        place = archive.place(name)
+        place = inputs.place(name)
         # Of a tar, which holds them all, once.
         if place.path not in states or place.size < 0:
-            status = os.stat(place.path)
+            status = stored.source(place.path).stat()
             states[place.path] = (status.st_size, status.st_mtime_ns)
         where = [name, place.offset, place.size, *states[place.path]]
         add([where, item.image, item.captions, item.meta])
@@ -68,23 +71,25 @@ def plan_of(
 
 def write_shards(
     named: list[Named],
-    archive: Archive,
+    inputs: chunks.Inputs,
     classes: list[str],
     args: argparse.Namespace,
-    draft: Draft,
+    draft: Draft | StoredDraft,
     pictures: Pictures,
     pool: Pool,
 ) -> Shards:
     """Write the shards that are not there yet, and the files beside them."""
-    from vlp.data.format import index
+    from vlp.data.format import index_written
     from vlp.data.listing import families
     from vlp.files import remove_leftovers
+
+    draft.make_room()
 
     parts = list(_parts(families(named), args.samples_per_shard))
     encoded = None
     if pictures.change:
         ordered = list(chain.from_iterable(parts))
-        encoded = chunks.encode(ordered, archive, pictures, draft.made, pool)
+        encoded = chunks.encode(ordered, inputs, pictures, draft.made, pool)
 
     is_benchmark = args.layout == "clip_benchmark"
     work = WriteShard(
@@ -96,13 +101,14 @@ def write_shards(
         encoded=encoded,
         n_threads=chunks.n_threads(pool),
     )
-    carry_out("pack", _jobs(parts, archive, draft.made / "shards"), work, pool)
+    carry_out("pack", _jobs(parts, inputs, draft.made / "shards"), work, pool)
 
     # Nobody writes any more, not even a process that was taken for lost.
-    remove_leftovers(work.folder)
+    for folder in {draft.folder, work.folder}:
+        remove_leftovers(folder)
     paths = [work.path(number) for number in range(len(parts))]
-    index(paths)
     _write_lists(work.folder, classes, args, len(paths), draft.folder)
+    index_written(paths)
     return Shards(len(paths), sum_of(map(_stats, paths)))
 
 
@@ -125,17 +131,17 @@ class _Part(NamedTuple):
     start: int  # of its first picture, among those of all shards
     named: list[Named]
     places: list[Place]  # of its pictures in the input
-    seen: Path  # the first one's: a node of a cluster is asked whether it is there
+    seen: Path  # the first one's file: a node of a cluster is asked whether it is there
 
 
-def _jobs(parts: list[list[Named]], archive: Archive, marks: Path) -> list[Job]:
+def _jobs(parts: list[list[Named]], inputs: chunks.Inputs, marks: Path) -> list[Job]:
     """A job a shard, as large as it has pictures."""
     marks.mkdir(parents=True, exist_ok=True)
     jobs = []
     start = 0
     for number, named in enumerate(parts):
-        places = [archive.place(name) for _, name in named]
-        part = _Part(number, start, named, places, Path(places[0].path))
+        places = [inputs.place(name) for _, name in named]
+        part = _Part(number, start, named, places, stored.source(places[0].path))
         jobs.append(Job(marks / f"{number:05d}.json", part, len(named)))
         start += len(named)
     return jobs
@@ -168,9 +174,13 @@ class WriteShard:
             shard_name=self.shard_name,
             indexed=False,
         )
-        with writer, ThreadPoolExecutor(self.n_threads) as threads:
+        with (
+            self._rows(part) as rows,
+            writer,
+            ThreadPoolExecutor(self.n_threads) as threads,
+        ):
             # Read a few ahead: a file system may answer late.
-            pictures = zip(part.named, self._rows(part), strict=True)
+            pictures = zip(part.named, rows, strict=True)
             for ahead in windows(pictures, _AHEAD):
                 images = threads.map(_image, ahead)
                 for (pair, row), image in zip(ahead, images, strict=True):
@@ -180,10 +190,10 @@ class WriteShard:
         assert len(writer.paths) == 1, f"shard {part.number} has become {writer.paths}"
         return {"counts": {"samples read": len(part.named)}}
 
-    def _rows(self, part: _Part) -> Iterable[chunks.Row]:
+    def _rows(self, part: _Part) -> AbstractContextManager[Iterator[chunks.Row]]:
         """The pictures of a shard in order."""
         if self.encoded is None:
-            return [chunks.Row(place, "", {}) for place in part.places]
+            return nullcontext(chunks.Row(place, "", {}) for place in part.places)
         return self.encoded.rows(part.start, part.start + len(part.named))
 
     def _add(self, writer: ShardWriter, pair: Named, row: chunks.Row, image: bytes) -> None:
@@ -213,7 +223,7 @@ def _image(of_sample: tuple[Named, chunks.Row]) -> bytes:
     """The bytes of a picture; a ValueError names it."""
     (_, name), row = of_sample
     try:
-        return row.place.read()
+        return chunks.read(row.place)
     except ValueError as error:
         raise ValueError(f"image {name!r} cannot be used: {error}") from None
 
@@ -224,7 +234,7 @@ def _write_lists(
     """Write what readers look for beside the shards, which lie in the folder `inner`."""
     texts = {"classnames.txt": classes}
     if args.layout == "clip_benchmark":
-        (inner / "nshards.txt").write_text(f"{n_shards}\n")
+        write_atomically(inner / "nshards.txt", f"{n_shards}\n".encode())
         # clip_benchmark formats its templates with c=…, everybody else's have empty braces.
         texts["zeroshot_classification_templates.txt"] = [
             template.replace("{}", "{c}") for template in args.template
@@ -232,7 +242,7 @@ def _write_lists(
         texts["dataset_type.txt"] = [] if classes else ["retrieval"]
     for name, lines in texts.items():
         if lines:
-            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_atomically(folder / name, ("\n".join(lines) + "\n").encode())
 
 
 def _stats(path: Path) -> dict:

@@ -116,7 +116,7 @@ def test_a_whole_pack_is_tidied_by_the_call_after_one_that_was_killed(
     assert pack(photos, "--to", out, *OPTIONS) == 0
     before = contents(out)
     put(out, "_plan.txt", data=b"0a" * 32)
-    put(out, "_made/encoded/00000.bin", data=b"pictures")
+    put(out, "_made/encoded/00000.made", data=b"pictures")
     assert pack(photos, "--to", out, *OPTIONS) == 1
     assert contents(out) == before
 

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 
 from tests.data.folder_material import pack
+from tests.data.loopback_store import Store
 from tests.data.material import write_tar
 from tests.data.test_pack_shared import OPTIONS, photos  # noqa: F401  # a fixture
+from tests.data_tools.in_stores import content, forget_all
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined
 from vlp.cli import main
 
@@ -136,3 +138,57 @@ def test_a_lost_node_and_a_killed_call_cost_no_byte(
         assert pack(photos, *OPTIONS, "--to", out) == 0 or contents(out) == whole
         assert contents(out) == whole
     assert n_lost == 3 and not list(tmp_path.glob(".*"))
+
+
+def test_nodes_pack_out_of_a_store_into_one(
+    running: Nodes,
+    server: Store,
+    tmp_path: Path,
+    photos: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nodes need see no folder of the machine of the call. What an earlier pack left stays until
+    every picture is checked, and a call that is stopped goes on.
+    """
+    pictures = sorted(path for path in photos.iterdir() if path.suffix not in (".txt", ".json"))
+    root = server.root
+    write_tar(root / "photos.tar", [(path.name, path.read_bytes()) for path in pictures])
+    rows = [{"image": path.name, "caption": path.name} for path in pictures]
+    (root / "photos.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    here = [root / "photos.tar", "--captions", root / "photos.jsonl", *OPTIONS]
+    there = ["s3://bucket/photos.tar", "--captions", "s3://bucket/photos.jsonl", *OPTIONS]
+    on_ray = ["--to", "s3://bucket/out", "--ray", running.address]
+
+    layouts: list[list[Any]] = [[], ["--layout", "clip_benchmark"], ["--format", "webp"]]
+    for n, options in enumerate(layouts):
+        whole = tmp_path / f"whole{n}"
+        assert pack(*here, *options, "--to", whole) == 0
+        again = ["--overwrite"] if n else []
+        forget_all(monkeypatch)
+        assert pack(*there, *options, *again, *on_ray) == 0
+        assert content(root / "out") == content(whole) and len(content(whole)) > 5
+    assert pack(*there, *on_ray) == 1 and "is not empty" in capsys.readouterr().err
+
+    # Refused for its pictures, it leaves the earlier pack alone.
+    before = content(root / "out")
+    strict = [option for option in there if option not in ("--on-missing", "skip")]
+    forget_all(monkeypatch)
+    assert pack(*strict, "--overwrite", *on_ray) == 1
+    assert content(root / "out") == before
+
+    # Stopped before its end; other settings are refused, and the same command goes on.
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr("vlp.data_tools.pack.write._write_lists", interrupted)
+        assert pack(*there, "--overwrite", *on_ray) == 128 + signal.SIGINT
+    assert "5 finished shards and what is done of the others wait in" in capsys.readouterr().err
+    forget_all(monkeypatch)
+    assert pack(*there, "--quality", 50, *on_ray) == 1
+    assert "s3://bucket/out holds unfinished work of other input" in capsys.readouterr().err
+    forget_all(monkeypatch)
+    assert pack(*there, *on_ray) == 0
+    assert "pack: 5 of 5 shards are finished already" in capsys.readouterr().err
+    assert content(root / "out") == content(tmp_path / "whole0")
