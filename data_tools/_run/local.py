@@ -54,13 +54,13 @@ def finished(
                 yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             # Past its lock, which the process may have held.
-            raise _lost(workers, items, begun.get_obj()[:]) from error
+            raise _lost(workers, items, list(begun.get_obj())) from error
         finally:
             # After an exception what was begun ends, and nothing else begins.
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _lost(workers: Sequence[BaseProcess], items: Sequence[Any], begun: list[int]) -> WorkerLost:
+def _lost(workers: Sequence[BaseProcess], items: Sequence[Any], begun: list[Any]) -> WorkerLost:
     """What to say of the process that ended first: the pool ends the others by SIGTERM."""
     ended = [worker for worker in workers if worker.exitcode not in (None, 0, -signal.SIGTERM)]
     reason, item = "most often for want of memory", None
