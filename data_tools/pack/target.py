@@ -10,15 +10,17 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlp.data.stored import StoredPath
+from vlp.data_tools._run.nodes import ClusterError
 from vlp.data_tools.pack.stored_draft import StoredDraft, is_unfinished
 
 _PLAN = "_plan.txt"  # a digest of settings and input
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _MADE = "_made"  # marks, and the pictures that go into shards
+_EARLIER_MARKS = "_checked.jsonl"  # of a call that an earlier version began
 
 
 class Draft:
@@ -74,6 +76,7 @@ class Draft:
         from vlp.files import sync
 
         check_target(self.target, overwrite)  # again: another call may have finished meanwhile
+        (self.folder / _EARLIER_MARKS).unlink(missing_ok=True)
         sync(self.folder)
 
         # The earlier pack moves aside first, so that a kill between the renames loses neither.
@@ -108,21 +111,26 @@ def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft | Stored
     try:
         yield draft
         draft.publish(overwrite)
-    # No later call could go on: what was found wrong stays wrong.
-    except ValueError:
+    except BaseException as error:
+        # A store that has just failed fails again; the first error is the one to tell.
+        with suppress(OSError):
+            _keep_or_discard(draft, error)
+        raise
+
+
+def _keep_or_discard(draft: Draft | StoredDraft, error: BaseException) -> None:
+    """Keep what is done for the next call, unless that could not go on with it."""
+    # What was found wrong with the input stays wrong; a cluster may be mended.
+    is_of_input = isinstance(error, ValueError) and not isinstance(error, ClusterError)
+    n_finished = len(draft.finished())
+    if is_of_input or not (n_finished or draft.n_marks() > 1):
         draft.discard()
-        raise
-    except BaseException:
-        finished = draft.finished()
-        if finished or draft.n_marks() > 1:
-            print(
-                f"{len(finished)} finished shards and what is done of the others wait in "
-                f"{draft.folder}; the same command goes on",
-                file=sys.stderr,
-            )
-        else:
-            draft.discard()
-        raise
+        return
+    print(
+        f"{n_finished} finished shards and what is done of the others wait in {draft.folder}; "
+        "the same command goes on",
+        file=sys.stderr,
+    )
 
 
 def tidy(target: Path) -> None:

@@ -109,6 +109,28 @@ def test_encoded_images_of_other_settings_stay_unless_overwriting_is_asked_for(
     assert pack(photos, "--to", tmp_path / "out", *other, "--overwrite") == 0
 
 
+def test_work_is_kept_where_the_cluster_fails_and_not_the_input(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of an earlier version, of which nothing may come into the pack."""
+    from vlp.data_tools._run.nodes import ClusterError
+    from vlp.data_tools.pack import write
+
+    assert pack(photos, "--to", tmp_path / "whole", *OPTIONS) == 0
+    for error, stays in ((ValueError("odd"), False), (ClusterError("node 2 is odd"), True)):
+
+        def fail(*_: object, error: ValueError = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patches:
+            patches.setattr(write, "_write_lists", fail)
+            assert pack(photos, "--to", tmp_path / "out", *OPTIONS) == 1
+        assert (tmp_path / ".out.partial").exists() == stays
+    put(tmp_path / ".out.partial", "_checked.jsonl", data=b"{}")
+    assert pack(photos, "--to", tmp_path / "out", *OPTIONS) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_a_whole_pack_is_tidied_by_the_call_after_one_that_was_killed(
     tmp_path: Path, photos: Path
 ) -> None:
