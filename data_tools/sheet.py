@@ -15,21 +15,24 @@ import math
 import random
 import textwrap
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vlp.data.stored import destination_file
+from vlp.data_tools._run import work
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlp.data.members import Content
+    from vlp.data.rows import Shard
     from vlp.eval.report.markup import Html
 
 HELP = "a contact sheet of random samples with their captions, as PNG or HTML"
 EXAMPLE = """vlp data sheet data/train --to sheet.html
   vlp data sheet data/train --to sheet.png --samples 60 --columns 6 --seed 1
-                                       (reads a few shards, here: there is no --ray)
+  vlp data sheet "s3://bucket/{00000..41407}.tar" --to sheet.html --samples 500 --ray
 """
 _GAP, _LINE, _MAX_LINES = 8, 13, 6  # pixels, pixels, lines of caption under a picture of a PNG
 
@@ -74,6 +77,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="longest side of a picture (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="another seed, other samples (default: %(default)s)")
+    work.undivided_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,13 +89,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--to {args.to} is neither .html nor .png")
     if min(args.samples, args.columns) < 1 or args.size < 16:
         raise ValueError("--samples and --columns must be at least 1, --size at least 16")
+    pool = work.undivided(args)
     counts: Counter[str] = Counter()
     drawn = draw(expand(args.source), args.samples, args.seed, counts)
-    if not drawn:
+    shown = _shown(drawn, args.size, pool, counts)
+    if not shown:
         raise ValueError(f"{args.source} holds no usable sample")
-
-    # Pictures are made small at once: hundreds of them are held together.
-    shown = [show(sample, args.size) for sample in drawn]
     if args.to.suffix == ".html":
         data = page(shown, args.source).encode(errors="replace")
     else:
@@ -107,7 +110,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Content]:
+class Drawn(NamedTuple):
+    """Where a sample stands: a shard, and its number there."""
+
+    path: Path
+    shard: Shard
+    number: int
+
+
+def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Drawn]:
     """At most `n` samples in random order, the same for the same shards and seed."""
     from vlp.data.index import index
 
@@ -118,16 +129,51 @@ def draw(paths: list[Path], n: int, seed: int, counts: Counter[str]) -> list[Con
     counts["problems"] += sum(shard.n_problems for shard in shards)
     places = []
     for path, shard in zip(paths, shards):
-        places += [(path, shard, i) for i in range(shard.count)]
+        places += [Drawn(path, shard, i) for i in range(shard.count)]
+    return rng.sample(places, min(n, len(places)))
 
-    result = []
-    for path, shard, i in rng.sample(places, min(n, len(places))):
-        try:
-            with open(path, "rb") as file:
-                result.append(shard.sample(file, i))
-        except ValueError:
-            counts["problems"] += 1  # it changed after it was indexed
-    return result
+
+class _OfShard(NamedTuple):
+    """The samples that are drawn of one shard, and where each stands on the sheet."""
+
+    path: Path
+    shard: Shard
+    numbers: list[int]
+    places: list[int]
+
+
+def _shown(drawn: list[Drawn], size: int, pool: work.Pool, counts: Counter[str]) -> list[Shown]:
+    """The drawn samples that are still there, as they are shown."""
+    of_shards: dict[Path, _OfShard] = {}
+    for place, (path, shard, number) in enumerate(drawn):
+        of_shard = of_shards.setdefault(path, _OfShard(path, shard, [], []))
+        of_shard.numbers.append(number)
+        of_shard.places.append(place)
+
+    shown: dict[int, Shown] = {}
+    look = partial(_look, size=size)
+    for of_shard, samples in pool.finished(look, list(of_shards.values())):
+        for place, sample in zip(of_shard.places, samples, strict=True):
+            if sample is None:
+                counts["problems"] += 1  # it changed after it was indexed
+            else:
+                shown[place] = sample
+    return [shown[place] for place in sorted(shown)]
+
+
+def _look(of_shard: _OfShard, *, size: int) -> list[Shown | None]:
+    """The samples of one shard, None for those that changed since it was indexed."""
+    samples: list[Shown | None] = []
+    with open(of_shard.path, "rb") as file:
+        for number in of_shard.numbers:
+            try:
+                sample = of_shard.shard.sample(file, number)
+            except ValueError:
+                samples.append(None)
+                continue
+            # Made small at once: hundreds of pictures are held together.
+            samples.append(show(sample, size))
+    return samples
 
 
 def show(sample: Content, size: int) -> Shown:

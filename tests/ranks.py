@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
 
+_RANDOM = random.SystemRandom()  # tests seed the other
 # Imported once, in the forkserver; what is missing here every rank would import again, for seconds.
 PRELOADED = ["torch", "torch.distributed", "vlp.step", "tests.ranks"]
 
@@ -99,6 +102,11 @@ def _serve(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system gives away by itself: a connection of another test could
+    get one of these before a rank listens there.
+    """
+    while True:
+        port = _RANDOM.randrange(15_000, 32_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -110,3 +110,10 @@ def test_ranks_that_are_started_anew_meet_in_the_store_of_those_that_went():
     """torchrun serves one store for all its restarts."""
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert ranks.run(2, _meet_twice, store.port) == [[0, 1], [0, 1]]
+
+
+def test_ranks_of_tests_meet_where_no_connection_of_another_test_is_given_a_port():
+    path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    given_from = int(path.read_text().split()[0]) if path.exists() else 32_768
+    ports = {ranks._free_port() for _ in range(50)}
+    assert len(ports) > 40 and max(ports) < given_from

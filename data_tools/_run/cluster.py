@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
@@ -15,12 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from vlp.data_tools._run import nodes
+from vlp.data_tools._run.local import WorkerLost
 from vlp.data_tools._run.nodes import ClusterError
 
 AUTO = "auto"  # the address that --ray alone stands for
 _CONNECT_S = 10  # for a cluster's port to answer
+LOOK_S = 5  # between two looks whether the head is still there
+_SILENT_S = 25  # of the head, for the call to end: Ray itself ends it after 60
 _ANSWER_S = 180  # for a node to start a process and answer
 _TOKEN = Path.home() / ".ray" / "auth_token"  # where `ray start` keeps a cluster's
+
+
+class HeadLost(WorkerLost):
+    """The head of the cluster does not answer any more."""
 
 
 def import_ray() -> Any:
@@ -96,15 +104,20 @@ def _begun_here() -> str | None:
 
 def _refuse_deaf(place: str) -> None:
     """Raise ClusterError where nothing listens: Ray itself would try for many minutes."""
-    host, _, port = place.rpartition(":")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S):
-            pass
+        _reach(place, _CONNECT_S)
     except (OSError, OverflowError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {place} ({error}); start one with ray start --head, look "
             "with ray status, or let ray stop forget one that is gone"
         ) from None
+
+
+def _reach(place: str, timeout_s: float) -> None:
+    """Connect to HOST:PORT and leave; raises OSError, OverflowError where nothing listens."""
+    host, _, port = place.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout_s):
+        pass
 
 
 def _why_not(place: str | None, error: Exception) -> str:
@@ -122,6 +135,34 @@ def _why_not(place: str | None, error: Exception) -> str:
     # Of versions that differ, the second line tells which.
     lines = [line.strip() for line in reasons[0].splitlines() if line.strip()]
     return f"{name} ({' '.join(lines[:4])[:400]}); look with ray status"
+
+
+class Head:
+    """The head of the cluster that this process has joined. Without it no process starts, and after
+    a minute Ray ends the process of the call with a line of its own.
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self.place: str = ray.get_runtime_context().gcs_address
+        self._looked_at = self._heard_at = time.monotonic()
+
+    def check(self) -> None:
+        """Look now and then whether it answers; raises HeadLost once it has not for long."""
+        now = time.monotonic()
+        if now - self._looked_at < LOOK_S:
+            return
+        self._looked_at = now
+        try:
+            _reach(self.place, LOOK_S)
+            self._heard_at = now
+        except OSError as error:
+            silent_s = now - self._heard_at
+            if silent_s > _SILENT_S:
+                raise HeadLost(
+                    f"the head of the Ray cluster at {self.place} has not answered for "
+                    f"{silent_s:.0f} s ({error}). What is finished stays: the same command goes on "
+                    "once a head runs again, on another cluster or without --ray"
+                ) from None
 
 
 @contextmanager

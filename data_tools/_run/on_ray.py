@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pickle
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -57,8 +58,13 @@ def finished(
         workers = _Workers(ray, call, ray.put(work), options, most or len(items))
         try:
             yield from workers.results(deque(_Task(item) for item in items))
-        finally:
+        except cluster.HeadLost:
+            # Nothing that is asked of the cluster would be answered, and Ray is about to end this.
+            raise
+        except BaseException:
             workers.end()
+            raise
+        workers.end()
 
 
 class Worker:
@@ -110,11 +116,16 @@ class _Workers:
     def results(self, waiting: deque[_Task]) -> Iterator[tuple[Any, Any]]:
         """The items with what became of them; `waiting`: all of them."""
         was_told = False
+        head = cluster.Head(self.ray)
+        worked_at = time.monotonic()
         while waiting or self.working:
+            head.check()
             self._ask_for_more(len(waiting))
             futures = [*self.preparing, *self.working]
-            ended, _ = wait(futures, _NOTICE_S, FIRST_COMPLETED)
-            if not (ended or self.working or was_told):
+            ended, _ = wait(futures, cluster.LOOK_S, FIRST_COMPLETED)
+            if ended or self.working:
+                worked_at = time.monotonic()
+            elif time.monotonic() - worked_at > _NOTICE_S and not was_told:
                 was_told = True
                 say("the cluster has no room for a process yet; ray status tells who uses it")
 
@@ -186,7 +197,8 @@ class _Workers:
         if task.n_begun == TRIES:
             raise WorkerLost(
                 f"{TRIES} processes ended without a word at one shard, most often for want of "
-                "memory; call again, with fewer --processes: the shards that are finished stay"
+                "memory; call again, with fewer --processes: what is finished stays",
+                task.item,
             )
         say("a process was lost, with its node or alone; its shard begins anew")
         waiting.appendleft(task)

@@ -88,21 +88,26 @@ def shards_arguments(parser: argparse.ArgumentParser, *, required: bool = True) 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every tool that goes over shards."""
-    add = parser.add_argument
-    add(
-        "--processes",
-        type=int,
-        metavar="N",
-        help="shards at the same time (default: 1; with --ray as many as the cluster has room for)",
-    )
-    ray_argument(parser)
-    add(
+    undivided_arguments(parser)
+    parser.add_argument(
         "--part",
         metavar="K/N",
         help="only every N-th shard from the K-th on, for N machines that share the output's "
         "folder (default: the rank in RANK and WORLD_SIZE or SLURM_PROCID and SLURM_NTASKS, "
         "else 1/1)",
     )
+
+
+def undivided_arguments(parser: argparse.ArgumentParser, things: str = "shards") -> None:
+    """The options of every tool whose work is done in pieces, here or on a cluster."""
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help=f"{things} at the same time (default: 1; with --ray as many as the cluster has room "
+        "for)",
+    )
+    ray_argument(parser)
 
 
 def ray_argument(parser: argparse.ArgumentParser) -> None:
@@ -122,14 +127,23 @@ def pool(args: argparse.Namespace) -> Pool:
     """The pool that the options and the launcher's environment name, with --ray connected to its
     cluster; raises ValueError.
     """
-    n_processes: int | None = args.processes
-    if n_processes is not None and n_processes < 1:
-        raise ValueError(f"--processes {n_processes} must be at least 1")
-
+    check_processes(args)
     part, parts = _share(args)
+    return replace(undivided(args), part=part, parts=parts)
+
+
+def undivided(args: argparse.Namespace) -> Pool:
+    """The pool of a tool whose work machines do not share by parts; raises ValueError."""
+    check_processes(args)
     if on_cluster(args):
-        return Pool(n_processes, ray=True)
-    return Pool(n_processes or 1, part, parts)
+        return Pool(args.processes, ray=True)
+    return Pool(args.processes or 1)
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """Raise ValueError for a number of processes that does no work."""
+    if args.processes is not None and args.processes < 1:
+        raise ValueError(f"--processes {args.processes} must be at least 1")
 
 
 def on_cluster(args: argparse.Namespace) -> bool:

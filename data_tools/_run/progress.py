@@ -13,9 +13,12 @@ class Progress:
     and then.
     """
 
-    def __init__(self, title: str, sizes: list[int]) -> None:
-        """`sizes`: of the jobs, in bytes say; each one's share of the whole in the time left."""
+    def __init__(self, title: str, sizes: list[int], unit: str = "shards") -> None:
+        """`sizes`: of the jobs, in bytes say; each one's share of the whole in the time left.
+        `unit`: what a job is.
+        """
         self.title = title
+        self.unit = unit
         self.n_jobs = len(sizes)
         self.size = sum(sizes)
         self.n_done = self.n_samples = self.size_done = 0
@@ -44,7 +47,7 @@ class Progress:
 
     def _line(self, elapsed_s: float, is_last: bool) -> str:
         rate = self.n_samples / elapsed_s
-        line = f"{self.title}: {self.n_done}/{self.n_jobs} shards"
+        line = f"{self.title}: {self.n_done}/{self.n_jobs} {self.unit}"
         line += f", {self.n_samples:,} samples, {rate:,.0f}/s"
         if is_last:
             return f"{line}, took {clock(round(elapsed_s))}"

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from vlp.data.captions import Choice
 from vlp.data.format import ShardWriter, index_written, is_class_number
@@ -27,6 +27,8 @@ from vlp.privacy import without_secrets
 
 if TYPE_CHECKING:
     from vlp.data.members import Content
+
+Thing = TypeVar("Thing")
 
 
 class Changed(NamedTuple):
@@ -89,13 +91,13 @@ def complete(sample: Content, row: dict[str, Any], counts: Counter[str]) -> None
         sample.captions = Choice().captions(sample.meta, sample.text)
 
 
-def windows(samples: Iterable[Content], size: int) -> Iterator[list[Content]]:
-    """The samples in runs of `size`, the last one shorter."""
-    samples = iter(samples)
-    window = list(islice(samples, size))
+def windows(things: Iterable[Thing], size: int) -> Iterator[list[Thing]]:
+    """The things, samples say, in runs of `size`, the last one shorter."""
+    things = iter(things)
+    window = list(islice(things, size))
     while window:
         yield window
-        window = list(islice(samples, size))
+        window = list(islice(things, size))
 
 
 def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
@@ -158,7 +160,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def jobs(sources: list[Path], folder: Path, tool: str) -> list[Job]:
     """A job for every shard: (its number, its path), with a mark in `folder`."""
     return [
-        Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size)
+        Job(folder / f"{i:05d}_{tool}.json", (i, path), path.stat().st_size, str(path))
         for i, path in enumerate(sources)
     ]
 

@@ -24,11 +24,14 @@ from vlp.data_tools._run.pool import (
     Pool,
     alone,
     arguments,
+    check_processes,
     on_cluster,
     pool,
     ray_argument,
     shards_arguments,
     source_argument,
+    undivided,
+    undivided_arguments,
 )
 from vlp.data_tools._run.progress import Progress, say
 from vlp.files import write_atomically
@@ -45,6 +48,7 @@ __all__ = [
     "alone",
     "arguments",
     "carry_out",
+    "check_processes",
     "on_cluster",
     "pool",
     "printable",
@@ -54,6 +58,8 @@ __all__ = [
     "shards_arguments",
     "source_argument",
     "total",
+    "undivided",
+    "undivided_arguments",
 ]
 
 _MARK_ADVICE = (
@@ -73,11 +79,14 @@ class Job:
     mark: Path
     item: Any
     size: int
+    about: str = ""  # which input it is of, in words
 
 
-def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Result | None]:
+def carry_out(
+    title: str, jobs: list[Job], work: Work, pool: Pool, unit: str = "shards"
+) -> list[Result | None]:
     """Do this machine's jobs that have no mark; returns the results of all jobs in order, None
-    where other parts lag.
+    where other parts lag. `unit`: what a job is, for messages.
 
     `work(item)` runs where `pool` says, in new processes, to each of which it is sent once. Its
     exception ends the call and leaves the marks of finished jobs.
@@ -85,12 +94,12 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
     share = pool.share(jobs)
     unfinished = [job for job in share if not job.mark.exists()]
     if pool.parts > 1:
-        say(f"{title}: part {pool.part} of {pool.parts} is {len(share)} of {len(jobs)} shards")
+        say(f"{title}: part {pool.part} of {pool.parts} is {len(share)} of {len(jobs)} {unit}")
     if len(unfinished) < len(share):
         n_finished = len(share) - len(unfinished)
-        say(f"{title}: {n_finished} of {len(share)} shards are finished already")
+        say(f"{title}: {n_finished} of {len(share)} {unit} are finished already")
 
-    progress = Progress(title, [job.size for job in unfinished])
+    progress = Progress(title, [job.size for job in unfinished], unit)
     try:
         # Closed at once where an exception leaves the loop: nothing is begun after it.
         with closing(pool.finished(partial(_do, work), unfinished)) as finished:
@@ -99,9 +108,14 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
     except Ended as ended:
         n_finished = sum(job.mark.exists() for job in share)
         ended.outcome = (
-            f"{title}: {n_finished} of {len(share)} shards are finished and stay; the same command "
-            "goes on with the others"
+            f"{title}: {n_finished} of {len(share)} {unit} are finished and stay; the same "
+            "command goes on with the others"
         )
+        raise
+    except WorkerLost as lost:
+        if isinstance(lost.item, Job):
+            about = lost.item.about or f"the work of {lost.item.mark.name}"
+            raise WorkerLost(f"{lost}. It was at {about}") from lost
         raise
 
     # The marks are read again: other machines may have finished theirs meanwhile.
@@ -110,7 +124,7 @@ def carry_out(title: str, jobs: list[Job], work: Work, pool: Pool) -> list[Resul
     n_missing = results.count(None)
     if n_missing:
         say(
-            f"{title}: {n_missing} of {len(jobs)} shards, all of other parts, are unfinished; "
+            f"{title}: {n_missing} of {len(jobs)} {unit}, all of other parts, are unfinished; "
             "once they are done, call again"
         )
     return results

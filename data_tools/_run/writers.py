@@ -130,10 +130,15 @@ def _wait_for_others(folder: StoredPath, part: tuple[int, int], advice: str) -> 
     )
     for _ in range(WATCHED_BEATS * 4):
         time.sleep(BEAT_S / 4)
-        for path, owner in seen.items():
+        for path, owner in list(seen.items()):
             now = _read(path)
-            if now is not None and now != owner:
+            # Its call has ended meanwhile.
+            if now is None:
+                del seen[path]
+            elif now != owner:
                 raise InUse(_told(folder, now, advice))
+        if not seen:
+            return
     for path in seen:
         path.unlink(missing_ok=True)
 

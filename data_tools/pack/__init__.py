@@ -15,12 +15,12 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlp.data_tools.pack.items import items_in_part, read_table, sort_out, without_unreadable
+from vlp.data_tools._run import work
+from vlp.data_tools.pack.items import items_in_part, read_table, sort_out
 from vlp.data_tools.pack.options import arguments as arguments
 from vlp.data_tools.pack.options import check_options, check_source
 from vlp.data_tools.pack.pictures import Pictures, loss_of
-from vlp.data_tools.pack.target import check_target, drafted
-from vlp.data_tools.pack.write import plan_of, write_shards
+from vlp.data_tools.pack.target import check_target, drafted, tidy
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
@@ -38,7 +38,7 @@ EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/trai
   vlp data pack 101_ObjectCategories --part 1,2/3 --to data/train  (and --part 3/3 for the test set)
   vlp data pack caltech101.tar --captions caltech101.jsonl --where split=test \\
       --to data/caltech101 --layout clip_benchmark --template "a photo of a {}."
-                                       (checked as a whole, here: there is no --ray)
+  vlp data pack photos/ --to data/small --max-side 512 --ray head:6379
 """
 
 
@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     OSError.
     """
     from vlp.data.stores import is_address
+
+    # Before anything is fetched.
+    check_options(args)
+    Pictures.of(args)
 
     places = (args.source, args.to, args.captions or "")
     if any(is_address(place) for place in places):
@@ -57,27 +61,39 @@ def run(args: argparse.Namespace) -> int:
     return _locked(args, target, target)
 
 
-def _locked(args: argparse.Namespace, target: Path, name: Path) -> int:
+def _locked(args: argparse.Namespace, target: Path, name: Path, address: str = "") -> int:
+    """Pack while nobody else writes there. `target`: is called `name` in what is said. `address`:
+    of the tar that is packed, where the source is a copy of it.
+    """
+    from vlp.data.stored import StoredPath
+    from vlp.data_tools._run.writers import writing
     from vlp.locks import held
 
     advice = "Wait until it is done, or name another folder with --to"
+    if isinstance(target, StoredPath):
+        with writing(target, advice=advice, part=(1, 1)):
+            return _pack(args, target, name, address)
     with held(target, beside=True, advice=advice):
-        return _pack(args, target, name)
+        return _pack(args, target, name, address)
 
 
-def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
-    """Pack into `target`, which is called `name` in what is said."""
+def _pack(args: argparse.Namespace, target: Path, name: Path, address: str) -> int:
+    """What `_locked` does, once it holds the target."""
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
     from vlp.data.trees import read_tree
+    from vlp.data_tools.pack import chunks
+    from vlp.data_tools.pack.write import plan_of, write_shards
 
+    tidy(target)
     check_target(target, args.overwrite)
-    check_options(args)
     check_source(args.source)
     pictures = Pictures.of(args)
+    pool = work.undivided(args)
 
     archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
+    inputs = chunks.Inputs(archive, address if pool.ray else "")
     if not args.captions and not archive.has_texts:
         # What img2dataset fetched without writing texts is told of by its own tables.
         args.captions = str(archive.path) if fetched.files_in(archive.path) else None
@@ -92,14 +108,14 @@ def _pack(args: argparse.Namespace, target: Path, name: Path) -> int:
     named, left_out["whose names contradict each other"] = settle(named, archive)
     left_out["images or folders that cannot be used"] = tree.problems if tree else []
 
-    plan = plan_of(named, archive, classes, args, pictures)
+    plan = plan_of(named, inputs, classes, args, pictures)
     try:
         with drafted(target, args.overwrite, plan) as draft:
             # Every picture is decoded before anything is written: a pack is whole, or not there.
-            named, unusable = without_unreadable(named, archive, pictures, draft.checked())
+            named, unusable = chunks.usable(named, inputs, pictures, draft.made, pool)
             left_out["whose image cannot be used"] = unusable
             _refuse(left_out, named, archive, bool(tree), args)
-            shards = write_shards(named, archive, classes, args, draft.folder, pictures)
+            shards = write_shards(named, inputs, classes, args, draft, pictures, pool)
     except _Refused:
         return 1
 

@@ -1,25 +1,15 @@
-"""Which images are packed: the rows of the table, those of the chosen part, those that open."""
+"""Which images are packed: the rows of the table, and those of the chosen part."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from vlp.data_tools.pack.progress import progress
-from vlp.files import write_atomically
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
     from vlp.data.listing import Named
     from vlp.data.tables import Item, Listing
-    from vlp.data_tools.pack.pictures import Pictures
-
-_CHUNK = 256  # images that are handed to the checking threads at once
 
 
 def items_in_part(items: list[Item], args: argparse.Namespace) -> list[Item]:
@@ -52,64 +42,6 @@ def _in_part(name: str, part: str) -> bool:
     # A checksum, because Python's hash of a text differs from process to process.
     checksum = zlib.crc32(name.encode("utf-8", "surrogateescape"))
     return str(checksum % int(total) + 1) in numbers
-
-
-def without_unreadable(
-    named: list[Named], archive: Archive, pictures: Pictures, known: Path
-) -> tuple[list[Named], list[str]]:
-    """The items whose picture decodes and can be written, and a line for each other.
-
-    `known`: a file that takes the answers as they come, from which the next call goes on.
-    """
-    from vlp.data.picture import array
-
-    def problem_of(pair: Named) -> str:
-        _, name = pair
-        try:
-            data = archive.read(name)
-            # Of a JPEG every byte is read all the same, in a third of the time.
-            array(data, shrink=8)
-            pictures.refuse(data)
-        except (ValueError, OSError) as error:
-            return f"image {name!r} cannot be used: {error}"
-        return ""
-
-    # In chunks, so that the line of progress moves and threads do not run far ahead of it.
-    chunks = [named[i : i + _CHUNK] for i in range(0, len(named), _CHUNK)]
-    answers = _read_answers(known)
-    n_before = sum(map(len, chunks[: len(answers)]))
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
-        open(known, "a", encoding="utf-8") as file,
-    ):
-        for chunk in progress(chunks[len(answers) :], "checked", len, n_before):
-            problems = list(threads.map(problem_of, chunk))
-            answers.append({i: problem for i, problem in enumerate(problems) if problem})
-            file.write(json.dumps(answers[-1]) + "\n")
-            file.flush()
-
-    usable: list[Named] = []
-    problems = []
-    for chunk, answer in zip(chunks, answers, strict=True):
-        usable += [pair for i, pair in enumerate(chunk) if i not in answer]
-        problems += answer.values()
-    return usable, problems
-
-
-def _read_answers(path: Path) -> list[dict[int, str]]:
-    """What an earlier call knew of the pictures, {place in its chunk: problem} by chunk."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-
-    # A kill may leave half a line, to which nothing may be appended.
-    whole_lines = [line for line in lines if line.endswith("\n")]
-    if len(whole_lines) < len(lines):
-        write_atomically(path, "".join(whole_lines).encode())
-    answers = []
-    for line in whole_lines:
-        answers.append({int(i): problem for i, problem in json.loads(line).items()})
-    return answers
 
 
 def read_table(args: argparse.Namespace) -> Listing:

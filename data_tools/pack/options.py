@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vlp.data_tools._run import work
 from vlp.data_tools.pack import pictures
 
 
@@ -143,6 +144,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace a folder that holds earlier output of this tool",
     )
+    work.undivided_arguments(parser, "chunks of images, or shards,")
 
 
 _TABLES = (".csv", ".tsv", ".txt", ".token", ".jsonl", ".json", ".parquet")
@@ -174,7 +176,13 @@ def check_source(source: str) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuse options that choose from a table where none is named: they would be ignored."""
+    """Refuse numbers that mean nothing, and options that choose from a table where none is named:
+    they would be ignored.
+    """
+    work.check_processes(args)
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {args.samples_per_shard} must be at least 1")
+
     of_tables = (
         "image_column",
         "caption_column",

@@ -2,7 +2,8 @@
 
 A pack is whole or not there, and folders of a store cannot be renamed. So it is made in the user's
 cache (which needs room for all of it), under a name that the same command finds again, and its
-files are sent in the order in which readers need them: the index last.
+files are sent in the order in which readers need them: the index last. On a cluster its nodes write
+it into the store themselves (`stored_draft`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from vlp.caches import cache_folder, hold
 from vlp.data import stores
 from vlp.data.index_file import NAME
 from vlp.data.stored import StoredPath, destination, source
+from vlp.data.stores import is_address
 from vlp.data_tools.pack.target import check_target
 from vlp.privacy import without_secrets
 
-Pack = Callable[[argparse.Namespace, Path, Path], int]  # options, folder, its name in messages
+# Options, folder, its name in messages, address of the input.
+Pack = Callable[[argparse.Namespace, Path, Path, str], int]
 _AT_ONCE = 4  # files that are sent
 _ADVICE = "Wait until it is done, or name another folder with --to"
 
@@ -35,9 +38,11 @@ def packed(args: argparse.Namespace, pack: Pack) -> int:
     room = cache_folder() / "packs" / _digest(args)
     hold(room)
     try:
-        if not isinstance(target, StoredPath):
+        # The nodes of a cluster do not see what is made here.
+        if not isinstance(target, StoredPath) or args.ray is not None:
             check_target(target, args.overwrite)
-            status = pack(_with_input_here(args, room / "in"), target, target)
+            address = str(source(args.source)) if is_address(args.source) else ""
+            status = pack(_with_input_here(args, room / "in"), target, target, address)
         else:
             with writing(target, advice=_ADVICE, part=(1, 1)):
                 status = _made_and_sent(args, target, room, pack)
@@ -52,7 +57,9 @@ def packed(args: argparse.Namespace, pack: Pack) -> int:
 def _digest(args: argparse.Namespace) -> str:
     """What tells a command, and the input that it reads, from another."""
     options = {name: value for name, value in vars(args).items() if isinstance(value, _PLAIN)}
-    options.pop("storage", None)  # which may change from call to call
+    # Which may change from call to call.
+    for name in ("storage", "processes", "ray"):
+        options.pop(name, None)
 
     # A pack that waits to be sent, and a copy of the input, are of what was there when they were
     # made. Of a folder only its own entries are seen.
@@ -98,7 +105,7 @@ def _made_and_sent(args: argparse.Namespace, target: StoredPath, room: Path, pac
         print(f"goes on sending the pack that an earlier call made in {whole}")
     else:
         check_target(target, args.overwrite)
-        status = pack(_with_input_here(args, room / "in"), whole, target)
+        status = pack(_with_input_here(args, room / "in"), whole, target, "")
         if status != 0:
             return status
 

@@ -6,13 +6,21 @@ input looks for, so that it goes on.
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vlp.data.stored import StoredPath
+from vlp.data_tools._run.nodes import ClusterError
+from vlp.data_tools.pack.stored_draft import StoredDraft, is_unfinished
+
 _PLAN = "_plan.txt"  # a digest of settings and input
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+_MADE = "_made"  # marks, and the pictures that go into shards
+_EARLIER_MARKS = "_checked.jsonl"  # of a call that an earlier version began
 
 
 class Draft:
@@ -34,11 +42,13 @@ class Draft:
         if note.exists() and note.read_text() == plan:
             return
         # A mistyped option must not cost the work of hours.
-        finished = self.finished()
-        if finished and not overwrite:
+        n_shards, n_encoded = len(self.finished()), len(list(self.made.rglob("*.made")))
+        if (n_shards or n_encoded) and not overwrite:
+            encoded = f" and {n_encoded} chunks of encoded images" if n_encoded else ""
             raise FileExistsError(
-                f"{self.folder} holds {len(finished)} finished shards of other input or settings; "
-                "give the command that they are of to go on with them, or --overwrite to begin anew"
+                f"{self.folder} holds {n_shards} finished shards{encoded} of other input or "
+                "settings; give the command that they are of to go on with them, or --overwrite "
+                "to begin anew"
             )
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -49,21 +59,24 @@ class Draft:
         paths = sorted(self.folder.rglob("*.tar"))
         return [path for path in paths if not path.name.startswith(".")]
 
-    def checked(self) -> Path:
-        """The file of what is known of the pictures."""
-        return self.folder / "_checked.jsonl"
+    @property
+    def made(self) -> Path:
+        """The folder of what its shards are made from, and of the marks of what is done."""
+        return self.folder / _MADE
 
-    def n_checked(self) -> int:
-        """Lines in it, one for some hundred pictures."""
-        path = self.checked()
-        return len(path.read_bytes().splitlines()) if path.exists() else 0
+    def n_marks(self) -> int:
+        """How many pieces of the work are done."""
+        return len(list(self.made.rglob("*.json")))
+
+    def make_room(self) -> None:
+        """Nothing: an earlier pack keeps its name until this one is whole."""
 
     def publish(self, overwrite: bool) -> None:
         """Give the folder its name."""
         from vlp.files import sync
 
         check_target(self.target, overwrite)  # again: another call may have finished meanwhile
-        self.checked().unlink(missing_ok=True)
+        (self.folder / _EARLIER_MARKS).unlink(missing_ok=True)
         sync(self.folder)
 
         # The earlier pack moves aside first, so that a kill between the renames loses neither.
@@ -72,8 +85,8 @@ class Draft:
                 shutil.rmtree(self._previous, ignore_errors=True)
                 self.target.rename(self._previous)
             self.folder.rename(self.target)
-            # Not before: a call that is killed here finds its work by it.
-            (self.target / _PLAN).unlink()
+            # Not before: a call that is killed here finds its work by them.
+            tidy(self.target)
             shutil.rmtree(self._previous, ignore_errors=True)
         finally:
             self._recover()
@@ -89,32 +102,51 @@ class Draft:
 
 
 @contextmanager
-def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft]:
-    """A Draft that is published when the block ends well, removed where its input is unusable, and
+def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft | StoredDraft]:
+    """A draft that is published when the block ends well, removed where its input is unusable, and
     kept for the next call where it is interrupted.
     """
-    draft = Draft(target, plan, overwrite)
+    kind = StoredDraft if isinstance(target, StoredPath) else Draft
+    draft = kind(target, plan, overwrite)
     try:
         yield draft
         draft.publish(overwrite)
-    # No later call could go on: what was found wrong stays wrong.
-    except ValueError:
+    except BaseException as error:
+        # A store that has just failed fails again; the first error is the one to tell.
+        with suppress(OSError):
+            _keep_or_discard(draft, error)
+        raise
+
+
+def _keep_or_discard(draft: Draft | StoredDraft, error: BaseException) -> None:
+    """Keep what is done for the next call, unless that could not go on with it."""
+    # What was found wrong with the input stays wrong; a cluster may be mended.
+    is_of_input = isinstance(error, ValueError) and not isinstance(error, ClusterError)
+    n_finished = len(draft.finished())
+    if is_of_input or not (n_finished or draft.n_marks() > 1):
         draft.discard()
-        raise
-    except BaseException:
-        finished = draft.finished()
-        if finished or draft.n_checked() > 1:
-            print(
-                f"{len(finished)} finished shards and what is known of the pictures wait in "
-                f"{draft.folder}; the same command goes on",
-                file=sys.stderr,
-            )
-        else:
-            draft.discard()
-        raise
+        return
+    print(
+        f"{n_finished} finished shards and what is done of the others wait in {draft.folder}; "
+        "the same command goes on",
+        file=sys.stderr,
+    )
+
+
+def tidy(target: Path) -> None:
+    """Remove what a whole pack was made from, also where a call was killed before it did."""
+    note = target / _PLAN
+    # A folder of somebody else's may have a file of this name.
+    if note.is_file() and _DIGEST.fullmatch(note.read_bytes()):
+        shutil.rmtree(target / _MADE, ignore_errors=True)
+        note.unlink()
 
 
 def check_target(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where there is something that must not be replaced."""
+    # By its plan it is told whether this call goes on with it.
+    if isinstance(target, StoredPath) and is_unfinished(target):
+        return
     if not target.exists():
         return
     if not target.is_dir():

@@ -15,7 +15,6 @@ from PIL import Image, ImageCms
 from tests.data.folder_material import pack, packed, put
 from tests.data.material import picture
 from vlp.data.picture import header, rgb
-from vlp.data_tools.pack.progress import progress
 
 # An ICC profile names its colours in the bytes from 16 to 20.
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -190,7 +189,7 @@ def test_a_killed_call_goes_on_and_ends_with_the_same_bytes(tmp_path):
     assert done.returncode == 0, done.stderr
     n_calls, last, others = done.stdout.splitlines()[-1].split(maxsplit=2)
     assert int(n_calls) >= 3 and (last, others) == ("0", "{9}")
-    assert "goes on after" in done.stdout
+    assert "of 6 shards are finished already" in done.stderr
 
     files = {}
     for name in ("whole", "killed"):
@@ -215,19 +214,3 @@ def test_unfinished_work_of_other_settings_stays_unless_overwriting_is_asked_for
 
     assert pack(photos, "--to", tmp_path / "out", "--overwrite") == 0
     assert len(packed(tmp_path / "out")) == 13 and not leftover.exists()
-
-
-def test_progress_says_how_far_and_how_long_in_lines_and_on_a_terminal(monkeypatch, capsys):
-    moments = iter(range(0, 1000, 20))
-    monkeypatch.setattr("vlp.data_tools.pack.progress.time.monotonic", lambda: next(moments))
-    assert list(progress([[1, 2], [3, 4], [5]], "packed", len, 10)) == [[1, 2], [3, 4], [5]]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "14 of 15 images packed, 0/s, 0:10 left",
-        "15 of 15 images packed, 0/s, 0:00 left",
-    ]
-
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    list(progress([[1, 2], [3, 4], [5]], "packed", len))
-    drawn = capsys.readouterr().err
-    assert drawn.count("\r") == 3 and drawn.endswith("\n")

@@ -245,9 +245,9 @@ def test_wrong_addresses_say_so(bucket):
     [
         (1, 4, 4, "auto", 3),
         (3, 4, 4, 8, 3),
-        (5, 2, 4, 2, 3),
+        pytest.param(5, 2, 4, 2, 3, marks=pytest.mark.slow),
         (9, 4, 8, "auto", 20),
-        (7, 3, 12, 3, 2),
+        pytest.param(7, 3, 12, 3, 2, marks=pytest.mark.slow),
     ],
 )
 def test_each_sample_comes_once_an_epoch_from_any_number_of_shards(

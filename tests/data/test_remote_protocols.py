@@ -49,7 +49,8 @@ def s3(server) -> dict:
     return {"name": "remote", "path": "s3://bucket/train/", "window": 2, "storage": keys}
 
 
-@pytest.mark.parametrize("kind", [http, s3])
+# Over http the runs of `test_remote_runs` read as well.
+@pytest.mark.parametrize("kind", [pytest.param(http, marks=pytest.mark.slow), s3])
 def test_batches_equal_those_of_the_same_files_here(server, kind):
     here = {"name": "remote", "path": f"file://{server.root}/train/", "window": 2}
     reference = take(loader_of(data_of(here), 10), 25)

@@ -148,8 +148,10 @@ def test_a_signal_ends_the_wait_for_a_store(
     assert re.search(f"stopped by SIGTERM after step {step}; saved", capsys.readouterr().out)
 
 
-def on_rank(path, url, first_fails, cache):
-    """A run of which the second rank loses its store after a few shards."""
+def on_rank(path, url, first_fails, cache, lost=".tar", more=()):
+    """A run of which the second rank loses its store after a few shards, whose addresses end in
+    `lost`.
+    """
     import torch.distributed as torch_dist
 
     # A node of its own, which needs shards that the other does not fetch.
@@ -165,14 +167,14 @@ def on_rank(path, url, first_fails, cache):
 
     def open_some(address, *args, **kwargs):
         nonlocal n_opened
-        n_opened += str(address).endswith(".tar")
-        if str(address).endswith(".tar") and rank == 1 and n_opened > first_fails:
+        n_opened += str(address).endswith(lost)
+        if str(address).endswith(lost) and rank == 1 and n_opened > first_fails:
             raise ConnectionResetError("connection reset")
         return real(address, *args, **kwargs)
 
     fsspec.open = open_some
     try:
-        train(config.load(path, overrides(url, *options)))
+        train(config.load(path, overrides(url, *options, *more)))
     except PutOff as put_off:
         return [put_off.status, str(put_off)]
     return []
@@ -191,3 +193,20 @@ def test_all_ranks_save_and_leave_where_one_loses_its_store(settings, tmp_path, 
         assert saved and f"Stopped after step {int(saved[-1].name[-8:])}; saved." in first[1]
     else:
         assert not saved and "before the first step; there is nothing to save" in first[1]
+
+
+@pytest.mark.slow
+def test_all_ranks_save_and_leave_where_one_loses_what_it_measures(settings, tmp_path):
+    folder = write_shards(tmp_path / "root", 480, 40)
+    write_shards(tmp_path / "root" / "held out", 48, 48, start=900)
+    settings()
+    source = (
+        f"{{name: remote, path: 'file://{folder}/held out/00000.tar', window: 1, patience_s: 1.5}}"
+    )
+    held_out = f"validation={{data: {{sources: [{source}]}}, batch: 48, every: 2}}"
+    of_run = (tmp_path / "run.yaml", f"file://{folder}", 0, tmp_path / "cache")
+    first, second = ranks.run(2, on_rank, *of_run, "held out/00000.tar", [held_out])
+    assert first == second and first[0] == 75
+    assert "gave no shard for" in first[1] and "connection reset" in first[1]
+    saved = checkpoint.all_of(tmp_path / "run")
+    assert saved and f"Stopped after step {int(saved[-1].name[-8:])}; saved." in first[1]

@@ -89,7 +89,8 @@ def test_an_error_of_the_work_comes_as_it_is(running: Nodes, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
-@pytest.mark.parametrize("tries", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("tries", [1, 3])
 def test_an_item_is_begun_so_many_times(
     running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int
 ) -> None:

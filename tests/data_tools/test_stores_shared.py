@@ -145,6 +145,22 @@ def test_a_living_call_is_left_alone_and_a_dead_one_is_not(server, monkeypatch, 
                     pass
 
 
+def test_nobody_waits_for_a_call_that_has_ended(server, monkeypatch):
+    note = server.root / "out" / ".writer-1-of-1.json"
+    note.parent.mkdir()
+    note.write_text('{"id": "x", "pid": 1, "host": "elsewhere", "command": "vlp data …"}')
+    pauses = []
+
+    def ends_meanwhile(seconds: float) -> None:
+        pauses.append(seconds)
+        note.unlink(missing_ok=True)
+
+    monkeypatch.setattr(writers.time, "sleep", ends_meanwhile)
+    folder = stored.destination("s3://bucket/out")
+    writers._wait_for_others(folder, (1, 1), "Wait")
+    assert pauses == [writers.BEAT_S / 4]
+
+
 # ---- what lies on this machine meanwhile
 
 

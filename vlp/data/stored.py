@@ -39,7 +39,7 @@ from vlp.privacy import address
 CACHE_BYTES = 50 * 10**9  # of copies of sources
 SENT_EVERY_S = 60.0  # what a kill can cost of a file that grows in place
 _AT_THE_SAME_TIME = 32  # files that are fetched
-_DROPPED = (".tar", ".safetensors")  # local copies that go once the store has the file
+_DROPPED = (".tar", ".safetensors", ".made")  # local copies that go once the store has the file
 _END_OF_TIME_NS = 1 << 62
 _STARTED = time.time()  # a copy's content is compared with its digest once a process
 

@@ -173,11 +173,8 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
             f"the text tower gives {width} features, unprojected, and embed_dim is "
             f"{model_cfg['embed_dim']}; make them equal"
         )
-    if is_one_model:
-        clip.visual = multimodal.ImageTower(model_cfg)
-        clip.text = multimodal.TextTower(model_cfg, clip.visual)
-    elif is_ours:
-        clip.text = _language_tower(model_cfg)
+    if is_one_model or is_ours:
+        _put_ours(clip, model_cfg)
 
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
@@ -187,14 +184,20 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     return clip
 
 
-def _language_tower(model_cfg: dict[str, Any]) -> language.LanguageTower:
-    """The text tower of ours that a configuration describes; ValueError where it does not."""
+def _put_ours(clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any]) -> None:
+    """Give the model the towers of ours that a configuration describes; ValueError where it does
+    not.
+    """
     try:
-        return language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
+        if multimodal.is_described(model_cfg):
+            clip.visual = multimodal.ImageTower(model_cfg)
+            clip.text = multimodal.TextTower(model_cfg, clip.visual)
+        else:
+            clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"text_cfg does not describe a language model's tower ({type(error).__name__}: "
-            f"{error}); found {model_cfg['text_cfg']}"
+            "the configuration does not describe a language model's tower "
+            f"({type(error).__name__}: {error}); found {model_cfg}"
         ) from None
 
 

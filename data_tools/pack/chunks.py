@@ -1,0 +1,236 @@
+"""The pictures of a pack in chunks that processes share: each picture is checked, and encoded where
+that is asked for, before a shard is written.
+
+Below the draft's folder of work (`Draft.made`):
+
+    checked/00000.json    mark of a chunk of all pictures: {"problems": [[place in it, text], …]}
+    encoded/00000.made    the new pictures of a chunk of the usable ones, in the order of the shards
+    encoded/00000.rows    JSON: where each of its pictures lies now, there or still in the input
+    encoded/00000.json    mark
+
+A picture that stays as it came is not copied into a chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, NamedTuple
+
+from vlp.data import stored, stores
+from vlp.data.archives import Place, printable
+from vlp.data.stored import StoredPath
+from vlp.data_tools._run.shards import windows
+from vlp.data_tools._run.work import Job, Pool, Result, all_done, carry_out
+from vlp.files import replacing, write_atomically
+
+if TYPE_CHECKING:
+    from vlp.data.archives import Archive
+    from vlp.data.listing import Named
+    from vlp.data_tools.pack.pictures import Pictures, Written
+
+SIZE = 256  # pictures of a chunk
+_UNIT = "chunks"
+_AHEAD = 64  # pictures that are held until they are written
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The pictures that are packed, for processes that may see them under another name."""
+
+    archive: Archive
+    address: str = ""  # of the tar, where what is read here is a copy from a store
+
+    def place(self, name: str) -> Place:
+        """Where the picture of a stored name lies."""
+        place = self.archive.place(name)
+        return place._replace(path=self.address) if self.address else place
+
+
+def read(place: Place) -> bytes:
+    """The bytes of a picture; of a file in a store, out of a copy that is fetched once."""
+    if stores.is_address(place.path):
+        place = place._replace(path=os.fspath(stored.source(place.path)))
+    return place.read()
+
+
+class Source(NamedTuple):
+    """A picture of the input."""
+
+    name: str
+    place: Place
+
+
+class Row(NamedTuple):
+    """A picture as it goes into a shard."""
+
+    place: Place
+    extension: str  # "": that of its name
+    numbers: dict[str, int]  # for the shard's statistics
+
+
+class Chunk(NamedTuple):
+    """Pictures that one process takes at once."""
+
+    number: int
+    sources: list[Source]
+    seen: Path  # of the first picture: a node of a cluster is asked whether it is there
+
+
+def n_threads(pool: Pool) -> int:
+    """Threads of a process: Pillow's coders leave the interpreter to others."""
+    # A process of a cluster is given one core.
+    if pool.ray:
+        return 1
+    n_cores = os.cpu_count() or 1
+    return max(1, min(_MAX_THREADS, n_cores // (pool.processes or 1)))
+
+
+def usable(
+    named: Sequence[Named], inputs: Inputs, pictures: Pictures, folder: Path, pool: Pool
+) -> tuple[list[Named], list[str]]:
+    """The items whose picture decodes and can be written, and a line for each other. What is known
+    of the pictures stays in `folder`.
+    """
+    work = Check(pictures, n_threads(pool))
+    marks = folder / "checked"
+    results = carry_out("check", _jobs(named, inputs, marks), work, pool, _UNIT)
+    assert all_done(results)  # all parts of the work are this call's
+
+    usable_items: list[Named] = []
+    problems = []
+    for chunk, result in zip(windows(named, SIZE), results, strict=True):
+        problem_at = dict(result["problems"])
+        usable_items += [pair for i, pair in enumerate(chunk) if i not in problem_at]
+        problems += problem_at.values()
+    return usable_items, problems
+
+
+def encode(
+    ordered: Sequence[Named], inputs: Inputs, pictures: Pictures, folder: Path, pool: Pool
+) -> Encoded:
+    """Encode the pictures of the usable items, which stand as they will in the shards."""
+    encoded = Encoded(folder / "encoded", SIZE)
+    work = Encode(pictures, encoded.folder, n_threads(pool))
+    carry_out("encode", _jobs(ordered, inputs, encoded.folder), work, pool, _UNIT)
+    return encoded
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded pictures of all shards."""
+
+    folder: Path
+    size: int  # pictures of a chunk, but for the last
+
+    @contextmanager
+    def rows(self, start: int, stop: int) -> Iterator[Iterator[Row]]:
+        """Those from the `start`-th to before the `stop`-th, which lie where their rows say while
+        the block runs.
+        """
+        if not isinstance(self.folder, StoredPath):
+            yield self._rows(start, stop, self.folder)
+            return
+
+        # Copies of this process alone, which go with it: there would soon be those of all chunks.
+        scratch = self.folder.local()
+        scratch.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=scratch) as copies:
+            yield self._rows(start, stop, Path(copies))
+
+    def _rows(self, start: int, stop: int, here: Path) -> Iterator[Row]:
+        """`here`: the folder to read from, with copies of what lies in a store."""
+        for number in range(start // self.size, -(-stop // self.size)):
+            made = here / f"{number:05d}.made"
+            if here != self.folder:
+                stores.fetch(str(self.folder / made.name), made)
+
+            rows = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
+            first = number * self.size
+            for (path, *span), extension, numbers in rows[max(start - first, 0) : stop - first]:
+                yield Row(Place(path or str(made), *span), extension, numbers)
+
+
+def _jobs(named: Sequence[Named], inputs: Inputs, marks: Path) -> list[Job]:
+    """A job a chunk, as large as it has pictures."""
+    marks.mkdir(parents=True, exist_ok=True)
+    jobs = []
+    for number, pairs in enumerate(windows(named, SIZE)):
+        sources = [Source(name, inputs.place(name)) for _, name in pairs]
+        chunk = Chunk(number, sources, stored.source(sources[0].place.path))
+        about = printable(f"images {sources[0].name!r} to {sources[-1].name!r}")
+        jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources), about))
+    return jobs
+
+
+@dataclass(frozen=True)
+class Check:
+    """Finds what of a chunk cannot be used."""
+
+    pictures: Pictures
+    n_threads: int
+
+    def __call__(self, chunk: Chunk) -> Result:
+        with ThreadPoolExecutor(self.n_threads) as threads:
+            texts = list(threads.map(self._problem, chunk.sources))
+        problems = [[i, text] for i, text in enumerate(texts) if text]
+        return {"counts": {"samples read": len(texts)}, "problems": problems}
+
+    def _problem(self, source: Source) -> str:
+        """Why a picture cannot be used; empty where it can."""
+        from vlp.data.picture import array
+
+        try:
+            data = read(source.place)
+            # Of a JPEG every byte is read all the same, in a third of the time.
+            array(data, shrink=8)
+            self.pictures.refuse(data)
+        except (ValueError, OSError) as error:
+            return _unusable(source, error)
+        return ""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Shrinks and encodes the pictures of a chunk into one file."""
+
+    pictures: Pictures
+    folder: Path
+    n_threads: int
+
+    def __call__(self, chunk: Chunk) -> Result:
+        path = self.folder / f"{chunk.number:05d}.made"
+        rows: list[Row] = []
+        with (
+            replacing(path) as temporary,
+            open(temporary, "wb") as file,
+            ThreadPoolExecutor(self.n_threads) as threads,
+        ):
+            for sources in windows(chunk.sources, _AHEAD):
+                for source, written in zip(sources, threads.map(self._written, sources)):
+                    place = source.place
+                    # Only what is encoded has an extension of its own.
+                    if written.extension:
+                        place = Place("", file.tell(), len(written.data))
+                        file.write(written.data)
+                    rows.append(Row(place, written.extension, written.numbers))
+
+        write_atomically(path.with_suffix(".rows"), json.dumps(rows).encode())
+        return {"counts": {"samples read": len(rows)}}
+
+    def _written(self, source: Source) -> Written:
+        try:
+            return self.pictures.written(read(source.place))
+        except ValueError as error:
+            raise ValueError(_unusable(source, error)) from None
+
+
+def _unusable(source: Source, error: Exception) -> str:
+    return printable(f"image {source.name!r} cannot be used: {error}")
