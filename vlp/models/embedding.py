@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlp.fields import EMBEDDED, FIELDS, Field
+from vlp.fields import EMBEDDED, FIELDS, TOKEN_MASKS, TOKENS, Field
 from vlp.models import lengths
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
@@ -31,9 +31,10 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     """Embed the wanted fields of a batch by one call of `model`: a DualEncoder or what an engine
     wrapped around one.
 
-    Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
-    where any is wanted, [b, …], and the NUMBERS as far as the model has them, []. Rows that their
-    mask leaves out do not pass the tower; their embeddings are zeros.
+    Returns the wanted fields with a tower by name, [b, …, D], their tokens where those are wanted,
+    [b, …, P, D], the outputs of the heads for pairs where any is wanted, [b, …], and the NUMBERS as
+    far as the model has them, []. Rows that their mask leaves out do not pass the tower; their
+    embeddings are zeros.
     """
     fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
     pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
@@ -42,12 +43,16 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     # Heads cost: they run only where one of their outputs is wanted.
     pairs = {"pairs": len(batch)} if set(OF_PAIRS).intersection(wanted) else {}
 
+    token_rows = _token_rows((pictures, texts), wanted)
+    tokens = {"token_rows": token_rows} if token_rows else {}
+
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
     features = model(
         _joined(pictures),
         _joined(texts),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
+        **tokens,
         **_cut(model, batch, texts, views, batch.text.device),
     )
 
@@ -56,6 +61,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
     embedded |= _apart(features.image, pictures) | _apart(features.text, texts)
+    for name in token_rows:
+        part = (pictures | texts)[TOKENS[name].tokens_of]
+        embedded[name] = part.in_place(getattr(features, name))
     return embedded | _beside(features)
 
 
@@ -77,6 +85,26 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     if "text_views" in views:
         n_tokens += views["text_views"].numel()
     return n_pictures, n_tokens
+
+
+def token_masks(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Which tokens of the wanted fields of masks are the texts', [b, …, L'] bool, without asking
+    the device. `model` as for `embed`.
+    """
+    encoder = _encoder(model)
+    masks = {}
+    for name in wanted:
+        field = TOKEN_MASKS.get(name)
+        if field is None or not isinstance(encoder, DualEncoder):
+            continue
+
+        ids = getattr(batch, field)
+        mask = encoder.token_mask(ids.flatten(0, -2)).unflatten(0, ids.shape[:-1])
+        # A text that takes no part has no tokens either.
+        if takes_part := FIELDS[field].valid:
+            mask = mask & getattr(batch, takes_part).unsqueeze(-1)
+        masks[name] = mask
+    return masks
 
 
 def further_views(model: nn.Module, batch: Batch) -> list[str]:
@@ -107,11 +135,12 @@ class _Part:
         return cls(rows.index_select(0, places), shape, numbers, places)
 
     def in_place(self, embeddings: Tensor) -> Tensor:
-        """The embeddings [n, D] as [b, …, D], zeros for the rows that do not take part."""
+        """The embeddings [n, …, D] as [b, …, D], zeros for the rows that do not take part."""
+        of_a_row = embeddings.shape[1:]
         if self.places is not None:
-            whole = embeddings.new_zeros(math.prod(self.shape), embeddings.shape[-1])
+            whole = embeddings.new_zeros(math.prod(self.shape), *of_a_row)
             embeddings = whole.index_copy(0, self.places, embeddings)
-        return embeddings.view(*self.shape, -1)
+        return embeddings.view(*self.shape, *of_a_row)
 
     def on_host(self, batch: Batch, name: str) -> np.ndarray:
         """The rows of a text, [n, L], without asking the device."""
@@ -143,6 +172,24 @@ def _taking_part(batch: Batch, fields: dict[str, Field], tower: str) -> dict[str
         for name, field in fields.items()
         if field.tower == tower and not field.head
     }
+
+
+def _token_rows(
+    joined: tuple[dict[str, _Part], ...], wanted: Collection[str]
+) -> dict[str, tuple[int, int]]:
+    """From where to where the rows stand, among those that pass their tower, of which tokens are
+    wanted: by the name of the field of tokens.
+    """
+    names = {field.tokens_of: name for name, field in TOKENS.items() if name in wanted}
+    rows = {}
+    for parts in joined:
+        first = 0
+        for field, part in parts.items():
+            last = first + len(part.rows)
+            if field in names:
+                rows[names[field]] = (first, last)
+            first = last
+    return rows
 
 
 def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:
