@@ -126,6 +126,7 @@ _TOKENS = (
     "a text tower that gives its tokens (transformer, open_clip, huggingface, llm) and that runs; "
     "those of hard captions with shards that have such (vlp data negatives)"
 )
+_REGIONS = "an attention between patches and sentences (model.heads.regions)"
 _LABELS = "labels of the samples (data.labels: caption, origin, or a field of their JSON)"
 
 
@@ -283,6 +284,14 @@ class Readable(Carried):
         "text", "b K L' D", of="negatives", valid="negative_tokens_valid", supplier=_TOKENS
     )
     negative_tokens_valid: Tensor = computed("", "b K L'", "bool", beside="negative_tokens")
+
+    # What each sentence sees of the image, how far patches are from what they see of the text, and
+    # 1/temperature between a sentence and what it sees (None: scale).
+    attended_captions: Tensor = computed(
+        "image", "b K' D", unit=True, valid="captions_valid", head="regions", supplier=_REGIONS
+    )
+    patch_distances: Tensor = computed("image", "b", head="regions", supplier=_REGIONS)
+    region_scale: Tensor = computed("", "", head="regions")
 
     # A decoder that looks at image and text, whose loss of each token is −log p. A caller with
     # logits of its own may give those instead: position l of caption_logits is for the token

@@ -185,4 +185,8 @@ class Features(NamedTuple):
     image_tokens: Tensor | None = None
     text_tokens: Tensor | None = None
     negative_tokens: Tensor | None = None
+    # by the head for regions: [b, K', D] unit rows, [b], and [] float32
+    attended_captions: Tensor | None = None
+    patch_distances: Tensor | None = None
+    region_scale: Tensor | None = None
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

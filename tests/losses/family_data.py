@@ -95,6 +95,9 @@ def of_places() -> dict[str, Tensor]:
         "image_tokens": rows(B, PATCHES),
         "text_tokens": rows(B, TOKENS),
         "negative_tokens": rows(B, K, TOKENS),
+        "attended_captions": rows(B, K),
+        "patch_distances": torch.rand(B, dtype=torch.float64, generator=generator).requires_grad_(),
+        "region_scale": torch.tensor(6.0, dtype=torch.float64, requires_grad=True),
         "image_tokens_valid": mask(B, PATCHES),
         "text_tokens_valid": mask(B, TOKENS),
         "negative_tokens_valid": mask(B, K, TOKENS),
@@ -110,7 +113,8 @@ LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
     "projected_image", "projected_text", "interactive_scale", "predicted_image", "predicted_text",
-    "image_tokens", "text_tokens", "negative_tokens",
+    "image_tokens", "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
+    "region_scale",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (

@@ -20,11 +20,11 @@ def in_chunks(
     *others: Any,
     numbers: int,  # that the function holds of one row
 ) -> Tensor:
-    """`function(*rows, *others)`, chunk by chunk."""
+    """`function(*rows, *others)`, chunk by chunk where that is needed."""
     n_rows = next(len(tensor) for tensor in rows if tensor is not None)
-    size = max(1, NUMBERS // max(1, numbers))
+    size = max(1, NUMBERS // numbers)
     if n_rows <= size:
-        return recomputed(function, *rows, *others)
+        return function(*rows, *others)
 
     n_chunks = -(-n_rows // size)
     # Split once: the gradients of the chunks then meet in one tensor, not in one a chunk.

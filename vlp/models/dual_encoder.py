@@ -28,6 +28,7 @@ from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
+from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
@@ -103,13 +104,14 @@ class DualEncoder(nn.Module):
         pairs: int = 0,
         cut: Cut | None = None,
         token_rows: dict[str, tuple[int, int]] | None = None,
+        sentences: Sentences | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
-        these as well.
+        these as well. `sentences` names the rows of texts that the head for regions reads.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
@@ -119,7 +121,8 @@ class DualEncoder(nn.Module):
         # The towers, each once: views follow the other rows.
         if image is not None:
             pictures = _joined(image, image_views)
-            features, image_tokens = self._image(pictures, bool(rows_of_images))
+            wants_tokens = bool(rows_of_images) or sentences is not None
+            features, image_tokens = self._image(pictures, wants_tokens)
             outputs |= self._embeddings("image", features, image.shape[0])
             outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
             if pairs and self.heads.concepts is not None:
@@ -129,6 +132,11 @@ class DualEncoder(nn.Module):
             features, text_tokens = self._text(texts, cut, bool(rows_of_texts))
             outputs |= self._embeddings("text", features, text.shape[0])
             outputs |= self._tokens(self.text, text_tokens, rows_of_texts)
+            if self.heads.regions is not None and sentences is not None:
+                assert image_tokens is not None, "the head for regions needs pictures"
+                patches = tokens.project(self.visual, image_tokens[:pairs])
+                of_pairs = sentences.of(features)
+                outputs |= self.heads.regions(patches, of_pairs, sentences.valid)
 
         # What heads compute of both towers.
         if pairs and self.heads.teacher is not None:

@@ -17,6 +17,7 @@ from vlp.models import lengths
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.lengths import Cut
+from vlp.models.regions import Sentences, in_place
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -24,7 +25,7 @@ from vlp.types import Batch, Features
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
 # Fields of a batch that pass a tower and then a head of their own.
 VIEWS = [name for name, row in EMBEDDED.items() if row.head]
-NUMBERS = ("scale", "bias", "view_scale", "interactive_scale")
+NUMBERS = ("scale", "bias", "view_scale", "interactive_scale", "region_scale")
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -53,6 +54,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
         **tokens,
+        **_sentences(texts, batch, wanted),
         **_cut(model, batch, texts, views, batch.text.device),
     )
 
@@ -136,11 +138,7 @@ class _Part:
 
     def in_place(self, embeddings: Tensor) -> Tensor:
         """The embeddings [n, …, D] as [b, …, D], zeros for the rows that do not take part."""
-        of_a_row = embeddings.shape[1:]
-        if self.places is not None:
-            whole = embeddings.new_zeros(math.prod(self.shape), *of_a_row)
-            embeddings = whole.index_copy(0, self.places, embeddings)
-        return embeddings.view(*self.shape, *of_a_row)
+        return in_place(embeddings, self.places, self.shape)
 
     def on_host(self, batch: Batch, name: str) -> np.ndarray:
         """The rows of a text, [n, L], without asking the device."""
@@ -180,16 +178,36 @@ def _token_rows(
     """From where to where the rows stand, among those that pass their tower, of which tokens are
     wanted: by the name of the field of tokens.
     """
-    names = {field.tokens_of: name for name, field in TOKENS.items() if name in wanted}
     rows = {}
     for parts in joined:
-        first = 0
-        for field, part in parts.items():
-            last = first + len(part.rows)
-            if field in names:
-                rows[names[field]] = (first, last)
-            first = last
+        spans = _spans(parts)
+        for name, field in TOKENS.items():
+            if name in wanted and field.tokens_of in spans:
+                rows[name] = spans[field.tokens_of]
     return rows
+
+
+def _sentences(
+    texts: dict[str, _Part], batch: Batch, wanted: Collection[str]
+) -> dict[str, Sentences]:
+    """Where the head for regions finds the sentences of the pairs, as a keyword; none where none of
+    its outputs is wanted.
+    """
+    outputs = [name for name, row in FIELDS.items() if row.head == "regions"]
+    if "captions" not in texts or not set(outputs).intersection(wanted):
+        return {}
+    first, last = _spans(texts)["captions"]
+    return {"sentences": Sentences(first, last, texts["captions"].places, batch.captions_valid)}
+
+
+def _spans(parts: dict[str, _Part]) -> dict[str, tuple[int, int]]:
+    """From where to where the rows of each part stand among all that pass their tower."""
+    spans = {}
+    first = 0
+    for name, part in parts.items():
+        spans[name] = (first, first + len(part.rows))
+        first += len(part.rows)
+    return spans
 
 
 def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:
