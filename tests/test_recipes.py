@@ -96,7 +96,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 49
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 53
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -160,8 +160,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 26, "demo": 1, "eval": 3, "export": 2, "train": 64}
-    assert n_tools == 34
+    assert counts == {"data": 27, "demo": 1, "eval": 3, "export": 2, "train": 70}
+    assert n_tools == 35
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
