@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests import ranks
+from tests.host_waits import HostWaits
 from tests.test_step import (
     LENGTH,
     ROWS,
@@ -20,6 +21,7 @@ from tests.test_step import (
 )
 from vlp.models.embedding import token_masks
 from vlp.passes import embed, labels
+from vlp.step import train_step
 
 HEADS = {"regions": {"width": 8}}
 OBJECTIVE = {
@@ -93,6 +95,18 @@ def test_ranks_change_nothing(engine, micro_batches, reference):
         assert_close(weights, reference[1], 1e-6)
     means = [sum(losses) / 2 for losses in zip(*(result[2] for result in results))]
     assert means == pytest.approx(reference[2], rel=1e-9)
+
+
+def test_a_step_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr("vlp.pairwise.reduction.on_device", lambda tensor: True)
+    kept = {"filip": {"keep": 0.5, "candidates": "rank"}}
+    training = make_training(2, objective=OBJECTIVE | kept, heads=HEADS, double=False)
+    batch = batch_of_texts()
+    for _ in range(2):
+        train_step(training, batch)
+    with HostWaits() as waits:
+        train_step(training, batch)
+    assert waits.places == {}
 
 
 def test_nothing_is_asked_of_the_towers_that_no_term_reads():
