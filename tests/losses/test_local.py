@@ -12,7 +12,7 @@ from torch import Tensor
 from tests import ranks
 from tests.losses import local_loops
 from tests.losses.family_data import B, data, own_rows
-from vlp.losses import _chunks, _local_pairs, build, filip
+from vlp.losses import _local_pairs, _places, build, filip
 
 MASKS = ("image_tokens_valid", "text_tokens_valid", "negative_tokens_valid", "captions_valid")
 LOCAL = [("fsc", {}), ("filip", {}), ("filip", {"scores": "apart"}), ("mil", {}), ("prior", {})]
@@ -145,7 +145,7 @@ def test_what_takes_no_part_has_no_influence(name, options):
 
 
 @pytest.mark.parametrize("name, options", LOCAL[:-1])
-def test_chunks_change_nothing(name, options, monkeypatch):
+def test_places_change_nothing(name, options, monkeypatch):
     def found() -> list[Tensor]:
         d = data()
         leaves = [d[key] for key in ("image_tokens", "text_tokens", "negative_tokens", "captions")]
@@ -154,13 +154,13 @@ def test_chunks_change_nothing(name, options, monkeypatch):
 
     whole = found()
     calls = []
-    plain = _chunks.recomputed
+    plain = _places.recomputed
 
     def counted(*arguments):
         calls.append(arguments)
         return plain(*arguments)
 
-    for module in (_chunks, _local_pairs):
+    for module in (_places, _local_pairs):
         monkeypatch.setattr(module, "recomputed", counted)
         monkeypatch.setattr(module, "NUMBERS", 80)
     monkeypatch.setattr(filip, "NUMBERS", 80)

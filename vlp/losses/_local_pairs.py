@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlp.losses._chunks import NUMBERS, recomputed
+from vlp.losses._places import NUMBERS, recomputed
 from vlp.losses._softmax import negative_log_probability
 from vlp.pairwise import Pairs
 

@@ -22,9 +22,9 @@ Papers:
 
 Needs: image_tokens, text_tokens, text_tokens_valid, scale
 
-Cost: b·n·P·L'·D FLOPs, a block of pairs at a time and computed again in backward; n·L'·D memory for
-the group's tokens and n² for the scores: take small groups, or `candidates: rank`. Tokens of all
-micro-batches of a step are kept, b·(P + L')·D
+Cost: b·n·P·L'·D FLOPs in float32, a block of pairs at a time and computed again in backward; n·L'·D
+memory for the group's tokens and n² for the scores: take small groups, or `candidates: rank`.
+Patches and tokens of all micro-batches of a step are kept, b·(P + L')·D
 
 Use: where words and parts of a picture should find each other, such as for grounding; evaluation
 and export compare whole embeddings, so keep `infonce` beside it
@@ -39,9 +39,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.losses._chunks import NUMBERS
 from vlp.losses._inputs import Inputs
 from vlp.losses._local_pairs import contrast, scores_of_group
+from vlp.losses._places import NUMBERS, patch_mask
 from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image_tokens", "text_tokens", "text_tokens_valid", "scale"})
@@ -67,20 +67,18 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if options.candidates == "rank":
         pairs = pairs.alone
 
-    patches, words = inputs.image_tokens, inputs.text_tokens
-    is_word, is_patch = inputs.text_tokens_valid, inputs.image_tokens_valid
-    if is_patch is None:
-        is_patch = torch.ones_like(patches[..., 0], dtype=torch.bool)
-    valid = is_patch.any(1) & is_word.any(1)
+    patches = inputs.image_tokens, patch_mask(inputs)
+    words = inputs.text_tokens, inputs.text_tokens_valid
+    valid = patches[1].any(1) & words[1].any(1)
 
+    # Each side by all places of the other.
     if options.keep < 1:
-        (patches, is_patch), (words, is_word) = (
-            _kept(patches, is_patch, words, is_word, options.keep),
-            _kept(words, is_word, patches, is_patch, options.keep),
-        )
+        kept_patches = _kept(*patches, *words, options.keep)
+        kept_words = _kept(*words, *patches, options.keep)
+        patches, words = kept_patches, kept_words
 
-    numbers = patches.shape[1] * words.shape[1]
-    scores = scores_of_group(_best, [patches, is_patch], [words, is_word], numbers, pairs)
+    numbers = patches[0].shape[1] * words[0].shape[1]
+    scores = scores_of_group(_best, patches, words, numbers, pairs)
     of_images, of_texts = torch.as_tensor(inputs.scale) * scores
     if options.scores == "mean":
         of_images = of_texts = (of_images + of_texts) / 2

@@ -43,9 +43,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlp.losses._chunks import in_chunks
 from vlp.losses._inputs import Inputs
 from vlp.losses._own_sample import focal_loss
+from vlp.losses._places import in_chunks, patch_mask
 from vlp.pairwise import Pairs, logsumexp
 
 NEEDS = frozenset(
@@ -80,16 +80,15 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     inputs = inputs.wide()
     tokens = torch.cat([inputs.text_tokens.unsqueeze(1), inputs.negative_tokens], 1)
     is_token = torch.cat([inputs.text_tokens_valid.unsqueeze(1), inputs.negative_tokens_valid], 1)
+    is_patch = patch_mask(inputs)
 
     # A text of padding alone has no score, nor has a picture without patches.
     has_tokens = is_token.any(2)
     valid = inputs.negatives_valid & has_tokens[:, 1:]
-    takes_part = valid.any(1) & has_tokens[:, 0]
-    if inputs.image_tokens_valid is not None:
-        takes_part = takes_part & inputs.image_tokens_valid.any(1)
+    takes_part = valid.any(1) & has_tokens[:, 0] & is_patch.any(1)
 
-    rows = [inputs.image_tokens, inputs.image_tokens_valid, tokens, is_token]
-    numbers = tokens.shape[1] * tokens.shape[2] * inputs.image_tokens.shape[1]
+    rows = [inputs.image_tokens, is_patch, tokens, is_token]
+    numbers = tokens.shape[1] * tokens.shape[2] * is_patch.shape[1]
     score = partial(_scores, attention=options.attention)
     scores = in_chunks(score, rows, torch.as_tensor(inputs.scale), numbers=numbers)
 
@@ -102,7 +101,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
 def _scores(
     patches: Tensor,  # [b, P, D]
-    is_patch: Tensor | None,  # [b, P] bool
+    is_patch: Tensor,  # [b, P] bool
     tokens: Tensor,  # [b, 1 + K, L', D]
     is_token: Tensor,  # [b, 1 + K, L'] bool
     scale: Tensor,
@@ -119,11 +118,9 @@ def _scores(
 
 
 @torch.no_grad()
-def _attention(patches: Tensor, is_patch: Tensor | None, tokens: Tensor, attention: str) -> Tensor:
+def _attention(patches: Tensor, is_patch: Tensor, tokens: Tensor, attention: str) -> Tensor:
     """a, [b, 1 + K, L', P]: rows whose sum is 1."""
     similarities = torch.einsum("bkld,bpd->bklp", tokens, patches)
-    if is_patch is None:
-        is_patch = torch.ones_like(similarities[:, 0, 0], dtype=torch.bool)
     # A picture without patches takes no part; its numbers need only be finite.
     is_patch = (is_patch | ~is_patch.any(1, keepdim=True))[:, None, None]
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from vlp.losses._inputs import Inputs
 from vlp.losses._local_pairs import contrast, scores_of_group
+from vlp.losses._places import patch_mask
 from vlp.pairwise import Pairs, logsumexp
 
 NEEDS = frozenset({"image_tokens", "captions", "captions_valid", "scale"})
@@ -58,17 +59,15 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if options.candidates == "rank":
         pairs = pairs.alone
 
-    patches, is_patch = inputs.image_tokens, inputs.image_tokens_valid
-    if is_patch is None:
-        is_patch = torch.ones_like(patches[..., 0], dtype=torch.bool)
-    sentences, is_sentence = inputs.captions, inputs.captions_valid
-    valid = is_patch.any(1) & is_sentence.any(1)
+    patches = inputs.image_tokens, patch_mask(inputs)
+    sentences = inputs.captions, inputs.captions_valid
+    valid = patches[1].any(1) & sentences[1].any(1)
 
-    numbers = patches.shape[1] * sentences.shape[1]
-    score = partial(_scores, gamma=options.gamma)
-    image, text = [patches, is_patch], [sentences, is_sentence]
-    (scores,) = torch.as_tensor(inputs.scale) * scores_of_group(score, image, text, numbers, pairs)
-    return contrast(scores, scores, valid, pairs)
+    numbers = patches[0].shape[1] * sentences[0].shape[1]
+    of_block = partial(_scores, gamma=options.gamma)
+    scores = scores_of_group(of_block, patches, sentences, numbers, pairs)[0]
+    z = torch.as_tensor(inputs.scale) * scores
+    return contrast(z, z, valid, pairs)
 
 
 def _scores(
