@@ -26,7 +26,7 @@ from vlp import (
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_extent, check_objective
+from vlp.checks import check_extent, check_objective, check_tokens
 from vlp.config import Config, Data, Plan, WholePlan
 from vlp.data import labels, looks
 from vlp.data.loader import Loader
@@ -88,6 +88,7 @@ def set_up(config: Config, engine: Engine) -> Run:
     # The model before the data: its towers say which pixels and tokens the loader delivers.
     model = initial_model(config)
     losses.check_width(config.objective, model.embed_dim)
+    check_tokens(config.objective, model)
     optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)

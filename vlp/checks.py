@@ -4,13 +4,15 @@ check raises ValueError.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlp import dist, losses, online_judge, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
-from vlp.fields import CARRIED, FIELDS, supplier
+from vlp.fields import CARRIED, FIELDS, TOKENS, supplier
 from vlp.models.dual_encoder import DualEncoder
+from vlp.plugin import Plugin
 
 # What every run has, whatever its data, heads and teachers.
 _EVERY_RUN = {"image", "text", "sample_id", "scale", "caption_ids"}
@@ -18,7 +20,7 @@ _EVERY_RUN = {"image", "text", "sample_id", "scale", "caption_ids"}
 _FROM_PIXELS = {
     name
     for name, row in FIELDS.items()
-    if row.tower == "image" and (row.batch_shape or row.head) and name != "image"
+    if row.tower == "image" and (row.batch_shape or row.head or row.tokens_of) and name != "image"
 }
 
 
@@ -112,7 +114,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     that no term reads.
     """
     by_heads = model.heads.supplies()
-    supplied = carried | by_heads | _EVERY_RUN
+    supplied = carried | by_heads | _tokens(carried, model) | _EVERY_RUN
     if model.logit_bias is not None:
         supplied |= {"bias"}
 
@@ -132,6 +134,27 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
             f"model.heads gives {idle}, which no term reads; drop that head (of views one side by "
             "views.text: false or views.image: false), or add a term"
         )
+
+
+def check_tokens(terms: Iterable[Plugin], model: DualEncoder) -> None:
+    """Refuse terms that read tokens of a tower that gives none, which no data can mend."""
+    for term in losses.leaves(terms):
+        for name in sorted(losses.needs(term) & TOKENS.keys()):
+            side = TOKENS[name].tower
+            if reason := model.tokens_refusal(side):
+                raise ValueError(
+                    f"the term {term.label!r} needs {name!r}, and the {side} tower {reason}; it "
+                    f"comes from {supplier(name)}"
+                )
+
+
+def _tokens(carried: frozenset[str], model: DualEncoder) -> frozenset[str]:
+    """The fields of tokens that the towers give of what the data carry, and their masks."""
+    names: set[str] = set()
+    for name, row in TOKENS.items():
+        if row.tokens_of in carried | _EVERY_RUN and not model.tokens_refusal(row.tower):
+            names |= {name} if row.tower == "image" else {name, row.valid}
+    return frozenset(names)
 
 
 def check_use(objective: losses.Objective, config: Config, loader: Loader) -> None:

@@ -36,6 +36,7 @@ class Field:
     valid: str = ""
     beside: str = ""  # the field without which this one is not made
     head: str = ""  # the section of model.heads that computes it, or through which it passes
+    tokens_of: str = ""  # the field of whose pictures or texts it holds each place
     json: str = ""  # the field of a sample's JSON that holds the label
     at_least: float = -float("inf")  # smallest value of a label
     supplier: str = ""  # what it comes from, in words; empty: every run has it
@@ -98,6 +99,11 @@ def computed(
     return _row(Field(tower, "", dtype, (shape,), **columns), required)
 
 
+def tokens(tower: Any, shape: str, *, of: str, **columns: Any) -> Any:
+    """What `tower` makes of each place of the pictures or texts of the field `of`."""
+    return computed(tower, shape, unit=True, tokens_of=of, **columns)
+
+
 _STORED = (
     "a teacher model (teacher.model) or its stored embeddings "
     "(vlp data embed, and the source's `embeddings`)"
@@ -112,6 +118,15 @@ _JUDGE = (
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _TEACHER_QUEUE = "a queue of a teacher's embeddings (teacher.queue and a teacher)"
 _DECODER = "a text decoder (model.heads.captions)"
+_PATCHES = (
+    "an image tower that gives its patches (vit, open_clip, timm without an attention pool) and "
+    "that runs"
+)
+_TOKENS = (
+    "a text tower that gives its tokens (transformer, open_clip, huggingface, llm) and that runs; "
+    "those of hard captions with shards that have such (vlp data negatives)"
+)
+_REGIONS = "an attention between patches and sentences (model.heads.regions)"
 _LABELS = "labels of the samples (data.labels: caption, origin, or a field of their JSON)"
 
 
@@ -254,6 +269,30 @@ class Readable(Carried):
         "text", "b D", unit=True, head="predictor", supplier=_PREDICTOR
     )
 
+    # Each patch of the image, and each token of the text and of its hard captions, through the
+    # projection of the embeddings; the masks leave out padding. All patches take part where no
+    # mask says otherwise.
+    image_tokens: Tensor = tokens(
+        "image", "b P D", of="image", valid="image_tokens_valid", supplier=_PATCHES
+    )
+    image_tokens_valid: Tensor = computed("", "b P", "bool", beside="image_tokens")
+    text_tokens: Tensor = tokens(
+        "text", "b L' D", of="text", valid="text_tokens_valid", supplier=_TOKENS
+    )
+    text_tokens_valid: Tensor = computed("", "b L'", "bool", beside="text_tokens")
+    negative_tokens: Tensor = tokens(
+        "text", "b K L' D", of="negatives", valid="negative_tokens_valid", supplier=_TOKENS
+    )
+    negative_tokens_valid: Tensor = computed("", "b K L'", "bool", beside="negative_tokens")
+
+    # What each sentence sees of the image, how far patches are from what they see of the text, and
+    # 1/temperature between a sentence and what it sees (None: scale).
+    attended_captions: Tensor = computed(
+        "image", "b K' D", unit=True, valid="captions_valid", head="regions", supplier=_REGIONS
+    )
+    patch_distances: Tensor = computed("image", "b", head="regions", supplier=_REGIONS)
+    region_scale: Tensor = computed("", "", head="regions")
+
     # A decoder that looks at image and text, whose loss of each token is −log p. A caller with
     # logits of its own may give those instead: position l of caption_logits is for the token
     # caption_ids[:, l].
@@ -311,6 +350,8 @@ CARRIED = table_of(Carried)
 FIELDS = table_of(Readable)
 EMBEDDED = {name: field for name, field in CARRIED.items() if field.embedded}
 LABELS = {name: field for name, field in CARRIED.items() if not field.embedded}
+TOKENS = {name: field for name, field in FIELDS.items() if field.tokens_of}
+TOKEN_MASKS = {field.valid: field.tokens_of for field in TOKENS.values() if field.tower == "text"}
 JSON_LABELS = {field.json: field for field in LABELS.values() if field.json}
 
 

@@ -97,6 +97,10 @@ def labels(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
     if "caption_ids" in training.objective.needs:
         # What follows the token that begins a text.
         parts["caption_ids"] = [part.text[:, 1:] for part in micro_batches]
+
+    model, reads = training.engine.model, training.objective.reads
+    masks = [embedding.token_masks(model, part, reads) for part in micro_batches]
+    parts |= {name: [mask[name] for mask in masks] for name in masks[0]}
     return {name: joined(values) for name, values in parts.items() if values[0] is not None}
 
 

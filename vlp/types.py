@@ -7,6 +7,7 @@ Shape legend, used in every docstring of this project:
     D   embedding                       D'  embedding of another model
     T   teachers                        R   candidates that a cross-encoder judges
     L   tokens                          H W height and width of a picture in pixels
+    L'  tokens that a tower gives       P   patches of a picture
     K   hard negatives of a caption     J   images of hard negatives
     C   counterfactuals of a caption
     K'  captions of a sample            V   further views
@@ -180,4 +181,12 @@ class Features(NamedTuple):
     interactive_scale: Tensor | None = None  # [] float32
     predicted_text: Tensor | None = None  # [b, D] unit rows, of images by the predictor
     predicted_image: Tensor | None = None  # [b, D] unit rows, of texts
+    # [rows, P, D] and [rows, L', D] unit rows, of the rows that were asked for
+    image_tokens: Tensor | None = None
+    text_tokens: Tensor | None = None
+    negative_tokens: Tensor | None = None
+    # by the head for regions: [b, K', D] unit rows, [b], and [] float32
+    attended_captions: Tensor | None = None
+    patch_distances: Tensor | None = None
+    region_scale: Tensor | None = None
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

@@ -66,8 +66,19 @@ TERMS: dict[str, dict[str, Any]] = {
     "hard_negatives.intra": {"form": "intra"},
     "captions.mean": {"label_smoothing": 0.1, "short": {"components": 32}},
     "captions.decoupled": {"form": "decoupled"},
+    "fsc": {},
+    "filip": {},
+    "filip.keep": {"keep": 0.25},
+    "mil": {},
+    "prior": {},
     "matryoshka": {},
 }
+PLACES = 8  # patches of a picture, and tokens of a text
+# What the term has a gradient for, beside the pair.
+LEAVES = (
+    "image_views", "text_views", "negatives", "negative_images", "captions", "image_tokens",
+    "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -97,7 +108,8 @@ def main() -> None:
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
-        "captions and true ones 2 a sample; mixing mixes 80 a row; mann_whitney makes all n³ "
+        "captions and true ones 2 a sample, patches and tokens 8; filip and mil hold n² scores, "
+        "which is the B of a group or of a rank; mixing mixes 80 a row; mann_whitney makes all n³ "
         "comparisons up to 1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
@@ -175,6 +187,13 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "negatives_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
         "captions": lambda: rows(B, 2),
         "captions_valid": lambda: torch.ones(B, 2, dtype=torch.bool, device=device),
+        "image_tokens": lambda: rows(B, PLACES),
+        "text_tokens": lambda: rows(B, PLACES),
+        "text_tokens_valid": lambda: torch.ones(B, PLACES, dtype=torch.bool, device=device),
+        "negative_tokens": lambda: rows(B, 2, PLACES),
+        "negative_tokens_valid": lambda: torch.ones(B, 2, PLACES, dtype=torch.bool, device=device),
+        "attended_captions": lambda: rows(B, 2),
+        "patch_distances": lambda: torch.rand(B, device=device),
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),
@@ -182,11 +201,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
     }
     given = {name: make() for name, make in others.items() if name in objective.reads}
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
-    leaves |= {
-        n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_images", "captions")
-        if n in given
-    }
+    leaves |= {n: given.pop(n).requires_grad_() for n in LEAVES if n in given}
 
     def run() -> None:
         for leaf in leaves.values():

@@ -10,6 +10,7 @@ from vlp import dist
 
 B, D, K, J, C, TEACHER = 8, 5, 3, 2, 2, 4
 V, Q, R, L, WORDS, CONCEPTS = 2, 11, 3, 4, 6, 3
+PATCHES, TOKENS = 4, 3
 CANDIDATES = range(B)
 
 
@@ -45,6 +46,7 @@ def data() -> dict[str, Tensor]:
     given |= {name: rows(Q, TEACHER) for name in ("queue_teacher_image", "queue_teacher_text")}
     given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
     given |= {name: rows(B, D) for name in ("predicted_image", "predicted_text")}
+    given |= of_places()
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -78,10 +80,41 @@ def data() -> dict[str, Tensor]:
     }
 
 
+def of_places() -> dict[str, Tensor]:
+    """Patches and tokens, drawn by themselves, and which of them take part."""
+    generator = torch.Generator().manual_seed(12)
+
+    def rows(*shape: int) -> Tensor:
+        drawn = torch.randn(*shape, D, generator=generator, dtype=torch.float64)
+        return F.normalize(drawn, dim=-1).requires_grad_()
+
+    def mask(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator) > 0.3
+
+    given = {
+        "image_tokens": rows(B, PATCHES),
+        "text_tokens": rows(B, TOKENS),
+        "negative_tokens": rows(B, K, TOKENS),
+        "attended_captions": rows(B, K),
+        "patch_distances": torch.rand(B, dtype=torch.float64, generator=generator).requires_grad_(),
+        "region_scale": torch.tensor(6.0, dtype=torch.float64, requires_grad=True),
+        "image_tokens_valid": mask(B, PATCHES),
+        "text_tokens_valid": mask(B, TOKENS),
+        "negative_tokens_valid": mask(B, K, TOKENS),
+    }
+    # a picture of one patch, and one without any; a text and a valid hard caption without a token
+    given["image_tokens_valid"][4] = torch.tensor([False, True, False, False])
+    given["image_tokens_valid"][6] = False
+    given["text_tokens_valid"][3] = given["negative_tokens_valid"][2, 0] = False
+    return given
+
+
 LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
     "projected_image", "projected_text", "interactive_scale", "predicted_image", "predicted_text",
+    "image_tokens", "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
+    "region_scale",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (

@@ -46,6 +46,20 @@ class PredictorHead:
 
 
 @dataclass(frozen=True)
+class RegionHead:
+    """Patches and sentences of one sample look at each other, with a predictor of patches and a
+    scale of its own for sentences.
+    """
+
+    width: int | None = None  # of the predictor's hidden layer; None: D / 2
+    scale: Scale = Scale(init=10.0)  # between sentences and what they see of the picture
+
+    def __post_init__(self) -> None:
+        if self.width is not None and self.width < 1:
+            raise ValueError(f"width is {self.width}; expected at least 1, or null for D / 2")
+
+
+@dataclass(frozen=True)
 class TeacherHead:
     """Linear maps of images and of texts to a teacher's width, with a scale of its own."""
 
@@ -86,6 +100,8 @@ class Heads:
     # predictors of the text by the image and of the image by the text: predicted_text,
     # predicted_image
     predictor: PredictorHead | None = None
+    # cross-attention of patches and sentences: attended_captions, patch_distances, region_scale
+    regions: RegionHead | None = None
     # embeddings are max(0, h), divided by the norm, of a tower's features h: no number is negative,
     # many are 0 (arXiv 2403.12459)
     nonnegative: bool = False

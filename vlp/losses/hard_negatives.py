@@ -63,7 +63,8 @@ import torch
 from torch import Tensor
 
 from vlp.losses._inputs import Inputs
-from vlp.losses._softmax import margin, negative_log_probability
+from vlp.losses._own_sample import focal_loss
+from vlp.losses._softmax import negative_log_probability
 from vlp.pairwise import Pairs, logaddexp, softplus
 
 CAPTIONS = {"negatives", "negatives_valid"}
@@ -201,21 +202,9 @@ def intra(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 def own(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """An image must prefer its text to its own hard captions."""
     inputs = inputs.wide()
-    ε, valid = options.smoothing, inputs.negatives_valid
+    valid = inputs.negatives_valid
     z = _own_scores(inputs.image, inputs.text, inputs, inputs.scale)
-    losses = _focal(margin(z, 0), options.focal)
-
-    # The smoothed target gives a share to the text and to every valid caption.
-    if ε:
-        share = ε / (1 + valid.sum(1)).to(z.dtype)
-        losses = (1 - ε + share) * losses
-        for k in range(valid.shape[1]):
-            takes_part = valid[:, k]
-            # The margin of what takes no part would be infinite, and its gradient NaN.
-            finite = z.masked_fill(~takes_part.unsqueeze(1), 0)
-            caption_losses = _focal(margin(finite, k + 1), options.focal)
-            losses = losses + share * torch.where(takes_part, caption_losses, 0)
-    return pairs.mean(losses, valid.any(1))
+    return pairs.mean(focal_loss(z, valid, options.focal, options.smoothing), valid.any(1))
 
 
 def text(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
@@ -296,10 +285,3 @@ def _own_scores(
     candidates = torch.cat([positive.unsqueeze(1), inputs.negatives], 1)
     z = torch.as_tensor(scale) * torch.einsum("bd,bkd->bk", anchor, candidates)
     return torch.cat([z[:, :1], z[:, 1:].masked_fill(~inputs.negatives_valid, -torch.inf)], 1)
-
-
-def _focal(q: Tensor, γ: float) -> Tensor:
-    """(1 − p)^γ (−log p) of a probability p = σ(−q), by the logarithm of 1 − p = σ(q)."""
-    # 1 − p itself would round to 0 where p is near 1.
-    loss = softplus(q)
-    return loss * (-γ * softplus(-q)).exp() if γ else loss

@@ -7,6 +7,7 @@ bias live in `scaling`, so that every training run is an open_clip model by a fi
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.models import assemble, lengths, lora
+from vlp.fields import FIELDS
+from vlp.models import assemble, lengths, lora, tokens
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
+from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
@@ -100,25 +103,40 @@ class DualEncoder(nn.Module):
         text_views: Tensor | None = None,
         pairs: int = 0,
         cut: Cut | None = None,
+        token_rows: dict[str, tuple[int, int]] | None = None,
+        sentences: Sentences | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
 
-        Views go through the head for views. All other heads read the first `pairs` rows.
+        Views go through the head for views. All other heads read the first `pairs` rows. The rows
+        from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
+        these as well. `sentences` names the rows of texts that the head for regions reads.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
         image_tokens = text_tokens = None
+        rows_of_images, rows_of_texts = (_of_side(side, token_rows) for side in ("image", "text"))
 
         # The towers, each once: views follow the other rows.
         if image is not None:
-            features, image_tokens = self._image(_joined(image, image_views))
+            pictures = _joined(image, image_views)
+            wants_tokens = bool(rows_of_images) or sentences is not None
+            features, image_tokens = self._image(pictures, wants_tokens)
             outputs |= self._embeddings("image", features, image.shape[0])
+            outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
             if pairs and self.heads.concepts is not None:
                 outputs["concept_logits"] = self.heads.concepts(features[:pairs])
         if text is not None:
-            features, text_tokens = self._text(_joined(text, text_views), cut)
+            texts = _joined(text, text_views)
+            features, text_tokens = self._text(texts, cut, bool(rows_of_texts))
             outputs |= self._embeddings("text", features, text.shape[0])
+            outputs |= self._tokens(self.text, text_tokens, rows_of_texts)
+            if self.heads.regions is not None and sentences is not None:
+                assert image_tokens is not None, "the head for regions needs pictures"
+                patches = tokens.project(self.visual, image_tokens[:pairs])
+                of_pairs = sentences.of(features)
+                outputs |= self.heads.regions(patches, of_pairs, sentences.valid)
 
         # What heads compute of both towers.
         if pairs and self.heads.teacher is not None:
@@ -152,8 +170,20 @@ class DualEncoder(nn.Module):
         embeddings[f"{name}_views"] = unit(project(self._embedding(features[n_rows:])))
         return embeddings
 
+    def _tokens(
+        self, tower: nn.Module, of_tower: Tensor | None, rows: dict[str, tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """Unit rows of a tower's tokens, [rows, P, D], of the rows of each field."""
+        if not rows:
+            return {}
+        assert of_tower is not None, "a tower that is asked for tokens gives them"
+        return {
+            name: self._embedding(tokens.project(tower, of_tower[first:last]))
+            for name, (first, last) in rows.items()
+        }
+
     def _embedding(self, features: Tensor) -> Tensor:
-        """Unit rows of a tower's features, [rows, D]."""
+        """Unit rows of a tower's features, [..., D]."""
         if self.heads_config.nonnegative:
             return unit_or_zero(nonnegative(features))
         return unit(features)
@@ -171,8 +201,10 @@ class DualEncoder(nn.Module):
         """
         return self._image(image)[0]
 
-    def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tower's features [rows, D], and its tokens where a head reads them."""
+    def _image(self, image: Tensor, wants_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [rows, D], and its tokens where they are wanted or a head reads
+        them.
+        """
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
             height, width = self.image_spec.size
             raise ValueError(
@@ -185,6 +217,8 @@ class DualEncoder(nn.Module):
         if pixels is image or pixels.dtype == torch.float32:
             pixels = pixels.to(_dtype(self.visual))
         with moved_once(self._batch_norms):
+            if wants_tokens:
+                return tokens.with_tokens(self.visual, pixels)
             return _with_tokens(self.visual(pixels))
 
     def encode_text(self, text: Tensor) -> Tensor:
@@ -193,8 +227,12 @@ class DualEncoder(nn.Module):
         """
         return self._embedding(self._text(text)[0])
 
-    def _text(self, text: Tensor, cut: Cut | None = None) -> tuple[Tensor, Tensor | None]:
-        """The tower's features [rows, D], and its tokens where a head reads them."""
+    def _text(
+        self, text: Tensor, cut: Cut | None = None, wants_tokens: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tower's features [rows, D], and its tokens where they are wanted or a head reads
+        them.
+        """
         if text.is_floating_point():
             return self._stored_text(text), None
         length = self.text_spec.context_length
@@ -203,9 +241,18 @@ class DualEncoder(nn.Module):
         if text.ndim != 2 or text.shape[1] not in lengths_allowed:
             raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
 
+        tower = partial(tokens.with_tokens, self.text) if wants_tokens else self.text
         if cut is not None:
-            return lengths.pass_in_parts(self.text, text, cut)
-        return _with_tokens(self.text(text))
+            return lengths.pass_in_parts(tower, text, cut)
+        return _with_tokens(tower(text))
+
+    def tokens_refusal(self, side: str) -> str:
+        """Why the tower of a side, "image" or "text", gives no tokens; empty where it does."""
+        return tokens.refusal(self.visual if side == "image" else self.text)
+
+    def token_mask(self, ids: Tensor) -> Tensor:
+        """Which tokens of ids [rows, L] are the text's (`vlp.models.tokens`), [rows, L'] bool."""
+        return tokens.token_mask(self.text, ids)
 
     def _stored_text(self, rows: Tensor) -> Tensor:
         """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
@@ -391,6 +438,14 @@ def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
     return output if isinstance(output, tuple) else (output, None)
+
+
+def _of_side(
+    side: str, token_rows: dict[str, tuple[int, int]] | None
+) -> dict[str, tuple[int, int]]:
+    """The rows of one tower whose tokens are asked for, by field."""
+    asked_for = token_rows or {}
+    return {name: rows for name, rows in asked_for.items() if FIELDS[name].tower == side}
 
 
 def _joined(rows: Tensor, views: Tensor | None) -> Tensor:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vlp.fields import EMBEDDED, FIELDS, Field
+from vlp.fields import EMBEDDED, FIELDS, TOKEN_MASKS, TOKENS, Field
 from vlp.models import lengths
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.lengths import Cut
+from vlp.models.regions import Sentences, in_place
 from vlp.types import Batch, Features
 
 # What heads compute of the pairs themselves, beside the embeddings: in the table's order, because
@@ -24,16 +25,17 @@ from vlp.types import Batch, Features
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
 # Fields of a batch that pass a tower and then a head of their own.
 VIEWS = [name for name, row in EMBEDDED.items() if row.head]
-NUMBERS = ("scale", "bias", "view_scale", "interactive_scale")
+NUMBERS = ("scale", "bias", "view_scale", "interactive_scale", "region_scale")
 
 
 def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
     """Embed the wanted fields of a batch by one call of `model`: a DualEncoder or what an engine
     wrapped around one.
 
-    Returns the wanted fields with a tower by name, [b, …, D], the outputs of the heads for pairs
-    where any is wanted, [b, …], and the NUMBERS as far as the model has them, []. Rows that their
-    mask leaves out do not pass the tower; their embeddings are zeros.
+    Returns the wanted fields with a tower by name, [b, …, D], their tokens where those are wanted,
+    [b, …, P, D], the outputs of the heads for pairs where any is wanted, [b, …], and the NUMBERS as
+    far as the model has them, []. Rows that their mask leaves out do not pass the tower; their
+    embeddings are zeros.
     """
     fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
     pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
@@ -42,12 +44,17 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     # Heads cost: they run only where one of their outputs is wanted.
     pairs = {"pairs": len(batch)} if set(OF_PAIRS).intersection(wanted) else {}
 
+    token_rows = _token_rows((pictures, texts), wanted)
+    tokens = {"token_rows": token_rows} if token_rows else {}
+
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
     features = model(
         _joined(pictures),
         _joined(texts),
         **{name: value.flatten(0, 1) for name, value in views.items()},
         **pairs,
+        **tokens,
+        **_sentences(texts, batch, wanted),
         **_cut(model, batch, texts, views, batch.text.device),
     )
 
@@ -56,6 +63,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     for name, value in views.items():
         embedded[name] = getattr(features, name).unflatten(0, value.shape[:2])
     embedded |= _apart(features.image, pictures) | _apart(features.text, texts)
+    for name in token_rows:
+        part = (pictures | texts)[TOKENS[name].tokens_of]
+        embedded[name] = part.in_place(getattr(features, name))
     return embedded | _beside(features)
 
 
@@ -77,6 +87,26 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     if "text_views" in views:
         n_tokens += views["text_views"].numel()
     return n_pictures, n_tokens
+
+
+def token_masks(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Which tokens of the wanted fields of masks are the texts', [b, …, L'] bool, without asking
+    the device. `model` as for `embed`.
+    """
+    encoder = _encoder(model)
+    masks = {}
+    for name in wanted:
+        field = TOKEN_MASKS.get(name)
+        if field is None or not isinstance(encoder, DualEncoder):
+            continue
+
+        ids = getattr(batch, field)
+        mask = encoder.token_mask(ids.flatten(0, -2)).unflatten(0, ids.shape[:-1])
+        # A text that takes no part has no tokens either.
+        if takes_part := FIELDS[field].valid:
+            mask = mask & getattr(batch, takes_part).unsqueeze(-1)
+        masks[name] = mask
+    return masks
 
 
 def further_views(model: nn.Module, batch: Batch) -> list[str]:
@@ -107,11 +137,8 @@ class _Part:
         return cls(rows.index_select(0, places), shape, numbers, places)
 
     def in_place(self, embeddings: Tensor) -> Tensor:
-        """The embeddings [n, D] as [b, …, D], zeros for the rows that do not take part."""
-        if self.places is not None:
-            whole = embeddings.new_zeros(math.prod(self.shape), embeddings.shape[-1])
-            embeddings = whole.index_copy(0, self.places, embeddings)
-        return embeddings.view(*self.shape, -1)
+        """The embeddings [n, …, D] as [b, …, D], zeros for the rows that do not take part."""
+        return in_place(embeddings, self.places, self.shape)
 
     def on_host(self, batch: Batch, name: str) -> np.ndarray:
         """The rows of a text, [n, L], without asking the device."""
@@ -143,6 +170,44 @@ def _taking_part(batch: Batch, fields: dict[str, Field], tower: str) -> dict[str
         for name, field in fields.items()
         if field.tower == tower and not field.head
     }
+
+
+def _token_rows(
+    joined: tuple[dict[str, _Part], ...], wanted: Collection[str]
+) -> dict[str, tuple[int, int]]:
+    """From where to where the rows stand, among those that pass their tower, of which tokens are
+    wanted: by the name of the field of tokens.
+    """
+    rows = {}
+    for parts in joined:
+        spans = _spans(parts)
+        for name, field in TOKENS.items():
+            if name in wanted and field.tokens_of in spans:
+                rows[name] = spans[field.tokens_of]
+    return rows
+
+
+def _sentences(
+    texts: dict[str, _Part], batch: Batch, wanted: Collection[str]
+) -> dict[str, Sentences]:
+    """Where the head for regions finds the sentences of the pairs, as a keyword; none where none of
+    its outputs is wanted.
+    """
+    outputs = [name for name, row in FIELDS.items() if row.head == "regions"]
+    if "captions" not in texts or not set(outputs).intersection(wanted):
+        return {}
+    first, last = _spans(texts)["captions"]
+    return {"sentences": Sentences(first, last, texts["captions"].places, batch.captions_valid)}
+
+
+def _spans(parts: dict[str, _Part]) -> dict[str, tuple[int, int]]:
+    """From where to where the rows of each part stand among all that pass their tower."""
+    spans = {}
+    first = 0
+    for name, part in parts.items():
+        spans[name] = (first, first + len(part.rows))
+        first += len(part.rows)
+    return spans
 
 
 def _views(batch: Batch, fields: dict[str, Field]) -> dict[str, Tensor]:

@@ -90,21 +90,31 @@ class LanguageTower(nn.Module):
         # Whether the rows that were stored are unit rows or not makes no difference.
         if self.is_stored:
             pooled = F.normalize(pooled.float(), dim=-1) * self.width**0.5
-        return self.projection(self.adaptor(pooled.to(self.projection.weight.dtype)))
+        return self.projected(pooled)
+
+    def projected(self, rows: Tensor) -> Tensor:
+        """What pooling gave, or each token's part of it, [..., width] → [..., D]."""
+        return self.projection(self.adaptor(rows.to(self.projection.weight.dtype)))
 
     def pooled(self, ids: Tensor) -> Tensor:
         """[n, L] → [n, width]."""
-        tokens, is_token, is_read = unmarked(ids)
-        hidden = self._hidden(tokens, is_token)
+        return self.pool_of(self.hidden(ids), ids)
 
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What pooling reads of each token of ids [n, L], [n, L, width]."""
+        tokens, is_token, _ = unmarked(ids)
+        hidden = self._hidden(tokens, is_token)
+        return hidden if self.latent is None else self.latent(hidden)
+
+    def pool_of(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """The pool over `hidden` of the same ids, [n, width]."""
+        _, is_token, is_read = unmarked(ids)
         if self.pool in ("last", "eos"):
             # Not −1: that would read padding at the end of every shorter text.
             places = torch.arange(ids.shape[1], device=ids.device)
             last = torch.where(is_token, places, 0).argmax(dim=1)
             return hidden[torch.arange(len(ids), device=ids.device), last]
 
-        if self.latent is not None:
-            hidden = self.latent(hidden)
         # Left out rather than multiplied by 0: what stands at padding may be NaN.
         read = hidden.float().masked_fill(~is_read.unsqueeze(-1), 0)
         return read.sum(dim=1) / is_read.sum(dim=1, keepdim=True)

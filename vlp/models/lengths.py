@@ -118,8 +118,9 @@ def used(ids: np.ndarray, padding: int) -> np.ndarray:
 
 
 def pass_in_parts(tower: Any, ids: Tensor, cut: Cut) -> tuple[Tensor, Tensor | None]:
-    """The tower's features [n, D] of ids [n, L] in their order, and its tokens [n, L, width] where
-    it gives them: those that were cut away are zeros.
+    """What a tower, or a function that asks it for more, makes of ids [n, L], in their order:
+    features [n, D], and tokens [n, L, width] where it gives them: those that were cut away are
+    zeros.
     """
     context_length = ids.shape[1]
     in_order = ids.index_select(0, cut.order)
