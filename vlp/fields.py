@@ -104,6 +104,7 @@ _STORED = (
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
+_MODALITIES = "the caller: rows of audio, video, or any other modality"
 _PREDICTOR = "a predictor of the other side (model.heads.predictor)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
@@ -245,6 +246,11 @@ class Readable(Carried):
         "text", "b D'", "b T D'", head="teacher", supplier=_PROJECTION
     )
     interactive_scale: Tensor = computed("", "", head="teacher")
+
+    # Further modalities of the sample, and which samples have them; rows that are not there are
+    # left out, be they NaN.
+    others: Tensor = computed("", "O b D", unit=True, valid="others_valid", supplier=_MODALITIES)
+    others_valid: Tensor = computed("", "O b", "bool", beside="others")
 
     # What a predictor makes of an image for its text to be, and of a text for its image.
     predicted_text: Tensor = computed(

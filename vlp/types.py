@@ -11,6 +11,7 @@ Shape legend, used in every docstring of this project:
     C   counterfactuals of a caption
     K'  captions of a sample            V   further views
     M   concepts of a teacher           Q   keys of a queue
+    O   modalities beside image and text
     Z   tokens of the vocabulary        U   bytes of a caption
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it

@@ -60,6 +60,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "poly_view": {},
     "barlow": {"views": True},
     "swap": {},
+    "gram": {"label_smoothing": 0.1},
+    "symile": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
@@ -169,6 +171,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "queue_text": lambda: rows(B),
         "image_views": lambda: rows(2, B),
         "text_views": lambda: rows(2, B),
+        "others": lambda: rows(2, B),
         "negatives": lambda: rows(B, 2),
         "negative_images": lambda: rows(B, 1),
         "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),
@@ -184,7 +187,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
     leaves = {name: value.to(device).requires_grad_() for name, value in leaves.items()}
     leaves |= {
         n: given.pop(n).requires_grad_()
-        for n in ("image_views", "text_views", "negatives", "negative_images", "captions")
+        for n in ("image_views", "text_views", "negatives", "negative_images", "captions", "others")
         if n in given
     }
 
