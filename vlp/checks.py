@@ -93,6 +93,7 @@ def check_objective(
     n_rows = config.train.batch // dist.world_size()
     online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
+    check_pairs(objective, model)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.models and "teacher_image" in loader.carries:
@@ -176,6 +177,20 @@ def check_roles(objective: losses.Objective, config: Config) -> None:
                 f"the term {term.label!r} has weights for {', '.join(weights)}, and "
                 f"data.captions.roles is {roles}; name the same roles in the same order"
             )
+
+
+def check_pairs(objective: losses.Objective, model: DualEncoder) -> None:
+    """Refuse pairs of modalities that the model does not have."""
+    names = ["image", "text", *model.modality_shapes]
+    for term in losses.leaves(objective.plugins):
+        if term.name != "modality_pairs":
+            continue
+        try:
+            term.module.check_names(term.options, names)
+        except ValueError as error:
+            raise ValueError(
+                f"the term {term.label!r}: {error} (model.heads.modalities adds further ones)"
+            ) from error
 
 
 def _costly(config: Config) -> dict[str, set[str]]:

@@ -62,6 +62,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "swap": {},
     "gram": {"label_smoothing": 0.1},
     "symile": {},
+    "modality_pairs": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},

@@ -81,7 +81,26 @@ def symile(negatives: str = "n", step: int = 0) -> Loop:
     return loop
 
 
+def modality_pairs(chosen: list[tuple[int, int]]) -> Loop:
+    """Pairs by the places of the modalities: image, text, and further ones."""
+
+    def loop(d: Inputs) -> Tensor:
+        rows, total = [d["image"], d["text"], *d["others"]], 0
+        everywhere = torch.ones(len(d["text"]), dtype=torch.bool)
+        present = [everywhere, everywhere, *d["others_valid"]]
+        for a, b in chosen:
+            kept = [i for i in range(len(d["text"])) if present[a][i] and present[b][i]]
+            z = d["scale"] * (rows[a][kept] @ rows[b][kept].T)
+            log_p = z.log_softmax(1).diagonal() + z.log_softmax(0).diagonal()
+            total = total - log_p.sum() / (2 * len(kept))
+        return total
+
+    return loop
+
+
 CASES = [
+    ("modality_pairs", {}, modality_pairs(list(itertools.combinations(range(4), 2)))),
+    ("modality_pairs", {"pairs": [["0", "text"], ["1", "0"]]}, modality_pairs([(2, 1), (3, 2)])),
     ("gram", {}, gram()),
     ("gram", {"label_smoothing": 0.1, "epsilon": 1e-3}, gram(0.1, 1e-3)),
     ("symile", {}, symile()),

@@ -162,7 +162,7 @@ def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
             kept = set(row.batch_shape.split()) - pixels_or_tokens
             assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 21
+    assert n == 23
 
 
 def test_masks_and_neighbours_are_fields_of_the_table():
@@ -175,7 +175,7 @@ def test_masks_and_neighbours_are_fields_of_the_table():
             assert FIELDS[row.valid].dtype == "bool"
         if row.json and row.beside:
             assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
-    assert n == 14
+    assert n == 15
 
 
 # Rows that are not unit

@@ -37,6 +37,7 @@ TERMS = [
     ("poly_view", {}),
     ("swap", {}),
     ("symile", {}),
+    ("modality_pairs", {}),
     ("symile", {"negatives": "n_squared"}),
     ("momentum_queue", {}),
     ("infonce", {"positives": "label", "form": "decoupled", "ignore": {"margin": 0.2}}),

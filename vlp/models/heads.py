@@ -13,6 +13,8 @@ leave with export.
               arXiv 2205.01917): caption_nll
     predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
               arXiv 2011.10566): predicted_text, predicted_image
+    modalities
+              towers of further modalities (vlp.models.modalities): others
 
 `nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
@@ -32,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from vlp import config
 from vlp.fields import FIELDS
 from vlp.models.exact import Scaling
+from vlp.models.modalities import Modalities
 
 LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
@@ -223,6 +226,7 @@ class Heads(nn.Module):
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
+        self.modalities = Modalities(options.modalities, embed_dim) if options.modalities else None
 
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that these heads give."""
