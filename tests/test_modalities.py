@@ -36,7 +36,7 @@ ALL = {"modality_pairs": {}, "gram": {}, "symile": {}}
 
 
 def write_rows(folder: Path, shards: Path, shape: tuple[int, ...], lengths: bool) -> Path:
-    """As `vlp data embed --modality` writes them; every third sample lacks the modality."""
+    """As `vlp data modality` writes them; every third sample lacks the modality."""
     folder.mkdir()
     first = 0
     for path in sorted(shards.glob("*.tar")):
@@ -128,7 +128,7 @@ def test_files_that_are_not_of_the_shards_are_refused(stored, tmp_path):
     n = 0
     for folder, message in (
         (folders["audio"], "of other samples than the 6 of 00000.tar"),
-        (str(tmp_path / "nowhere"), "holds no rows of a modality .*vlp data embed --modality"),
+        (str(tmp_path / "nowhere"), "holds no rows of a modality .*vlp data modality"),
     ):
         with pytest.raises(ValueError, match=message):
             loader_of(data_of(source(others, {"audio": folder})), 9)

@@ -1,5 +1,5 @@
 """Further modalities of the samples of shards: rows in time that lie beside them, written by `vlp
-data embed --modality`.
+data modality`.
 
 DIR/STEM.safetensors belongs to the shard STEM.tar:
     rows      [n, T, F] float16 in the order of its n usable samples, T rows in time of F numbers
@@ -120,7 +120,7 @@ def side_by_side(stored: Stored | None, shapes: Shapes) -> Further:
 
 def _check(path: Path, shard: Shard) -> tuple[int, int]:
     """(T, F) of the rows of a shard."""
-    remedy = f"make it with `vlp data embed --modality` from the shard {shard.name}"
+    remedy = f"make it with `vlp data modality` from the shard {shard.name}"
     try:
         with safe_open(path, "numpy") as file:
             keys = file.metadata()["keys"]

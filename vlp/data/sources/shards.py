@@ -54,7 +54,7 @@ class Options(Texts):
     # Folder that `vlp data embed` made from these shards: a teacher's embeddings; or those of
     # several teachers.
     embeddings: str | list[str] | None = None
-    # Folders of further modalities that `vlp data embed --modality` made from these shards, by name
+    # Folders of further modalities that `vlp data modality` made from these shards, by name
     modalities: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
