@@ -34,14 +34,14 @@ class Rows:
     def __init__(self, folder: str, paths: Sequence[str], shards: Sequence[Shard]) -> None:
         self.folder = folder
         where = source(folder)
-        self._files = [where / f"{Path(path).stem}.safetensors" for path in paths]
-        if len(set(self._files)) < len(self._files):
+        self.files = [where / f"{Path(path).stem}.safetensors" for path in paths]
+        if len(set(self.files)) < len(self.files):
             raise ValueError(
                 f"modality {folder!r}: several shards have one name; make each folder of shards a "
                 "source of its own"
             )
 
-        shapes = {_check(path, shard): path for path, shard in zip(self._files, shards)}
+        shapes = {_check(path, shard): path for path, shard in zip(self.files, shards)}
         if len(shapes) > 1:
             listed = "; ".join(f"{path}: {list(shape)}" for shape, path in shapes.items())
             raise ValueError(
@@ -49,11 +49,11 @@ class Rows:
                 "with the same settings"
             )
         [self.shape] = shapes  # (T, F)
-        self._times = [path.stat().st_mtime_ns for path in self._files]
+        self._times = [path.stat().st_mtime_ns for path in self.files]
 
     def of(self, shard: int, i: int) -> tuple[np.ndarray, int]:
         """Rows [T, F] float32 of sample i of a shard, and how many it has."""
-        file = _opened(self._files[shard], self._times[shard])
+        file = _opened(self.files[shard], self._times[shard])
         rows = file.get_slice("rows")[i].astype(np.float32).reshape(self.shape)
         if "length" in set(file.keys()):
             return rows, int(file.get_slice("length")[i : i + 1][0])
