@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.material import encoded, picture
+from tests.test_modalities import write_rows
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
@@ -96,7 +97,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 49
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 50
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -160,8 +161,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 26, "demo": 1, "eval": 3, "export": 2, "train": 64}
-    assert n_tools == 34
+    assert counts == {"data": 28, "demo": 1, "eval": 3, "export": 2, "train": 67}
+    assert n_tools == 36
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
@@ -195,6 +196,14 @@ def test_a_recipe_trains(name, shards, tmp_path):
         more = [f"stages=[{stages}]"]
     if name == "matryoshka":
         more = ["objective.matryoshka.widths=[8, 16]"]  # of the tiny towers' 16
+    if name == "gram":
+        audio = write_rows(tmp_path / "audio", shards, (3, 4), lengths=True)
+        video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)
+        more = [
+            f"data.sources.0.modalities={{audio: {audio}, video: {video}}}",
+            "model.heads.modalities={audio: {features: 4, length: 3, layers: 1, width: 8}, "
+            "video: {features: 5, length: 2}}",
+        ]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
     assert [line["step"] for line in records] == [1, 2, 3]
