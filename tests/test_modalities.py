@@ -19,7 +19,7 @@ from tests.data.material import data_of, loader_of, write_shards
 from tests.models.tiny import tiny
 from tests.test_step import ROWS, assert_close, gradients_and_weights, make_batch, make_training
 from vlp import config, losses, plugin, schema
-from vlp.checks import check_needs, check_pairs
+from vlp.checks import check_modalities, check_needs
 from vlp.models.build import from_description
 from vlp.models.modalities import Tower
 from vlp.passes import as_terms_read
@@ -265,12 +265,18 @@ def objective(**terms):
 def test_names_and_idle_towers_are_refused_before_the_first_step():
     model = tiny(heads={"modalities": TOWERS})
     right = objective(modality_pairs={"pairs": [["text", "audio"]]})
-    check_pairs(right, model)
+    check_modalities(right, model, 12)
     check_needs(right, frozenset(), model)
     wrong = objective(modality_pairs={"pairs": [["text", "audoi"]]})
     expected = "found audoi, expected modalities of the run: image, text, audio, depth"
     with pytest.raises(ValueError, match=re.escape(expected)):
-        check_pairs(wrong, model)
+        check_modalities(wrong, model, 12)
+    narrow = tiny(heads={"modalities": TOWERS}, embed_dim=3)
+    with pytest.raises(ValueError, match="'gram': found 4 modalities in a space of 3 dimensions"):
+        check_modalities(objective(gram={}), narrow, 12)
+    many = objective(symile={"negatives": "n_squared"})
+    with pytest.raises(ValueError, match="'symile': negatives: n_squared compares 65 candidates"):
+        check_modalities(many, model, 65)
     with pytest.raises(ValueError, match=r"gives \['others'\], which no term reads"):
         check_needs(objective(infonce={}), frozenset(), model)
     with pytest.raises(ValueError, match="expected pairs of two different modalities"):

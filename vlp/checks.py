@@ -93,7 +93,7 @@ def check_objective(
     n_rows = config.train.batch // dist.world_size()
     online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
-    check_pairs(objective, model)
+    check_modalities(objective, model, n_rows)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.models and "teacher_image" in loader.carries:
@@ -179,14 +179,15 @@ def check_roles(objective: losses.Objective, config: Config) -> None:
             )
 
 
-def check_pairs(objective: losses.Objective, model: DualEncoder) -> None:
-    """Refuse pairs of modalities that the model does not have."""
+def check_modalities(objective: losses.Objective, model: DualEncoder, n_rows: int) -> None:
+    """Refuse terms that cannot compare the modalities of the model in batches of so many rows."""
     names = ["image", "text", *model.modality_shapes]
+    n = objective.candidates(n_rows)
     for term in losses.leaves(objective.plugins):
-        if term.name != "modality_pairs":
+        if not hasattr(term.module, "check_modalities"):
             continue
         try:
-            term.module.check_names(term.options, names)
+            term.module.check_modalities(term.options, names, model.embed_dim, n)
         except ValueError as error:
             raise ValueError(
                 f"the term {term.label!r}: {error} (model.heads.modalities adds further ones)"

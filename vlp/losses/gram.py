@@ -70,6 +70,11 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     return _modalities.mean_of_complete((by_row + by_column) / 2, valid, pairs)
 
 
+def check_modalities(options: Options, names: list[str], width: int, n: int) -> None:
+    """Refuse more modalities than the space has dimensions. ValueError."""
+    _check_rank(len(names), width)
+
+
 def _check_rank(n_vectors: int, width: int) -> None:
     if n_vectors > width:
         raise ValueError(

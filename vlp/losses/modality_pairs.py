@@ -68,7 +68,7 @@ class Options:
         return list(self.pairs)
 
 
-def check_names(options: Options, names: list[str]) -> None:
+def check_modalities(options: Options, names: list[str], width: int, n: int) -> None:
     """Refuse pairs of modalities that a run does not have. ValueError."""
     options.of(names)
 

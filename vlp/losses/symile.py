@@ -177,6 +177,12 @@ def _all(modalities: list[Tensor], valid: Tensor, pairs: Pairs) -> list[Tuples]:
     return tuples
 
 
+def check_modalities(options: Options, names: list[str], width: int, n: int) -> None:
+    """Refuse more tuples than n_squared compares. ValueError."""
+    if options.negatives == "n_squared":
+        _check_size(n, len(names))
+
+
 def _check_size(n: int, n_modalities: int) -> None:
     if n > MOST_SAMPLES or n**n_modalities > MOST_SCORES:
         raise ValueError(

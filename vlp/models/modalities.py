@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp import config
@@ -31,7 +32,7 @@ class Tower(nn.Module):
         self.tokens = nn.Linear(options.patch * options.features, width)
         self.positions = nn.Parameter(0.02 * torch.randn(options.n_tokens, width))
         block = nn.TransformerEncoderLayer(
-            width, options.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+            width, options.heads, 4 * width, 0.0, _gelu, batch_first=True, norm_first=True
         )
         self.transformer = nn.TransformerEncoder(
             block, options.layers, nn.LayerNorm(width), enable_nested_tensor=False
@@ -79,6 +80,12 @@ class Modalities(nn.Module):
             )
         ]
         return torch.stack(features, 1)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # By torch's own name evaluation would take a fused path, which reads weights past what an
+    # engine has wrapped around them.
+    return F.gelu(x)
 
 
 def _mean(rows: Tensor, lengths: Tensor) -> Tensor:
