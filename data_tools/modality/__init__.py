@@ -92,17 +92,10 @@ def run(args: argparse.Namespace) -> int:
     """Write the files and print what was read."""
     from vlp.data.paths import expand
     from vlp.data.stored import destination
-    from vlp.data_tools._run.shards import claim, jobs
+    from vlp.data_tools._run.shards import check_names, claim, jobs
 
     sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
-    names = Counter(path.stem for path in sources)
-    repeated = [name for name, n in names.items() if n > 1]
-    if repeated:
-        raise ValueError(
-            f"several shards are called {repeated[0]}; give each folder of shards a folder of its "
-            "own"
-        )
-
+    check_names(sources)
     reader = _reader(args, sources)
     if args.frames is not None:
         pool = pool.of_model(args.device)

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vlp.data.embedded import files_beside
 from vlp.data.rows import Shard
-from vlp.data.stored import source
 
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
 
@@ -33,13 +33,7 @@ class Rows:
 
     def __init__(self, folder: str, paths: Sequence[str], shards: Sequence[Shard]) -> None:
         self.folder = folder
-        where = source(folder)
-        self.files = [where / f"{Path(path).stem}.safetensors" for path in paths]
-        if len(set(self.files)) < len(self.files):
-            raise ValueError(
-                f"modality {folder!r}: several shards have one name; make each folder of shards a "
-                "source of its own"
-            )
+        self.files = files_beside(folder, paths, "modality")
 
         shapes = {_check(path, shard): path for path, shard in zip(self.files, shards)}
         if len(shapes) > 1:
