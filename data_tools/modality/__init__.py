@@ -4,6 +4,7 @@ shard.
 Of the sample KEY the members
     KEY.wav, KEY.flac, KEY.NAME.wav      --sound: log-mel rows of F bands, 100 a second. Waves of
                                          PCM; others with `pip install soundfile`
+                                         --sound-model: the embedding of an audio model
     KEY.000.jpg, KEY.001.jpg, …          --frames: embeddings of frames by a model, D numbers each
     KEY.NAME.npy, or KEY.npy             --vectors: what any other model gave, [F] or [T, F] numbers
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 HELP = "rows of sounds, of video frames or of other embeddings, as a further modality"
 EXAMPLE = """vlp data modality data/train --sound --seconds 10 --to data/train_audio
+  vlp data modality data/train --sound-model models/clap --to data/train_clap
   vlp data modality data/train --frames 8 --model runs/clip --to data/train_video
   vlp data modality data/train --vectors depth --to data/train_depth
 """
@@ -72,6 +74,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--sound", action="store_true", help="log-mel rows of the samples' sounds")
+    kind.add_argument(
+        "--sound-model", metavar="MODEL", help="embed sounds by CLAP or AST of transformers"
+    )
     kind.add_argument("--frames", type=int, metavar="N", help="embed up to N frames by --model")
     kind.add_argument("--vectors", metavar="NAME", help="take the numbers of KEY.NAME.npy")
 
@@ -97,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     check_names(sources)
     reader = _reader(args, sources)
-    if args.frames is not None:
+    if args.frames is not None or args.sound_model is not None:
         pool = pool.of_model(args.device)
     claim(folder, "modality", sources, reader.settings())
     read = Read(reader, folder)
@@ -119,12 +124,15 @@ def _refuse_nothing(total: Counter[str], reader: Reader, folder: Path) -> None:
 
 def _reader(args: argparse.Namespace, sources: list[Path]) -> Reader:
     """What the options ask for; ValueError where it cannot be."""
-    from vlp.data_tools.modality import frames, sounds, vectors
+    from vlp.data_tools.modality import frames, sound_model, sounds, vectors
 
     if args.frames is None and args.model:
         raise ValueError("--model embeds frames; write --frames N, or leave it out")
     if args.sound:
         return sounds.Sounds(args.name, args.seconds, args.bands, args.rate)
+    if args.sound_model is not None:
+        named = args.sound_model, args.name, args.seconds, args.device
+        return sound_model.SoundModel(*named)
     if args.vectors is not None:
         return vectors.Vectors.of(args.vectors, args.shape, sources)
     if args.frames < 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_tar
@@ -126,6 +127,43 @@ def test_sounds_of_which_none_can_be_read_are_refused(tmp_path):
     for name in ("", "voice"):
         with pytest.raises(ValueError, match=r"no sample has rows of .*members are named"):
             call(modality, shards, "--sound", "--name", name, "--to", tmp_path / f"rows{name}")
+
+
+def test_an_audio_model_embeds_whole_sounds(tmp_path):
+    from transformers import (
+        ASTConfig,
+        ASTFeatureExtractor,
+        ASTModel,
+        Wav2Vec2Config,
+        Wav2Vec2FeatureExtractor,
+        Wav2Vec2Model,
+    )  # fmt: skip
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    ASTModel(
+        ASTConfig(**small, intermediate_size=16, num_mel_bins=16, max_length=32)
+    ).save_pretrained(tmp_path / "ast")
+    ASTFeatureExtractor(num_mel_bins=16, max_length=32).save_pretrained(tmp_path / "ast")
+    sounds = {"a": [("wav", sound(440, 22_050))], "b": [("wav", b"")], "c": [("wav", sound(900))]}
+    shards = shard(tmp_path / "set", sounds)
+    call(modality, shards, "--sound-model", tmp_path / "ast", "--to", tmp_path / "rows")
+    rows, lengths = read(tmp_path / "rows")
+    assert rows.shape == (3, 1, 16) and lengths.tolist() == [1, 0, 1]
+    assert np.linalg.norm(rows[0].astype(np.float32)) == pytest.approx(1, abs=1e-2)
+    assert np.abs(rows[0] - rows[2]).max() > 1e-3
+
+    # Speech models give rows in time and no pooling.
+    speech = Wav2Vec2Config(
+        **small, intermediate_size=16, conv_dim=(8, 8), conv_stride=(5, 64), conv_kernel=(10, 64),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    Wav2Vec2Model(speech).save_pretrained(tmp_path / "speech")
+    Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "speech")
+    for name, message in (("speech", "does not say how it pools"), ("no", "cannot load")):
+        with pytest.raises(ValueError, match=message):
+            call(modality, shards, "--sound-model", tmp_path / name, "--to", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 # Videos
