@@ -172,9 +172,10 @@ class Read:
                 if not chosen:
                     counts["samples that lack it"] += 1
                     continue
-                found = self._of_sample([member.read(file) for member in chosen], counts)
-                lengths[place] = len(found)
-                rows[place, : len(found)] = found
+                files = [member.read(file) for member in chosen]
+                of_sample = self._of_sample(files, counts)
+                lengths[place] = len(of_sample)
+                rows[place, : len(of_sample)] = of_sample
 
         tensors = {"rows": torch.from_numpy(rows), "length": torch.from_numpy(lengths)}
         metadata = {
@@ -190,12 +191,12 @@ class Read:
 
         nothing = np.zeros((0, self.reader.shape[1]), np.float16)
         try:
-            found = self.reader.rows(files)
+            wide = self.reader.rows(files)
         except ValueError as error:
             counts[f"unreadable: {error}"] += 1
             return nothing
         # float16 ends at 65,504.
-        narrow = found.astype(np.float16)
+        narrow = wide.astype(np.float16)
         if not np.isfinite(narrow).all():
             counts["unreadable: numbers that are not finite in float16"] += 1
             return nothing

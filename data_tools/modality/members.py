@@ -35,9 +35,10 @@ def of_keys(path: Path, keys: Sequence[str], counts: Counter[str]) -> dict[str, 
                 if name is None or not name.extension:
                     continue
                 key, infix = _split(name.key, wanted)
-                if key is not None:
-                    found = Member(infix, name.extension, member.offset, member.size)
-                    members.setdefault(key, []).append(found)
+                if key is None:
+                    continue
+                of_sample = members.setdefault(key, [])
+                of_sample.append(Member(infix, name.extension, member.offset, member.size))
     except DamagedTar as error:
         counts[f"unreadable: members after damage ({error})"] += 1
     return {key: sorted(of_sample) for key, of_sample in members.items()}

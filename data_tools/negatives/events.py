@@ -60,10 +60,10 @@ def has_event(part: str, lexicon: Lexicon) -> bool:
     """Whether a part of a caption tells that something happens: a word ending in -ing, a pronoun
     that does something, or a verb right after a known noun.
     """
-    found = [word.text for word in words(part)]
-    if any(word.endswith("ing") and word not in _NO_VERBS for word in found):
+    texts = [word.text for word in words(part)]
+    if any(text.endswith("ing") and text not in _NO_VERBS for text in texts):
         return True
-    if any(word in _SUBJECTS for word in found[:-1]):
+    if any(text in _SUBJECTS for text in texts[:-1]):
         return True
 
     nouns = lexicon.mentions(part, "nouns")

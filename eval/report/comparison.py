@@ -22,20 +22,12 @@ from vlp.schema import plain
 
 OF_DATA = frozenset(
     {
-        *(
-            "data",
-            "modalities",
-            "images",
-            "split",
-            "train_split",
-            "val_split",
-            "annotations",
-            "missing",
-        ),
+        *("data", "images", "split", "train_split", "val_split", "annotations", "missing"),
         *("classes", "templates", "partial", "language", "languages", "captions_per_image"),
         *("shifted", "shifted_images", "shifted_split", "reference", "text_column", "grade_column"),
         *(key.name for key in fields(TableOptions)),
         *(key.name for key in fields(Texts)),
+        "modalities",
     }
 )
 # Where nothing was hashed, the places of the data have to be the same.

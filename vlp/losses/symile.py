@@ -33,6 +33,7 @@ it takes, and raise its bound
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,8 +73,8 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     valid = _modalities.complete(inputs)
     inputs = inputs.operands()
     modalities = [inputs.text, inputs.image, *_modalities.further(inputs)]
-    product = torch.stack([widened(rows) for rows in modalities]).prod(0).sum(1)
-    positive = number(inputs.scale, inputs.text) * product  # [b]
+    product = _product([widened(rows) for rows in modalities])
+    positive = number(inputs.scale, inputs.text) * product.sum(1)  # [b]
 
     if options.negatives == "n":
         tuples = _permuted(modalities, valid, pairs, inputs.step or 0)
@@ -108,6 +109,11 @@ def _negatives(tile: Tile) -> tuple[Tensor, ...]:
     return ((tile.shared[0] * tile.scores[0]).masked_fill(left_out, -torch.inf),)
 
 
+def _product(rows: list[Tensor]) -> Tensor:
+    # torch.prod's gradient divides by its entries, and asks a device whether one is 0.
+    return functools.reduce(torch.mul, rows)
+
+
 def _places(n_rows: int, pairs: Pairs, device: torch.device) -> Tensor:
     """The places of this rank's rows in the group, [b]."""
     return pairs.group.index * n_rows + torch.arange(n_rows, device=device)
@@ -129,7 +135,7 @@ def _permuted(modalities: list[Tensor], valid: Tensor, pairs: Pairs, step: int) 
     tuples = []
     for anchor, of_anchor in enumerate(modalities):
         others = [m for m in range(len(modalities)) if m != anchor]
-        product = torch.stack([rows[m] for m in others]).prod(0)
+        product = _product([rows[m] for m in others])
         of_tuple = torch.stack([places[m] for m in others])
         sample = torch.where((of_tuple == of_tuple[0]).all(0), of_tuple[0], MIXED)
         tuples.append(Tuples(product.to(of_anchor.dtype), sample, complete[own]))

@@ -72,7 +72,9 @@ class Modalities(nn.Module):
     def forward(self, side_by_side: Tensor, lengths: Tensor) -> Tensor:
         """[b, S] rows of all modalities and [b, O] lengths → [b, O, D] features."""
         sizes = [length * features for length, features in self.shapes.values()]
-        parts = side_by_side.split(sizes, 1)
+        # Engines may have cast the towers.
+        dtype = next(self.parameters()).dtype
+        parts = side_by_side.to(dtype).split(sizes, 1)
         features = [
             tower(part.unflatten(1, shape), lengths[:, place])
             for place, (tower, part, shape) in enumerate(
@@ -91,8 +93,10 @@ def _gelu(x: Tensor) -> Tensor:
 def _mean(rows: Tensor, lengths: Tensor) -> Tensor:
     """The mean of the first rows of each sample, [b, F]."""
     beyond = _beyond(lengths, rows.shape[1])
-    kept = rows.masked_fill(beyond.unsqueeze(2), 0)
-    return kept.sum(1) / lengths.unsqueeze(1).to(kept.dtype)
+    # In bfloat16 a sum of many rows ends at 256 times one of them.
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    kept = wide.masked_fill(beyond.unsqueeze(2), 0)
+    return (kept.sum(1) / lengths.unsqueeze(1)).to(rows.dtype)
 
 
 def _beyond(lengths: Tensor, most: int) -> Tensor:
