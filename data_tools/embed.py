@@ -84,20 +84,12 @@ def run(args: argparse.Namespace) -> int:
     """Write the files and print what was embedded."""
     from vlp.data.paths import expand
     from vlp.data.stored import destination
-    from vlp.data_tools._run.shards import claim, jobs
+    from vlp.data_tools._run.shards import check_names, claim, jobs
 
     sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     pool = pool.of_model(args.device)
 
-    # A file is named after its shard, so two shards of one name would overwrite each other's.
-    names = Counter(path.stem for path in sources)
-    repeated = [name for name, n in names.items() if n > 1]
-    if repeated:
-        raise ValueError(
-            f"several shards are called {repeated[0]}; "
-            "embed each folder of shards into a folder of its own"
-        )
-
+    check_names(sources)
     settings, embed = _of_texts(args, folder) if args.text_model else _of_pairs(args, folder)
 
     # Each file by itself: a reader asks for the shard that it reads.

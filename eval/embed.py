@@ -114,6 +114,18 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     return _spread(rows, unique, captions)
 
 
+def others(
+    items: Sequence[Any],
+    prepare: Callable[[Any], Any],
+    encode: Callable[[list], Tensor],
+    context: Context,
+) -> Tensor:
+    """[n, width] float32 of anything else, on the CPU of every rank, in the order of `items`; not
+    kept on disk.
+    """
+    return _embed(list(items), prepare, encode, "samples", context)
+
+
 def _spread(rows: Tensor, unique: list, items: Sequence) -> Tensor:
     """The rows of `items`, from those of the different ones among them."""
     if len(unique) == len(items):

@@ -14,8 +14,8 @@ counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,10 @@ class Encoder:
     # `image` without what follows the tower; None: nothing does
     features: Callable[[Tensor], Tensor] | None = None
     width: int | None = None  # how many numbers of a row count, the first ones; None: all
+    # rows of further modalities side by side [n, S] and their lengths [n, O] -> [n, O, D]
+    others: Callable[[Tensor, Tensor], Tensor] | None = None
+    # (T, F) of each, by name (vlp.data.modalities)
+    modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -79,6 +83,12 @@ class Encoder:
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Sentences to [n, D] float32 unit rows."""
         return self._unit(lambda: self.text(texts))
+
+    def encode_others(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        """Rows of further modalities side by side to [n, O, D] float32 unit rows."""
+        assert self.others is not None, "asked of a model with towers for them"
+        others = self.others
+        return self._unit(lambda: others(rows.to(self.device), lengths.to(self.device)))
 
     def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
         device_type = torch.device(self.device).type
@@ -189,6 +199,8 @@ def from_model(
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
         decoding=model.image_spec.decoding,
+        others=lambda rows, lengths: model(modalities=rows, modality_lengths=lengths).others,
+        modality_shapes=getattr(model, "modality_shapes", {}),
     )
 
 

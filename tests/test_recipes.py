@@ -13,6 +13,7 @@ import pytest
 
 from tests.data.material import encoded, picture
 from tests.models import multimodals
+from tests.test_modalities import write_rows
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
@@ -97,7 +98,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 54
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 55
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -161,8 +162,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 27, "demo": 1, "eval": 3, "export": 2, "train": 71}
-    assert n_tools == 35
+    assert counts == {"data": 29, "demo": 1, "eval": 3, "export": 2, "train": 74}
+    assert n_tools == 37
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
@@ -200,6 +201,14 @@ def test_a_recipe_trains(name, shards, tmp_path):
         folder = multimodals.multimodal_model(tmp_path / "model", "qwen2_vl")
         whole = multimodals.tower(folder, lora={"r": 2})
         more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
+    if name == "gram":
+        audio = write_rows(tmp_path / "audio", shards, (3, 4), lengths=True)
+        video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)
+        more = [
+            f"data.sources.0.modalities={{audio: {audio}, video: {video}}}",
+            "model.heads.modalities={audio: {features: 4, length: 3, layers: 1, width: 8}, "
+            "video: {features: 5, length: 2}}",
+        ]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
     assert [line["step"] for line in records] == [1, 2, 3]

@@ -229,6 +229,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
             pixels=not config.model.precomputed,
             reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
             store=None if stored_texts is None else TextStore(stored_texts),
+            modalities=model.modality_shapes,
         )
     selector.check(loader.carries, len(loader.teacher_widths))
     return loader
@@ -305,6 +306,8 @@ def prepare(
         teacher.check_map(model, loader.teacher_widths)
         # On the device from the start: a number would be sent there in every step.
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
+    if model.modality_shapes:
+        constants["other_names"] = tuple(model.modality_shapes)
     training = Training(
         engine,
         objective,

@@ -95,6 +95,7 @@ def check_objective(
     n_rows = config.train.batch // dist.world_size()
     online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
+    check_modalities(objective, model, n_rows)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.models and "teacher_image" in loader.carries:
@@ -199,6 +200,21 @@ def check_roles(objective: losses.Objective, config: Config) -> None:
                 f"the term {term.label!r} has weights for {', '.join(weights)}, and "
                 f"data.captions.roles is {roles}; name the same roles in the same order"
             )
+
+
+def check_modalities(objective: losses.Objective, model: DualEncoder, n_rows: int) -> None:
+    """Refuse terms that cannot compare the modalities of the model in batches of so many rows."""
+    names = ["image", "text", *model.modality_shapes]
+    n = objective.candidates(n_rows)
+    for term in losses.leaves(objective.plugins):
+        if not hasattr(term.module, "check_modalities"):
+            continue
+        try:
+            term.module.check_modalities(term.options, names, model.embed_dim, n)
+        except ValueError as error:
+            raise ValueError(
+                f"the term {term.label!r}: {error} (model.heads.modalities adds further ones)"
+            ) from error
 
 
 def _costly(config: Config) -> dict[str, set[str]]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
 class Field:
     """One row of the table: how a field is shaped, masked and supplied."""
 
-    tower: Literal["image", "text", ""]  # the tower it comes through; "": a label, it meets none
+    # the tower it comes through; further: that of its modality; "": a label, it meets none
+    tower: Literal["image", "text", "further", ""]
     batch_shape: str  # as the loader makes it; "" where the batch does not carry it
     dtype: Literal["uint8", "int64", "float32", "bool"]  # as the loader makes it
     # As terms read it, alternatives of different length. ("",) is a number.
@@ -110,6 +111,10 @@ _STORED = (
 )
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
+_MODALITIES = (
+    "rows of further modalities beside the shards (the source's `modalities`) and their towers "
+    "(model.heads.modalities)"
+)
 _PREDICTOR = "a predictor of the other side (model.heads.predictor)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
@@ -223,6 +228,11 @@ class Carried:
         "", "b D'", "b T D'", carried=True, unit=True, supplier=_STORED
     )
 
+    # Rows in time of further modalities side by side, and how many rows each has, 0 where the
+    # sample lacks it (vlp.data.modalities).
+    modalities: Tensor = numbers("b S", supplier=_MODALITIES)
+    modality_lengths: Tensor = numbers("b O", "int64", beside="modalities")
+
     # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
     # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).
     label: Tensor = numbers("b", "int64", supplier=_LABELS)
@@ -260,6 +270,18 @@ class Readable(Carried):
         "text", "b D'", "b T D'", head="teacher", supplier=_PROJECTION
     )
     interactive_scale: Tensor = computed("", "", head="teacher")
+
+    # Further modalities of the sample, and which samples have them; rows that are not there are
+    # left out, be they NaN.
+    others: Tensor = computed(
+        "further",
+        "O b D",
+        unit=True,
+        valid="others_valid",
+        head="modalities",
+        supplier=_MODALITIES,
+    )
+    others_valid: Tensor = computed("", "O b", "bool", beside="others")
 
     # What a predictor makes of an image for its text to be, and of a text for its image.
     predicted_text: Tensor = computed(

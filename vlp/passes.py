@@ -138,12 +138,17 @@ def judged(
     return training.judge.scores(batch, rows, Pairs.at(objective.backend, step))
 
 
-def views_first(embedded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The embeddings as terms read them: views [V, b, D], which micro-batches cut as [b, V, D]."""
-    views = {name for name, row in EMBEDDED.items() if row.head}
-    return {
-        name: value.transpose(0, 1) if name in views else value for name, value in embedded.items()
+def as_terms_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Embeddings and labels of all rows in the shapes of terms: views [V, b, D] and modalities
+    [O, b, D], which micro-batches cut as [b, V, D] and [b, O, D]; and which samples have them.
+    """
+    turned = {name for name, row in EMBEDDED.items() if row.head} | {"others"}
+    keywords = {
+        name: value.transpose(0, 1) if name in turned else value for name, value in values.items()
     }
+    if "modality_lengths" in keywords:
+        keywords["others_valid"] = keywords["modality_lengths"].T > 0
+    return keywords
 
 
 def surrogate(

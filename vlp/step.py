@@ -27,6 +27,7 @@ from vlp.copies import copied
 from vlp.measurements import measurements
 from vlp.non_finite import NonFiniteError, Statistics, all_finite, bad_rows
 from vlp.passes import (
+    as_terms_read,
     attention,
     embed,
     first_pass,
@@ -37,7 +38,6 @@ from vlp.passes import (
     rehearse,
     surrogate,
     teacher_forward,
-    views_first,
 )
 from vlp.seeds import derive
 from vlp.training import Training, conclude, settle
@@ -90,7 +90,7 @@ def train_step(
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms, new_states = training.objective.evaluate(
-        **views_first(leaves), **(constant | of_judge), step=step
+        **as_terms_read(leaves | constant | of_judge), step=step
     )
     gradients = gradients_of(total, leaves)
 

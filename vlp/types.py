@@ -12,6 +12,8 @@ Shape legend, used in every docstring of this project:
     C   counterfactuals of a caption
     K'  captions of a sample            V   further views
     M   concepts of a teacher           Q   keys of a queue
+    O   modalities beside image and text
+    S   numbers of all of them together
     Z   tokens of the vocabulary        U   bytes of a caption
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it
@@ -31,6 +33,7 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
     from torch import Tensor
 
     from vlp.data.embedded import Stored
+    from vlp.data.modalities import Stored as StoredModalities
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Sample:
     embeddings: Stored | None = None  # of teachers, on disk
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
     roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
+    modalities: StoredModalities | None = None  # further ones, on disk
 
 
 _READ_ON_HOST = {
@@ -190,3 +194,4 @@ class Features(NamedTuple):
     patch_distances: Tensor | None = None
     region_scale: Tensor | None = None
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first
+    others: Tensor | None = None  # [b, O, D] unit rows of further modalities, by their towers

@@ -150,7 +150,7 @@ class Validator:
         torch.manual_seed(derive(_SEED, "validation", number, dist.rank()))
         # Without a step: no state moves, and it does not matter when the loss is measured.
         total, terms, _ = self.objective.evaluate(
-            **passes.views_first(leaves), **(constant | of_judge), **training.constants
+            **passes.as_terms_read({**rows, **of_judge}), **training.constants
         )
         return {"loss": total, **terms}
 
@@ -218,6 +218,7 @@ def _loader(
             reads=losses.reads(config.objective) | online_judge.reads(config),
             store=store,
             stored_crops=False,
+            modalities=model.modality_shapes,
         )
 
 

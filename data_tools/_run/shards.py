@@ -112,6 +112,19 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_images=pictures)
 
 
+def check_names(sources: list[Path]) -> None:
+    """Refuse shards of one name to a tool whose files are named after them: two would overwrite
+    each other's. ValueError.
+    """
+    names = Counter(path.stem for path in sources)
+    repeated = [name for name, n in names.items() if n > 1]
+    if repeated:
+        raise ValueError(
+            f"several shards are called {repeated[0]}; "
+            "give each folder of shards a folder of its own with --to"
+        )
+
+
 def claim(folder: Path, tool: str, sources: list[Path], settings: dict[str, Any]) -> None:
     """Make `folder` this tool's output, or take up unfinished work; raises where it holds something
     else.

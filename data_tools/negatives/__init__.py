@@ -7,8 +7,8 @@ those that were given.
     negatives_valid  true for each of them: what is not valid is not written, and the loader pads to
                      K and masks
     negative_kinds   how each was made: swap_attribute, swap_noun, replace_attribute, replace_noun,
-                     replace_number, replace_relation, order_*, masked, rewritten, or what --from
-                     says ("given" where it says nothing)
+                     replace_number, replace_relation, order_*, swap_time, masked, rewritten, or
+                     what --from says ("given" where it says nothing)
     negatives_of     the number of the caption that each was made from, beside which alone it is
                      used; −1 where it was given for the picture: such a one is used beside every
                      caption, and counts for each of them
@@ -55,7 +55,10 @@ KINDS = (
     "replace_number",
     "replace_relation",
     "order",
+    "swap_time",
 )
+# Of captions of sounds and videos: asked for by name.
+USUAL_KINDS = KINDS[:-1]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +76,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--kinds",
-        default=",".join(KINDS),
+        default=",".join(USUAL_KINDS),
         metavar="NAMES",
-        help="rules, joined by commas, or none (default: %(default)s)",
+        help="rules, joined by commas, or none; swap_time exchanges before and after in captions "
+        "of sounds and videos (default: %(default)s)",
     )
     add(
         "--words",

@@ -18,6 +18,7 @@ from itertools import chain, combinations, pairwise
 from vlp.data_tools._english.numbers import NUMBERS, counts, exchange
 from vlp.data_tools._english.shuffles import FUNCTION_WORDS, shuffles
 from vlp.data_tools._english.words import bare, edit, words
+from vlp.data_tools.negatives import events
 from vlp.data_tools.negatives.lexicon import Lexicon, Mention
 
 # Characters of a caption that are changed: text towers read 77 tokens of it, the longest in use
@@ -276,6 +277,15 @@ def _order(
         yield Negative(name, text)
 
 
+def _swap_time(
+    caption: str, lexicon: Lexicon, rng: random.Random, passed: Counter[str]
+) -> Iterator[Negative]:
+    exchanged = events.exchanged(caption, lexicon, passed)
+    if exchanged is not None:
+        text, new_words = exchanged
+        yield Negative("swap_time", text, new_words)
+
+
 def _head(caption: str, attribute: Mention, lexicon: Lexicon) -> str | None:
     """The noun that an attribute is said of ("" after "is"); None where the word is no attribute
     here.
@@ -331,4 +341,5 @@ RULES: dict[str, Callable[[str, Lexicon, random.Random, Counter[str]], Iterator[
     "replace_number": _replace_number,
     "replace_relation": _replace_relation,
     "order": _order,
+    "swap_time": _swap_time,
 }

@@ -27,6 +27,7 @@ OF_DATA = frozenset(
         *("shifted", "shifted_images", "shifted_split", "reference", "text_column", "grade_column"),
         *(key.name for key in fields(TableOptions)),
         *(key.name for key in fields(Texts)),
+        "modalities",
     }
 )
 # Where nothing was hashed, the places of the data have to be the same.

@@ -60,6 +60,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "poly_view": {},
     "barlow": {"views": True},
     "swap": {},
+    "gram": {"label_smoothing": 0.1},
+    "symile": {},
+    "modality_pairs": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
@@ -77,7 +80,7 @@ PLACES = 8  # patches of a picture, and tokens of a text
 # What the term has a gradient for, beside the pair.
 LEAVES = (
     "image_views", "text_views", "negatives", "negative_images", "captions", "image_tokens",
-    "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
+    "text_tokens", "negative_tokens", "attended_captions", "patch_distances", "others",
 )  # fmt: skip
 
 
@@ -181,6 +184,7 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "queue_text": lambda: rows(B),
         "image_views": lambda: rows(2, B),
         "text_views": lambda: rows(2, B),
+        "others": lambda: rows(2, B),
         "negatives": lambda: rows(B, 2),
         "negative_images": lambda: rows(B, 1),
         "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),

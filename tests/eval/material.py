@@ -9,6 +9,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,17 @@ def random_encoder(seed: int = 0) -> Encoder:
     return known_encoder(
         lambda n: direction(seed, "image", n), lambda t: direction(seed, "text", t)
     )
+
+
+def hearing(encoder: Encoder, *key: object) -> Encoder:
+    """The same with a tower for sounds, which knows their first number: a sound of number i is of
+    the direction of `key` and i.
+    """
+
+    def others(rows: Tensor, lengths: Tensor) -> Tensor:
+        return torch.stack([direction(*key, int(of_one[0])) for of_one in rows]).unsqueeze(1)
+
+    return replace(encoder, others=others, modality_shapes={"audio": (1, 3)})
 
 
 def matrix_encoder() -> Encoder:

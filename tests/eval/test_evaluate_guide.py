@@ -16,8 +16,8 @@ from vlp.eval.prompts import translated
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "evaluate.md"
 # They read what other tasks read, and have no published set of their own.
 OF_ANY_SET = {
-    "clip_benchmark_probe", "few_shot", "knn", "linear_probe", "negatives", "representation",
-    "robustness", "tolerance",
+    "clip_benchmark_probe", "few_shot", "knn", "linear_probe", "modality_retrieval",
+    "modality_zeroshot", "negatives", "representation", "robustness", "tolerance",
 }  # fmt: skip
 ROW = re.compile(r"\| (?P<set>[^|]+) \| (?P<layout>[^|]+) \| `(?P<line>--task [^|]+)` \|")
 

@@ -22,6 +22,7 @@ from tests.eval import (
     test_simat,
 )
 from tests.eval.test_probes import photos
+from tests.test_modalities import write_rows
 from vlp import plugin, watch
 from vlp.eval import run, suites
 from vlp.eval.embed import Context
@@ -68,6 +69,9 @@ def tasks(folder: Path) -> list[Plugin]:
         (folder / name).mkdir()
     test_simat.make(folder / "simat_db")
     test_ranked.eccv(folder / "eccv")
+    audio = {"audio": str(write_rows(folder / "audio", folder / "pairs", (3,), lengths=False))}
+    tars = Path(pets) / "test"
+    of_pets = {"audio": str(write_rows(folder / "pets_audio", tars, (3,), lengths=False))}
     own: dict[str, Any] = {
         "choices": {"data": str(folder / "choices.jsonl")},
         "clip_benchmark_probe": {**splits, "epochs": 1},
@@ -76,6 +80,8 @@ def tasks(folder: Path) -> list[Plugin]:
         "graded": {"data": str(test_graded.write(folder / "graded"))},
         "knn": splits,
         "linear_probe": {**splits, "decays": [0.01]},
+        "modality_retrieval": {"data": str(pairs), "modalities": audio},
+        "modality_zeroshot": {"data": pets, "modalities": of_pets},
         "negatives": {"data": str(pairs)},
         "order": {"data": str(pairs), "tagger": "words"},
         "representation": {"data": str(pairs)},
@@ -94,7 +100,7 @@ def measured(folder: Path) -> dict[str, Any]:
     opened = run.read_all(chosen)
     of_encoders = []
     for seed in range(N_ENCODERS):
-        encoder = material.random_encoder(seed)
+        encoder = material.hearing(material.random_encoder(seed), seed)
         records, _ = run.evaluate(encoder, chosen, Context(workers=0), opened)
         of_encoders.append([record["metrics"] for record in records])
 

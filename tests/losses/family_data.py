@@ -9,7 +9,7 @@ from torch import Tensor
 from vlp import dist
 
 B, D, K, J, C, TEACHER = 8, 5, 3, 2, 2, 4
-V, Q, R, L, WORDS, CONCEPTS = 2, 11, 3, 4, 6, 3
+V, Q, R, L, WORDS, CONCEPTS, OTHERS = 2, 11, 3, 4, 6, 3, 2
 PATCHES, TOKENS = 4, 3
 CANDIDATES = range(B)
 
@@ -47,6 +47,7 @@ def data() -> dict[str, Tensor]:
     given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
     given |= {name: rows(B, D) for name in ("predicted_image", "predicted_text")}
     given |= of_places()
+    given["others"] = rows(OTHERS, B, D)
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -67,6 +68,8 @@ def data() -> dict[str, Tensor]:
         .unsqueeze(1)
         .bitwise_and(torch.tensor([1, 2]))
         .bool(),
+        # of the last rank of four no sample has both modalities
+        "others_valid": torch.tensor([[1, 1, 1, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 1, 0]]).bool(),
         "counterfactual_valid": torch.tensor([0, 0, 0, 1, 1, 1, 0, 1]).bool(),
         "score": torch.tensor([0, 0.5, 2, 1, 0.1, 3, 1, 0.7], dtype=torch.float64),
         "caption_ids": torch.randint(1, WORDS, (B, L), generator=generator)
@@ -115,6 +118,7 @@ LEAVES = (
     "projected_image", "projected_text", "interactive_scale", "predicted_image", "predicted_text",
     "image_tokens", "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
     "region_scale",
+    "others",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (
@@ -142,6 +146,7 @@ def own_rows(d: dict[str, Tensor]) -> dict[str, Tensor]:
     def cut(name: str, value: Tensor) -> Tensor:
         if not value.dim() or name.startswith("queue_"):
             return value
-        return value[:, mine] if name.endswith("_views") else value[mine]
+        second = name.endswith("_views") or name in ("others", "others_valid")
+        return value[:, mine] if second else value[mine]
 
     return {name: cut(name, value) for name, value in d.items()}

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import ranks
-from tests.losses import captions_loops, distill_loops, local_loops, one_file_loops, view_loops
+from tests.losses import (
+    captions_loops,
+    distill_loops,
+    local_loops,
+    modality_loops,
+    one_file_loops,
+    view_loops,
+)
 from tests.losses.family_data import (
     CANDIDATES,
     LEAVES,
@@ -135,12 +142,13 @@ FAMILY = [
     *one_file_loops.CASES,
     *view_loops.CASES,
     *local_loops.CASES,
+    *modality_loops.CASES,
     ("hard_negatives", {"form": "sigmoid"}, sigmoid),
     ("hard_negatives", {"form": "sigmoid", "negatives": "images"}, mmclip_images),
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 296  # inputs that have a gradient, over all cases
+N_LIVE = 319  # inputs that have a gradient, over all cases
 # All ways to compute are met on four ranks, and each of their parts on fewer: a ring of one rank
 # sends nothing.
 WAYS = {
@@ -188,7 +196,7 @@ def test_objectives_equal_loops(n_ranks):
             n_cases += 1
 
     n_plans = len(plans)
-    assert n_cases == n_plans * len(FAMILY) == n_plans * 98, "every case must be met"
+    assert n_cases == n_plans * len(FAMILY) == n_plans * 104, "every case must be met"
     assert n_live == n_plans * N_LIVE, "the comparison must not be empty"
 
 

@@ -85,7 +85,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 5617
+N_SHAPES = 5959
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -110,7 +110,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 1084
+N_DTYPES = 1150
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_batch_and_what_terms_read_are_described_in_the_same_letters():
             kept = set(row.batch_shape.split()) - pixels_or_tokens
             assert shape[-1] == "D" and set(shape[:-1]) == kept, name
         n += 1
-    assert n == 21
+    assert n == 23
 
 
 def test_masks_and_neighbours_are_fields_of_the_table():
@@ -175,7 +175,7 @@ def test_masks_and_neighbours_are_fields_of_the_table():
             assert FIELDS[row.valid].dtype == "bool"
         if row.json and row.beside:
             assert row.beside in LISTS, "numbers lie beside the lists of wrong captions alone"
-    assert n == 19
+    assert n == 22
 
 
 # Rows that are not unit
@@ -198,6 +198,7 @@ UNIT = [
     ("siam", {}, ("predicted_image", "predicted_text")),
     ("fsc", {}, ("image_tokens", "text_tokens", "negative_tokens")),
     ("prior", {}, ("attended_captions",)),
+    ("gram", {}, ("others",)),
 ]
 
 
@@ -218,7 +219,7 @@ def test_rows_that_are_not_unit_are_refused_with_their_norm_or_normalised():
                 lenient(**given() | raw)[0], objective(**given())[0], rtol=1e-12, atol=0
             )
             n += 1
-    assert n == sum(row.unit for row in FIELDS.values()) == 23
+    assert n == sum(row.unit for row in FIELDS.values()) == 24
 
 
 def test_normalised_rows_have_the_gradient_of_a_normalisation():

@@ -41,6 +41,8 @@ CASES = [
     ("kernel_mixture", {}),
     ("mixup", {"temperature": 0.01, "share": 0}),
     ("mann_whitney", {"tau": 0.01}),
+    ("symile", {}),
+    ("symile", {"negatives": "n_squared"}),
     *(("hard_negatives", {"form": form}) for form in ("negclip", "triplet", "own", "intra")),
     ("hard_negatives", {"form": "text", "text_scale": SCALE}),
     ("hard_negatives", {"form": "own", "focal": 2}),

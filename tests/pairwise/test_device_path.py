@@ -36,6 +36,9 @@ TERMS = [
     ("mv_dhel", {}),
     ("poly_view", {}),
     ("swap", {}),
+    ("symile", {}),
+    ("modality_pairs", {}),
+    ("symile", {"negatives": "n_squared"}),
     ("momentum_queue", {}),
     ("infonce", {"positives": "label", "form": "decoupled", "ignore": {"margin": 0.2}}),
     ("infonce", {"ignore": {"teacher": {"above": 0.3}}, "hardest": 3}),
@@ -45,7 +48,7 @@ TERMS = [
     ("siglip", {"positives": "label", "hardest": 2}),
     ("momentum_queue", {"positives": "label", "ignore": {"queue": 0.1}}),
 ]
-ROWS = ("image", "text", "negatives", "image_views", "text_views")
+ROWS = ("image", "text", "negatives", "image_views", "text_views", "others")
 
 
 def in_bfloat16() -> dict[str, Tensor]:

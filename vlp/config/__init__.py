@@ -10,6 +10,7 @@ from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import (
     Captioner,
     Heads,
+    Modality,
     Model,
     PredictorHead,
     RegionHead,
@@ -41,6 +42,7 @@ __all__ = [
     "HeldOut",
     "LayerDecay",
     "Log",
+    "Modality",
     "Model",
     "Optimizer",
     "Pairwise",

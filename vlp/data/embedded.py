@@ -54,14 +54,7 @@ class Embeddings:
     def __init__(self, folder: str, paths: list[str], shards: list[Shard], with_text: bool) -> None:
         self.folder = folder
 
-        # Found by the shards' names alone, because data sets are moved.
-        where = source(folder)
-        self._files = [where / f"{Path(path).stem}.safetensors" for path in paths]
-        if len(set(self._files)) < len(self._files):
-            raise ValueError(
-                f"embeddings {folder!r}: several shards have one name; "
-                "make each folder of shards a source of its own"
-            )
+        self._files = files_beside(folder, paths, "embeddings")
 
         # Rows of two models cannot be compared.
         written = {_check(path, shard): path for path, shard in zip(self._files, shards)}
@@ -118,6 +111,19 @@ class Embeddings:
 
     def _opened(self, shard: int) -> Any:
         return _opened(self._files[shard], self._times[shard])
+
+
+def files_beside(folder: str, paths: Sequence[str], kind: str) -> list[Path]:
+    """The files of a folder that belong to shards; ValueError where two shards would share one."""
+    # Found by the shards' names alone, because data sets are moved.
+    where = source(folder)
+    files = [where / f"{Path(path).stem}.safetensors" for path in paths]
+    if len(set(files)) < len(files):
+        raise ValueError(
+            f"{kind} {folder!r}: several shards have one name; "
+            "make each folder of shards a source of its own"
+        )
+    return files
 
 
 def mapped(path: Path, name: str) -> np.ndarray:

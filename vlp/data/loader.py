@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from vlp.config import Data
 from vlp.data import nodes, sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
+from vlp.data.modalities import Shapes
+from vlp.data.modalities import check as check_modalities
 from vlp.data.offered import check_augment, optional_fields, read_fields, stored_teachers
 from vlp.data.processes import (
     SHARED_MEMORY,
@@ -83,6 +86,8 @@ class Loader:
         store: TextStore | None = None,
         # False: whatever crops teachers embedded, data.augment's with the whole picture's rows
         stored_crops: bool = True,
+        # further modalities that the model reads: (T, F) of each by name
+        modalities: Shapes = MappingProxyType({}),
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -104,7 +109,9 @@ class Loader:
 
         # What a batch carries.
         self.store = store
-        self.widths = optional_fields(self.sources, data, reads)
+        check_modalities([source.modalities for source in self.sources], modalities)
+        self.modalities = modalities
+        self.widths = optional_fields(self.sources, data, reads, modalities)
         self.carries = frozenset(self.widths)
         self._stored_crops = stored_crops
         if stored_crops:
@@ -163,6 +170,7 @@ class Loader:
             self._pixels,
             self.store,
             self._stored_crops,
+            self.modalities,
         )
         self._rows = batch // self._world
         self._workers = self._start_workers(self._data, min(self._world, dist.local_world_size()))

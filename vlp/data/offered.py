@@ -5,10 +5,12 @@ the stored embeddings among them are.
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 
 from vlp.config import Augment, Data
 from vlp.data import labels, row_numbers
 from vlp.data.embedded import Ensemble
+from vlp.data.modalities import Shapes
 from vlp.data.raw_texts import CAPTION_BYTES
 from vlp.data.row_texts import TEXTS
 from vlp.data.sources import Source
@@ -16,12 +18,15 @@ from vlp.fields import CARRIED, EMBEDDED, family
 
 
 def optional_fields(
-    sources: list[Source], data: Data, reads: frozenset[str] | None = None
+    sources: list[Source],
+    data: Data,
+    reads: frozenset[str] | None = None,
+    modalities: Shapes = MappingProxyType({}),
 ) -> dict[str, int]:
     """The optional fields that the data offer, with their width: texts, views or numbers of a row.
 
-    `reads`: by terms; None: all. A field whose width must be counted is offered only where it is
-    read.
+    `modalities`: that the model reads. `reads`: by terms; None: all. A field whose width must be
+    counted is offered only where it is read.
     """
     widths: dict[str, int] = {}
 
@@ -42,6 +47,10 @@ def optional_fields(
     if data.views:
         widths["image_views"] = data.views.n
     widths |= row_numbers.offered(sources, widths)
+    # Rows of further modalities take reading: only for a term that compares them.
+    if modalities and (reads is None or "others" in reads):
+        widths["modalities"] = sum(length * features for length, features in modalities.values())
+        widths["modality_lengths"] = len(modalities)
     # Looked for only where it is read, because that takes reading samples.
     if data.labels is not None and (reads is None or "label" in reads):
         labels.check(sources, data.labels)
@@ -72,6 +81,8 @@ def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]
 
     def worth(name: str) -> bool:
         row = CARRIED[name]
+        if name in ("modalities", "modality_lengths"):
+            return True
         # Decoding costs: images of negatives are none of those who read their captions.
         if name in ("negative_images", "negative_images_valid"):
             return not reads.isdisjoint({"negative_images", "negative_images_valid"})

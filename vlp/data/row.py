@@ -8,6 +8,7 @@ from itertools import chain
 
 from vlp.config import Captions
 from vlp.data import wrong_captions
+from vlp.data.modalities import Further
 from vlp.data.sentences import first_sentence, sentences
 from vlp.data.wrong_captions import WrongCaptions
 from vlp.seeds import derive
@@ -23,6 +24,7 @@ class Row:
     step: int
     number: int  # 0 ≤ number < B
     caption: str = ""  # of the sample's; chosen after the sample is known to be usable
+    further: Further | None = None  # its further modalities, where a term reads them
 
     def draw(self, purpose: str, *position: int) -> int:
         """A seed for one purpose, the same whenever this step is made again."""

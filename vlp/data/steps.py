@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from vlp.config import Data
-from vlp.data import decode, labels, nodes, row_numbers, text
+from vlp.data import decode, labels, modalities, nodes, row_numbers, text
 from vlp.data.mix import Mixture
+from vlp.data.modalities import Further, Shapes
 from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
 from vlp.data.row import Row, choose_caption
 from vlp.data.row_texts import TEXTS, Texts
 from vlp.data.sources import StoreAway
 from vlp.fields import CARRIED, EMBEDDED, LABELS
 from vlp.text_store import TextStore
-from vlp.types import Batch, ImageSpec, TextSpec
+from vlp.types import Batch, ImageSpec, Sample, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
 
@@ -69,6 +71,7 @@ class Steps(Dataset):
         pixels: bool,
         store: TextStore | None = None,
         stored_crops: bool = True,
+        modalities: Shapes = MappingProxyType({}),
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
@@ -76,6 +79,7 @@ class Steps(Dataset):
         self.pixels = pixels
         self.store = store  # of text embeddings, which take the place of token ids
         self.stored_crops = stored_crops  # rows have the crops that teachers embedded
+        self.modalities = dict(modalities)  # further ones: (T, F) of each by name
 
         # This rank's rows of each step.
         self.size = batch
@@ -197,6 +201,7 @@ class Steps(Dataset):
                 row = replace(row, caption=caption)
                 self._check_label(row)
                 self._check_stored(row)
+                row = replace(row, further=self._further(sample))
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -302,9 +307,21 @@ class Steps(Dataset):
                 assert self.data.labels is not None, "the field is offered only with it"
                 kinds = [labels.of_row(row, self.data.labels) for row in rows]
                 result[name] = torch.tensor(kinds, dtype=torch.int64)
+            elif name in ("modalities", "modality_lengths"):
+                further = [row.further for row in rows if row.further is not None]
+                place = ("modalities", "modality_lengths").index(name)
+                result[name] = torch.from_numpy(np.stack([of_row[place] for of_row in further]))
             elif name == "caption_bytes":
                 result[name] = to_bytes([row.caption for row in rows])
         return result
+
+    def _further(self, sample: Sample) -> Further | None:
+        """The further modalities of a sample, side by side; ValueError where they cannot be
+        used.
+        """
+        if "modalities" not in self.widths:
+            return None
+        return modalities.side_by_side(sample.modalities, self.modalities)
 
     def _of_teachers(self, row: Row, name: str) -> np.ndarray:
         """The stored embeddings of a row's crop, or of its caption."""

@@ -46,6 +46,7 @@ class Inputs(Readable):
     """
 
     step: int | None = None  # optimiser step: groups that alternate, schedules, states
+    other_names: tuple[str, ...] | None = None  # of the modalities of `others`, in their order
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself.
@@ -103,6 +104,13 @@ class Inputs(Readable):
 
         if not isinstance(self.step, Integral | None):
             lines.append(f"step: found {type(self.step).__name__}, expected a whole number")
+
+        names = self.other_names
+        if names is not None and self.others is not None and len(names) != len(self.others):
+            lines.append(
+                f"other_names: found {', '.join(names)}, expected one for each of the "
+                f"{len(self.others)} modalities of others"
+            )
 
         for name, field in FIELDS.items():
             value = getattr(self, name)

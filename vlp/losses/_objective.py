@@ -17,6 +17,7 @@ and may hold
     label(options)                   its name in logs, where that is not the file's
     wrapped(options)                 the terms inside it that it evaluates itself
     check_width(options, width)      raises ValueError where it does not fit embeddings of that D
+    check_modalities(options, names, width, n)    the same of a run's modalities, D and candidates
 """
 
 from __future__ import annotations

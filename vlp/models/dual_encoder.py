@@ -86,6 +86,11 @@ class DualEncoder(nn.Module):
             self.text.transformer.register_forward_pre_hook(lengths.fit_mask, with_kwargs=True)
 
     @property
+    def modality_shapes(self) -> dict[str, tuple[int, int]]:
+        """(T, F) of the further modalities that the model reads, by name."""
+        return {} if self.heads.modalities is None else self.heads.modalities.shapes
+
+    @property
     def logit_scale(self) -> nn.Parameter:
         """[1] float32: the logarithm of the scale, not clamped."""
         return self.scaling.logit_scale
@@ -105,9 +110,12 @@ class DualEncoder(nn.Module):
         cut: Cut | None = None,
         token_rows: dict[str, tuple[int, int]] | None = None,
         sentences: Sentences | None = None,
+        modalities: Tensor | None = None,
+        modality_lengths: Tensor | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
-        `encode_text`, cut to their length by `cut`, which is made of the texts and their views.
+        `encode_text`, cut to their length by `cut`, which is made of the texts and their views, and
+        further modalities [rows, S] of lengths [rows, O].
 
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
@@ -156,6 +164,10 @@ class DualEncoder(nn.Module):
             outputs["caption_nll"] = self.heads.captions(
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
+        if modalities is not None:
+            assert self.heads.modalities is not None
+            features = self.heads.modalities(modalities, modality_lengths)
+            outputs["others"] = self._embedding(features)
         return Features(**outputs, scale=scale, bias=bias)
 
     def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         **pairs,
         **tokens,
         **_sentences(texts, batch, wanted),
+        **_further(batch, wanted),
         **_cut(model, batch, texts, views, batch.text.device),
     )
 
@@ -114,6 +115,13 @@ def further_views(model: nn.Module, batch: Batch) -> list[str]:
     encoder = _encoder(model)
     supplied = encoder.heads.supplies() if isinstance(encoder, DualEncoder) else frozenset()
     return [name for name in VIEWS if name in supplied and getattr(batch, name) is not None]
+
+
+def _further(batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Further modalities and their lengths, as keywords of the model."""
+    if "others" not in wanted or batch.modalities is None:
+        return {}
+    return {"modalities": batch.modalities, "modality_lengths": batch.modality_lengths}
 
 
 @dataclass(frozen=True)

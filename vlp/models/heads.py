@@ -15,6 +15,8 @@ leave with export.
               arXiv 2011.10566): predicted_text, predicted_image
     regions   attention between the patches of an image and the sentences of its text (prior, after
               PRIOR, arXiv 2307.12577): attended_captions, patch_distances, region_scale
+    modalities
+              towers of further modalities (vlp.models.modalities): others
 
 `nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
@@ -35,6 +37,7 @@ from vlp import config
 from vlp.fields import FIELDS
 from vlp.models.exact import Scaling
 from vlp.models.regions import Regions
+from vlp.models.modalities import Modalities
 
 LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
@@ -227,6 +230,7 @@ class Heads(nn.Module):
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
         self.regions = Regions(visual, embed_dim, options.regions) if options.regions else None
+        self.modalities = Modalities(options.modalities, embed_dim) if options.modalities else None
 
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that these heads give."""

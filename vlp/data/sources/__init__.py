@@ -8,8 +8,9 @@ change.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlp.data.wrong_captions import LISTS, read
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from vlp.config import Captions
     from vlp.data.embedded import Ensemble
+    from vlp.data.modalities import Rows
     from vlp.types import Sample
 
 
@@ -82,6 +84,7 @@ class Source(Protocol):
     pictured: bool = False  # some sample has an image of a negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Ensemble | None = None  # of one teacher or several, of every sample
+    modalities: Mapping[str, Rows] = MappingProxyType({})  # further ones, by name
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time

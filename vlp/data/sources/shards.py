@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.index import located
 from vlp.data.members import open_sample
+from vlp.data.modalities import Rows
+from vlp.data.modalities import Stored as StoredModalities
 from vlp.data.rows import CONTINUES, Shard, said
 from vlp.data.sources import Contents, Source, captions_of
 from vlp.data.sources._stored_rows import StoredRows
@@ -51,6 +54,8 @@ class Options(Texts):
     # Folder that `vlp data embed` made from these shards: a teacher's embeddings; or those of
     # several teachers.
     embeddings: str | list[str] | None = None
+    # Folders of further modalities that `vlp data modality` made from these shards, by name
+    modalities: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,12 +87,13 @@ def open(options: Options, captions: Captions) -> Shards:
         )
     paths, shards = looks.at(options.path)
     _refuse_splits(options.path, paths)
-    return Shards(paths, shards, captions, options, options.folders)
+    return Shards(paths, shards, captions, options, options.folders, options.modalities)
 
 
 def opened(paths: list[Path], options: Options, captions: Captions) -> Shards:
     """The shards at `paths`, wherever they lie; raises ValueError, OSError."""
-    return Shards(paths, located(paths), captions, options, options.folders)
+    folders, modalities = options.folders, options.modalities
+    return Shards(paths, located(paths), captions, options, folders, modalities)
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
@@ -110,6 +116,7 @@ class Shards(Source):
         captions: Captions,
         texts: Texts,
         embeddings: Sequence[str] = (),
+        modalities: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """`shards`: as `vlp.data.index.located` gives them; their rows stay unread."""
         self.paths = [str(path) for path in paths]
@@ -158,6 +165,9 @@ class Shards(Source):
         self._rows = StoredRows(shards, kinds.n, kinds.left_out)
         if embeddings:
             self._embed(embeddings)
+        self.modalities = {
+            name: Rows(folder, self.paths, shards) for name, folder in modalities.items()
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # Loader processes read samples; what all of them are like is asked for before they start.
@@ -279,7 +289,15 @@ class Shards(Source):
             self._embeddings_of(i, path, content.key),
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),
+            self._modalities_of(i, path),
         )
+
+    def _modalities_of(self, i: int, path: str) -> StoredModalities | None:
+        """The further modalities of sample i."""
+        if not self.modalities:
+            return None
+        place = self._rows.row_number(i, path)
+        return StoredModalities(self.modalities, self.shard_of(i), place)
 
     def _embeddings_of(self, i: int, path: str, key: str) -> Stored | None:
         """The teachers' embeddings of sample i, of which the others tell in errors; None without a

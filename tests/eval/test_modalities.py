@@ -1,0 +1,154 @@
+"""Retrieval and zero-shot classification of further modalities."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.eval import material
+from tests.eval.material import direction, hearing, known_encoder
+from tests.models.tiny import tiny
+from tests.test_modalities import write_rows
+from vlp import plugin, watch
+from vlp.eval import run
+from vlp.eval.embed import Context
+from vlp.eval.models import from_model
+from vlp.eval.pictures import Contents, DataError
+from vlp.schema import ConfigError
+
+N = 9
+CLASSES = ["cat", "dog", "owl"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> tuple[Path, Path]:
+    """Sample i is of class i mod 3, is called number i + 1, and has a sound unless i mod 3 is 0."""
+    folder = tmp_path_factory.mktemp("heard")
+    for first in range(0, N, 5):
+        members = []
+        for i in range(first, min(first + 5, N)):
+            meta = {"captions": [f"{i + 1}", "another"], "class": CLASSES[i % 3]}
+            members.append((f"{i}.png", material.png(material.picture(i + 1))))
+            members.append((f"{i}.json", json.dumps(meta).encode()))
+        material.write_tar(folder / "shards" / f"{first:05d}.tar", members)
+    return folder / "shards", write_rows(folder / "audio", folder / "shards", (3,), lengths=False)
+
+
+def of_number(number: int) -> torch.Tensor:
+    return direction("sound", number)
+
+
+def of_text(text: str) -> torch.Tensor:
+    """A number's own direction; a class is near its members'."""
+    if text.isdigit():
+        return of_number(int(text))
+    members = [i for i in range(N) if CLASSES[i % 3] in text]
+    return torch.stack([of_number(i + 1) for i in members]).mean(0) if members else direction(text)
+
+
+def knowing():
+    return hearing(known_encoder(of_number, of_text), "sound")
+
+
+def evaluated(encoder, task: str, options: dict) -> dict:
+    (chosen,) = tasks = list(plugin.keyed("vlp.eval.tasks", {task: options}))
+    records, _ = run.evaluate(encoder, tasks, Context(workers=0), run.read_all(tasks))
+    record = records[0]
+    assert not [name for name in record["metrics"] if watch.unlisted(chosen, name)]
+    return record
+
+
+def test_every_modality_finds_every_other_over_samples_that_have_both(stored):
+    shards, audio = stored
+    options = {"data": str(shards), "modalities": {"audio": str(audio)}}
+    record = evaluated(knowing(), "modality_retrieval", options)
+    scores, counts = record["metrics"], record["counts"]
+    ways = [name for name in scores if name.endswith("_recall@1")]
+    assert len(ways) == 6 and all(scores[way] == 1 for way in ways) and scores["mean_recall"] == 1
+    assert counts["samples_with_text_and_audio"] == 6 and counts["samples_with_image_and_text"] == N
+
+    # The sound of another sample is no match.
+    deaf = hearing(known_encoder(of_number, of_text), "noise")
+    chosen = options | {"pairs": [["text", "audio"]]}
+    scores = evaluated(deaf, "modality_retrieval", chosen)["metrics"]
+    assert set(scores) == {"mean_recall"} | {
+        f"{way}_{recall}"
+        for way in ("text_to_audio", "audio_to_text")
+        for recall in ("recall@1", "recall@5", "recall@10", "mean_recall")
+    }  # fmt: skip
+    assert scores["text_to_audio_recall@1"] < 0.7 and scores["text_to_audio_recall@10"] == 1
+
+
+def test_sounds_are_classified_by_prompts(stored):
+    shards, audio = stored
+    options = {"data": str(shards), "modalities": {"audio": str(audio)}, "templates": ["a {}"]}
+    record = evaluated(knowing(), "modality_zeroshot", options)
+    # A class is the mean of its members here, which another's mean may come close to.
+    assert record["metrics"]["acc1"] == record["metrics"]["audio_acc1"] > 0.8
+    assert record["counts"]["samples_with_audio"] == 6 and record["counts"]["classes"] == 3
+    deaf = hearing(known_encoder(of_number, of_text), "noise")
+    assert evaluated(deaf, "modality_zeroshot", options)["metrics"]["acc1"] < 0.7
+
+
+def test_a_model_of_ours_embeds_them_as_in_training(stored):
+    shards, audio = stored
+    model = tiny(heads={"modalities": {"audio": {"features": 3}}}).eval()
+    encoder = from_model(model)
+    rows, lengths = torch.rand(4, 3), torch.ones(4, 1, dtype=torch.int64)
+    expected = model(modalities=rows, modality_lengths=lengths).others
+    torch.testing.assert_close(encoder.encode_others(rows, lengths), expected.detach())
+    options = {"data": str(shards), "modalities": {"audio": str(audio)}}
+    assert 0 <= evaluated(encoder, "modality_retrieval", options)["metrics"]["mean_recall"] <= 1
+
+
+def test_rows_are_part_of_what_was_scored(stored, tmp_path):
+    shards, audio = stored
+    other = write_rows(tmp_path / "other", shards, (2, 3), lengths=True)
+    digests = []
+    for folder in (audio, audio, other):
+        options = {"data": str(shards), "modalities": {"audio": str(folder)}}
+        (chosen,) = plugin.keyed("vlp.eval.tasks", {"modality_zeroshot": options})
+        data = chosen.module.read(chosen.options)
+        context = Context(workers=0, contents=Contents())
+        encoder = knowing() if folder == audio else long(knowing())
+        digests.append(chosen.module.run(encoder, data, chosen.options, context).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+def long(encoder):
+    """The same that would read two rows a sample."""
+    return replace(encoder, modality_shapes={"audio": (2, 3)})
+
+
+@pytest.mark.parametrize("task", ["modality_retrieval", "modality_zeroshot"])
+def test_a_model_without_the_tower_and_data_without_the_rows_are_refused(stored, tmp_path, task):
+    shards, audio = stored
+    options = {"data": str(shards), "modalities": {"audio": str(audio)}}
+    n = 0
+    for encoder, changed, message in (
+        (known_encoder(of_number, of_text), {}, "has no tower for audio; it reads image, text"),
+        (long(knowing()), {"modalities": {"audio": str(tmp_path)}}, "no rows of a modality"),
+        (knowing(), {"modalities": {"smell": str(audio)}}, "has no tower for smell"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluated(encoder, task, options | changed)
+        n += 1
+    assert n == 3
+
+    loose = tmp_path / "loose" / "cat"
+    loose.mkdir(parents=True)
+    (loose / "0.png").write_bytes(material.png(material.picture(1)))
+    (loose / "0.txt").write_text("one")
+    with pytest.raises(DataError):
+        evaluated(knowing(), task, options | {"data": str(loose.parent)})
+
+
+@pytest.mark.parametrize("pairs", [[["text", "audoi"]], [["text", "text"]], []])
+def test_pairs_that_are_none_are_refused(pairs):
+    options = {"data": "x", "modalities": {"audio": "y"}, "pairs": pairs}
+    with pytest.raises((ConfigError, ValueError), match="expected pairs of two of image"):
+        plugin.keyed("vlp.eval.tasks", {"modality_retrieval": options})

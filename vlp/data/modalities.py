@@ -1,0 +1,145 @@
+"""Further modalities of the samples of shards: rows in time that lie beside them, written by `vlp
+data modality`.
+
+DIR/STEM.safetensors belongs to the shard STEM.tar:
+    rows      [n, T, F] float16 in the order of its n usable samples, T rows in time of F numbers
+              each (log-mel frames of a sound, embeddings of a video's frames), or [n, F]
+    length    [n] int32: how many of the T rows a sample has; 0: it lacks the modality. Without it
+              samples whose rows are all zeros lack it
+    metadata  "keys" (SHA-256 in hex of the samples' keys, one a line); "model": what made them
+
+A batch carries the modalities that the model reads side by side, [b, S], in the order of their
+names, and their lengths, [b, O].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vlp.data.embedded import files_beside
+from vlp.data.rows import Shard
+
+Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
+
+
+class Rows:
+    """One modality of the samples of some shards. Raises ValueError where it does not fit them."""
+
+    def __init__(self, folder: str, paths: Sequence[str], shards: Sequence[Shard]) -> None:
+        self.folder = folder
+        self.files = files_beside(folder, paths, "modality")
+
+        shapes = {_check(path, shard): path for path, shard in zip(self.files, shards)}
+        if len(shapes) > 1:
+            listed = "; ".join(f"{path}: {list(shape)}" for shape, path in shapes.items())
+            raise ValueError(
+                f"modality {folder!r} has rows of several shapes ({listed}); make all files anew "
+                "with the same settings"
+            )
+        [self.shape] = shapes  # (T, F)
+        self._times = [path.stat().st_mtime_ns for path in self.files]
+
+    def of(self, shard: int, i: int) -> tuple[np.ndarray, int]:
+        """Rows [T, F] float32 of sample i of a shard, and how many it has."""
+        file = _opened(self.files[shard], self._times[shard])
+        rows = file.get_slice("rows")[i].astype(np.float32).reshape(self.shape)
+        if "length" in set(file.keys()):
+            return rows, int(file.get_slice("length")[i : i + 1][0])
+        return rows, self.shape[0] if rows.any() else 0
+
+
+class Further(NamedTuple):
+    """The further modalities of one sample side by side, in the order of their names."""
+
+    rows: np.ndarray  # [S] float32, zeros where it has none
+    lengths: np.ndarray  # [O] int64: how many rows of each it has
+
+
+class Stored(NamedTuple):
+    """The further modalities of one sample."""
+
+    of: Mapping[str, Rows]
+    shard: int
+    place: int  # of the sample in its shard
+
+
+def check(
+    offered: Sequence[Mapping[str, Rows]],  # of each source
+    shapes: Shapes,
+) -> None:
+    """Refuse modalities that no source has, or the model does not read, or of another shape."""
+    named = sorted({name for of_source in offered for name in of_source})
+    for name in sorted(shapes.keys() - set(named)):
+        raise ValueError(
+            f"model.heads.modalities reads {name!r}, which no source has; name the folder of its "
+            f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}]"
+        )
+    for name in sorted(set(named) - shapes.keys()):
+        raise ValueError(
+            f"a source has the modality {name!r}, which the model does not read; add "
+            f"model.heads.modalities.{name}, or leave it out of the source"
+        )
+
+    for of_source in offered:
+        for name, rows in of_source.items():
+            (length, features), (most, expected) = rows.shape, shapes[name]
+            if features != expected or length > most:
+                raise ValueError(
+                    f"{rows.folder} holds {length} rows of {features} numbers a sample, and the "
+                    f"model reads up to {most} of {expected}; set model.heads.modalities.{name} to "
+                    f"{{features: {features}, length: {length}}}, or make the rows anew"
+                )
+
+
+def side_by_side(stored: Stored | None, shapes: Shapes) -> Further:
+    """What a sample has of the modalities that a model reads; ValueError for NaN or infinity."""
+    parts, lengths = [], []
+    for name, (most, features) in sorted(shapes.items()):
+        whole, length = np.zeros((most, features), np.float32), 0
+        if stored is not None and name in stored.of:
+            rows, length = stored.of[name].of(stored.shard, stored.place)
+            whole[:length] = rows[:length]
+        parts.append(whole.ravel())
+        lengths.append(length)
+    if not all(np.isfinite(part).all() for part in parts):
+        raise ValueError("the rows of a modality hold NaN or infinity; make them anew")
+    return Further(np.concatenate(parts), np.array(lengths, np.int64))
+
+
+def _check(path: Path, shard: Shard) -> tuple[int, int]:
+    """(T, F) of the rows of a shard."""
+    remedy = f"make it with `vlp data modality` from the shard {shard.name}"
+    try:
+        with safe_open(path, "numpy") as file:
+            keys = file.metadata()["keys"]
+            n, *shape = file.get_slice("rows").get_shape()
+            lengths = np.zeros(n, np.int32)
+            if "length" in set(file.keys()):
+                lengths = file.get_tensor("length")
+        n_rows, n_features = shape if len(shape) == 2 else (1, *shape)
+        right = lengths.shape == (n,) and lengths.min(initial=0) >= 0
+        right = right and lengths.max(initial=0) <= n_rows
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no rows of a modality ({type(error).__name__}: {error}); {remedy}"
+        ) from None
+
+    # Rows are found by their number alone: those of other samples would be paired in silence.
+    if not right or n != shard.count or keys != shard.keys:
+        raise ValueError(
+            f"{path} holds {n} rows of other samples than the {shard.count} of {shard.name}, or "
+            f"lengths beyond them; {remedy}"
+        )
+    return n_rows, n_features
+
+
+# A process keeps this many files mapped; only the rows that are read take memory.
+@lru_cache(maxsize=128)
+def _opened(path: Path, mtime_ns: int) -> Any:
+    return safe_open(path, "numpy")
