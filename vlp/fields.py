@@ -78,6 +78,11 @@ def numbers(shape: str, dtype: Any = "float32", *, required: bool = False, **col
     return _row(Field("", shape, dtype, (shape,), **columns), required)
 
 
+def named_entries(*shapes: str, **columns: Any) -> Any:
+    """Numbers of all entries of a long list, or of the few that are not zero, with their places."""
+    return _row(Field("", shapes[0], "float32", shapes, **columns), False)
+
+
 def of_teachers(tower: Any, *shapes: str, carried: bool = False, **columns: Any) -> Any:
     """Values of one teacher, or of several beside one another, the narrower ones filled up with
     zeros, which change neither a norm nor a product.
@@ -184,8 +189,7 @@ class Carried:
         supplier="further augmentations of each caption (data.views and model.heads.views)",
     )
 
-    # Labels of a pair: its relevance, and a teacher's weights of the concepts in the image, where
-    # a row of zeros has none.
+    # Labels of a pair: its relevance, and the concepts in the image, where a row of zeros has none.
     score: Tensor = numbers(
         "b",
         json="score",
@@ -193,10 +197,13 @@ class Carried:
         supplier="shards with a relevance of each pair (the JSON's `score`), or a cross-encoder "
         "(teacher.cross_encoder)",
     )
-    concept_targets: Tensor = numbers(
+    # Weights of all concepts; or of those that a sample names (`vlp data concepts`): number and
+    # weight of each, [..., 0] and [..., 1], the rows that it does not need with weight 0.
+    concept_targets: Tensor = named_entries(
         "b M",
+        "b N 2",
         json="concepts",
-        supplier="a teacher's concepts of each image (the JSON's `concepts`)",
+        supplier="the concepts of each image (the JSON's `concepts`; vlp data concepts)",
     )
 
     # Unit rows that other models gave the image, or the crop of it that stands here, and the

@@ -10,7 +10,8 @@ Shape legend, used in every docstring of this project:
     K   hard negatives of a caption     J   images of hard negatives
     C   counterfactuals of a caption
     K'  captions of a sample            V   further views
-    M   concepts of a teacher           Q   keys of a queue
+    M   concepts in all                 N   concepts that a sample names, at most
+    Q   keys of a queue
     Z   tokens of the vocabulary        U   bytes of a caption
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it

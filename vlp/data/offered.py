@@ -41,7 +41,7 @@ def optional_fields(
         widths |= dict.fromkeys(("negative_images", "negative_images_valid"), width)
     if data.views:
         widths["image_views"] = data.views.n
-    widths |= row_numbers.offered(sources, widths)
+    widths |= row_numbers.offered(sources, widths, data)
     # Looked for only where it is read, because that takes reading samples.
     if data.labels is not None and (reads is None or "label" in reads):
         labels.check(sources, data.labels)
