@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from vlp.plugin import Named, Plugin
 from vlp.types import Decoding
@@ -79,7 +79,10 @@ class Heads:
 
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
-    concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    concepts: int = 0  # M, concepts of a linear layer on the image tower: concept_logits
+    # what that layer reads: the tower's features in the shared space, or those before its
+    # projection (CatLIP)
+    concepts_of: Literal["embedding", "trunk"] = "embedding"
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
@@ -94,6 +97,11 @@ class Heads:
         if self.concepts < 0:
             raise ValueError(
                 f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
+            )
+        if self.concepts_of == "trunk" and not self.concepts:
+            raise ValueError(
+                "concepts_of says what the head for concepts reads, and there is none; write "
+                "concepts: M, or leave concepts_of out"
             )
 
 

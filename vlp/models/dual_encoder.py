@@ -19,7 +19,7 @@ from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
-from vlp.models import assemble, lengths, lora
+from vlp.models import assemble, lengths, lora, trunk_features
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
@@ -27,6 +27,7 @@ from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.repeated import repeated
+from vlp.models.trunk_features import Passed
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
 from vlp.types import Features
@@ -112,10 +113,12 @@ class DualEncoder(nn.Module):
 
         # The towers, each once: views follow the other rows.
         if image is not None:
-            features, image_tokens = self._image(_joined(image, image_views))
-            outputs |= self._embeddings("image", features, image.shape[0])
+            passed = self._image(_joined(image, image_views))
+            image_tokens = passed.tokens
+            outputs |= self._embeddings("image", passed.features, image.shape[0])
             if pairs and self.heads.concepts is not None:
-                outputs["concept_logits"] = self.heads.concepts(features[:pairs])
+                read = passed.features if passed.trunk is None else passed.trunk
+                outputs["concept_logits"] = self.heads.concepts(read[:pairs])
         if text is not None:
             features, text_tokens = self._text(_joined(text, text_views), cut)
             outputs |= self._embeddings("text", features, text.shape[0])
@@ -169,10 +172,12 @@ class DualEncoder(nn.Module):
         """The tower's features [b, D] before the last step of embeddings, of images as for
         `encode_image`.
         """
-        return self._image(image)[0]
+        return self._image(image).features
 
-    def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tower's features [rows, D], and its tokens where a head reads them."""
+    def _image(self, image: Tensor) -> Passed:
+        """The tower's features [rows, D], its tokens and those before the projection where a head
+        reads them.
+        """
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
             height, width = self.image_spec.size
             raise ValueError(
@@ -185,7 +190,9 @@ class DualEncoder(nn.Module):
         if pixels is image or pixels.dtype == torch.float32:
             pixels = pixels.to(_dtype(self.visual))
         with moved_once(self._batch_norms):
-            return _with_tokens(self.visual(pixels))
+            if self.heads.reads_trunk:
+                return trunk_features.with_trunk(self.visual, pixels)
+            return Passed(*_with_tokens(self.visual(pixels)))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the

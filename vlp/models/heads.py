@@ -4,8 +4,8 @@ leave with export.
     views     a two-layer projection of the embeddings of further views for each modality, with a
               scale of its own (multi_view, after CLIP-rocket, arXiv 2305.08675; slip):
               image_views, text_views, view_scale
-    concepts  a linear layer from the image tower's output, before it is normalised:
-              concept_logits (distill)
+    concepts  a linear layer from the image tower's output, before it is normalised, or from what
+              its projection reads (concepts_of: trunk): concept_logits (distill)
     teacher   linear maps of the embeddings to the teachers' widths, with a scale of their own
               (distill, after CLIP-KD, arXiv 2307.12732): projected_image, projected_text,
               interactive_scale
@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlp import config
 from vlp.fields import FIELDS
+from vlp.models import trunk_features
 from vlp.models.exact import Scaling
 
 LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
@@ -219,7 +220,9 @@ class Heads(nn.Module):
         self.options = options
 
         self.views = Views(embed_dim, options.views) if options.views else None
-        self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
+        self.reads_trunk = options.concepts_of == "trunk"
+        n_read = trunk_features.width(visual) if self.reads_trunk else embed_dim
+        self.concepts = nn.Linear(n_read, options.concepts) if options.concepts else None
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
