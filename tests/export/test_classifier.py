@@ -1,5 +1,5 @@
 """`vlp export --form classifier`: the head's logits by timm, in a process that cannot import vlp;
-what is refused. (tests/test_recipes.py: from captions to a classifier.)
+what is refused. (tests/test_catlip.py: from captions to one.)
 """
 
 import json
