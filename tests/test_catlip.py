@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.data.material import encoded, picture
-from tests.data_tools.test_concepts import write_wordnet
+from tests.data_tools.nouns import write_wordnet
 from tests.test_recipes import RECIPES, losses, tiny
 from vlp import checkpoint
 from vlp.cli import main
