@@ -97,7 +97,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 50
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 51
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -161,7 +161,7 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 27, "demo": 1, "eval": 3, "export": 3, "train": 65}
+    assert counts == {"data": 27, "demo": 1, "eval": 3, "export": 3, "train": 66}
     assert n_tools == 35
 
 

@@ -110,6 +110,7 @@ _STORED = (
 _EMA = "a moving average of the model (teacher.ema; DeGLA .9996, BriVL .99)"
 _PROJECTION = "a map to the teacher's width (model.heads.teacher)"
 _PREDICTOR = "a predictor of the other side (model.heads.predictor)"
+_CONCENTRATION = "a certainty of each embedding (model.heads.concentration)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
     "vlp.losses.distill.hardest names"
@@ -259,6 +260,14 @@ class Readable(Carried):
     )
     predicted_image: Tensor = computed(
         "text", "b D", unit=True, head="predictor", supplier=_PREDICTOR
+    )
+
+    # How certain an embedding is: the concentration of the distribution around it, > 0.
+    image_concentration: Tensor = computed(
+        "image", "b", head="concentration", supplier=_CONCENTRATION
+    )
+    text_concentration: Tensor = computed(
+        "text", "b", head="concentration", supplier=_CONCENTRATION
     )
 
     # A decoder that looks at image and text, whose loss of each token is −log p. A caller with

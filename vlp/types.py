@@ -181,4 +181,6 @@ class Features(NamedTuple):
     interactive_scale: Tensor | None = None  # [] float32
     predicted_text: Tensor | None = None  # [b, D] unit rows, of images by the predictor
     predicted_image: Tensor | None = None  # [b, D] unit rows, of texts
+    image_concentration: Tensor | None = None  # [b] > 0
+    text_concentration: Tensor | None = None  # [b]
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first

@@ -45,6 +45,8 @@ def data() -> dict[str, Tensor]:
     given |= {name: rows(Q, TEACHER) for name in ("queue_teacher_image", "queue_teacher_text")}
     given |= {name: rows(B, R) for name in ("candidate_text_scores", "candidate_image_scores")}
     given |= {name: rows(B, D) for name in ("predicted_image", "predicted_text")}
+    for name in ("image_concentration", "text_concentration"):
+        given[name] = (3 + 40 * torch.rand(B, generator=generator).double()).requires_grad_()
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -82,6 +84,7 @@ LEAVES = (
     "image", "text", "scale", "bias", "negatives", "negative_images", "counterfactual",
     "image_views", "text_views", "view_scale", "caption_logits", "concept_logits", "captions",
     "projected_image", "projected_text", "interactive_scale", "predicted_image", "predicted_text",
+    "image_concentration", "text_concentration",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (

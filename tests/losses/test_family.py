@@ -46,6 +46,7 @@ from tests.losses.family_loops import (
     macl,
     mann_whitney,
     matryoshka,
+    mc_infonce,
     mixing,
     momentum_queue,
     multi_view,
@@ -112,6 +113,7 @@ FAMILY = [
     ("ranked", {"power": 0}, both(infonce)),
     ("mann_whitney", {"tau": 0.1}, mann_whitney(0.1)),
     ("mann_whitney", {}, mann_whitney(0.01)),
+    ("mc_infonce", {"samples": 3}, mc_infonce(3)),
     ("momentum_queue", {}, momentum_queue),
     ("mixing", MIXED, mixing(MIXED)),
     ("mixing", MIXED | {"in_batch": False}, mixing(MIXED | {"in_batch": False})),
@@ -139,7 +141,7 @@ FAMILY = [
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 272  # inputs that have a gradient, over all cases
+N_LIVE = 277  # inputs that have a gradient, over all cases
 # All ways to compute are met on four ranks, and each of their parts on fewer: a ring of one rank
 # sends nothing.
 WAYS = {
@@ -187,7 +189,7 @@ def test_objectives_equal_loops(n_ranks):
             n_cases += 1
 
     n_plans = len(plans)
-    assert n_cases == n_plans * len(FAMILY) == n_plans * 91, "every case must be met"
+    assert n_cases == n_plans * len(FAMILY) == n_plans * 92, "every case must be met"
     assert n_live == n_plans * N_LIVE, "the comparison must not be empty"
 
 

@@ -72,6 +72,20 @@ class Captioner:
 
 
 @dataclass(frozen=True)
+class ConcentrationHead:
+    """How certain an embedding is: κ = init·e^h, h of the tower's features, D → width → 1."""
+
+    width: int = 512  # of the hidden layer
+    init: float = 1000.0  # κ of all samples at the start; of D numbers, cosines of draws are ~κ/D
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.init <= 0:
+            raise ValueError(
+                f"width is {self.width} and init {self.init}; expected positive numbers"
+            )
+
+
+@dataclass(frozen=True)
 class Heads:
     """Trained parts that only the objective reads (vlp.models.heads); exports leave them out, all
     but `nonnegative`, which embeddings pass everywhere.
@@ -85,6 +99,8 @@ class Heads:
     concepts_of: Literal["embedding", "trunk"] = "embedding"
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
+    # certainty of each embedding: image_concentration, text_concentration
+    concentration: ConcentrationHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
     # predictors of the text by the image and of the image by the text: predicted_text,
     # predicted_image

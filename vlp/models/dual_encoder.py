@@ -119,9 +119,15 @@ class DualEncoder(nn.Module):
             if pairs and self.heads.concepts is not None:
                 read = passed.features if passed.trunk is None else passed.trunk
                 outputs["concept_logits"] = self.heads.concepts(read[:pairs])
+            if pairs and self.heads.concentration is not None:
+                certainty = self.heads.concentration("image", passed.features[:pairs])
+                outputs["image_concentration"] = certainty
         if text is not None:
             features, text_tokens = self._text(_joined(text, text_views), cut)
             outputs |= self._embeddings("text", features, text.shape[0])
+            if pairs and self.heads.concentration is not None:
+                certainty = self.heads.concentration("text", features[:pairs])
+                outputs["text_concentration"] = certainty
 
         # What heads compute of both towers.
         if pairs and self.heads.teacher is not None:

@@ -11,6 +11,8 @@ leave with export.
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
+    concentration a two-layer map of the features of either tower to how certain they are
+              (mc_infonce, after arXiv 2302.02865): image_concentration, text_concentration
     predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
               arXiv 2011.10566): predicted_text, predicted_image
 
@@ -34,6 +36,7 @@ from vlp.fields import FIELDS
 from vlp.models import trunk_features
 from vlp.models.exact import Scaling
 
+_LARGEST_LOG = 9.0  # |log(κ / init)| at most: e^9 = 8,100 times
 LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 
@@ -50,8 +53,9 @@ class Views(nn.Module):
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
 
 
-def _two_layers(embed_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, embed_dim))
+def _two_layers(embed_dim: int, width: int, n_outputs: int | None = None) -> nn.Sequential:
+    last = nn.Linear(width, n_outputs or embed_dim)
+    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), last)
 
 
 class Predictor(nn.Module):
@@ -71,6 +75,25 @@ class Predictor(nn.Module):
             if rows is not None:
                 predicted[f"predicted_{other}"] = unit(getattr(self, side)(rows[:pairs]))
         return predicted
+
+
+class Concentration(nn.Module):
+    """[rows, D] of a tower's features → κ [rows], for images and for texts."""
+
+    def __init__(self, embed_dim: int, options: config.ConcentrationHead) -> None:
+        super().__init__()
+        self.log_init = math.log(options.init)
+        for side in ("image", "text"):
+            layers = _two_layers(embed_dim, options.width, 1)
+            # All samples are equally certain at the start.
+            nn.init.zeros_(layers[-1].weight)
+            nn.init.zeros_(layers[-1].bias)
+            setattr(self, side, layers)
+
+    def forward(self, side: str, features: Tensor) -> Tensor:
+        """κ of the features of one side, "image" or "text", float32."""
+        logarithm = _wide(getattr(self, side)(features)).squeeze(1)
+        return (self.log_init + logarithm.clamp(-_LARGEST_LOG, _LARGEST_LOG)).exp()
 
 
 class TeacherMap(nn.Module):
@@ -224,6 +247,8 @@ class Heads(nn.Module):
         n_read = trunk_features.width(visual) if self.reads_trunk else embed_dim
         self.concepts = nn.Linear(n_read, options.concepts) if options.concepts else None
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
+        certainty = options.concentration
+        self.concentration = Concentration(embed_dim, certainty) if certainty else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
 
