@@ -136,7 +136,11 @@ def test_samples_get_the_numbers_of_their_concepts(
     assert digests(out) == before
     for part in (1, 2, 1, 2):
         call(concepts, source, *options, "--part", f"{part}/2", "--to", tmp_path / "parts")
-    assert digests(tmp_path / "parts") == before
+    assert digests(tmp_path / "parts") == before and len(before) == 3
+    for folder in (out, tmp_path / "parts"):
+        assert [
+            line.split("\t") for line in (folder / "concepts.tsv").read_text().splitlines()
+        ] == rows
 
 
 def test_more_concepts_than_a_batch_carries_are_left_out_and_counted(
