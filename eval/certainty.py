@@ -1,13 +1,25 @@
 """What a certainty is worth: hits over the share of queries that is kept, and by their certainty.
 
 Queries of one certainty stand together: each counts as the mean of them, whatever their order.
+
+A certainty is an adapter's (`vlp data certainty`), or the model's own (model.heads.concentration).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from vlp.eval import embed
+from vlp.eval.embed import Context
+from vlp.eval.models import Encoder
+from vlp.eval.pictures import DataError
+from vlp.models import certainty as adapters
+
+OWN = "model"  # in place of an adapter's file: the model's own
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 BINS = 10
 
@@ -60,3 +72,76 @@ def _ranks(values: Tensor) -> Tensor:
     _, level, counts = values.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() - 1) / 2)[level]
+
+
+def check(place: str) -> None:
+    """Raise DataError where `place` is neither OWN nor a file of adapters."""
+    if place == OWN:
+        return
+    try:
+        adapters.load(place)
+    except ValueError as error:
+        raise DataError(f"certainty: {error}, or {OWN}") from None
+
+
+def of_queries(
+    place: str,
+    encoder: Encoder,
+    rows: dict[str, Tensor],  # of "image" and "text", unit rows
+    pictures: list[Any],
+    texts: list[str],
+    context: Context,
+) -> dict[str, Tensor]:
+    """How certain each image and each text is, [N] and [M]. DataError where the model does not say,
+    or the adapter is of another width.
+    """
+    if place != OWN:
+        loaded = adapters.load(place)
+        if loaded.form.width != rows["image"].shape[1]:
+            raise DataError(
+                f"certainty: {place} is of embeddings of {loaded.form.width} numbers "
+                f"({loaded.form.model}), and {encoder.name} has {rows['image'].shape[1]}"
+            )
+        return {side: loaded.certainty(side, values) for side, values in rows.items()}
+
+    if encoder.certainty is None:
+        raise DataError(
+            f"certainty: {encoder.name} does not say how certain its embeddings are; name a run "
+            "with model.heads.concentration, which exports leave out, or an adapter of `vlp data "
+            "certainty`"
+        )
+    of_image, of_text = encoder.certainty
+    saying = replace(
+        encoder,
+        image=lambda pixels: _as_direction(of_image(pixels)),
+        text=lambda captions: _as_direction(of_text(captions)),
+        fingerprint=encoder.fingerprint and f"{encoder.fingerprint} certainty",
+        width=None,
+    )
+    found = {
+        "image": embed.images(saying, pictures, context),
+        "text": embed.texts(saying, texts, context),
+    }
+    return {side: values[:, 0] / values[:, 1] for side, values in found.items()}
+
+
+def _as_direction(values: Tensor) -> Tensor:
+    """Numbers [n] as rows [n, 2] whose direction says them: what is embedded comes as unit rows."""
+    return torch.stack([values, torch.ones_like(values)], 1)
+
+
+def names(way: str) -> list[str]:
+    """The scores of one way of retrieval."""
+    return [f"{way}_retrieval_certainty_spearman", *(_of_share(way, s) for s in SHARES[1:])]
+
+
+def scores(way: str, hits: Tensor, certainty: Tensor) -> dict[str, float]:
+    """R@1 over each share of the queries that is kept, and Spearman's correlation over bins."""
+    shares = dict(zip(SHARES, kept(hits, certainty)))
+    rising = spearman(by_bin(hits, certainty))
+    of_shares = {_of_share(way, share): shares[share] for share in SHARES[1:]}
+    return {f"{way}_retrieval_certainty_spearman": rising} | of_shares
+
+
+def _of_share(way: str, share: float) -> str:
+    return f"{way}_retrieval_recall@1_of_{share:.0%}"

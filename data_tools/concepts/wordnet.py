@@ -81,21 +81,17 @@ def read(place: str | None, lemmas: bool = True) -> Nouns:
     """
     from vlp.data.stored import source
 
-    if place is not None:
-        found = source(place)
-    else:
-        found = next((path for path in usual_places() if path.exists()), None)
-        if found is None:
-            raise ValueError(
-                f"--wordnet is not given, and WordNet is in no usual place; {_INSTALL}"
-            )
+    places = usual_places() if place is None else [source(place)]
+    folder = next((path for path in places if place is not None or path.exists()), None)
+    if folder is None:
+        raise ValueError(f"--wordnet is not given, and WordNet is in no usual place; {_INSTALL}")
 
-    index, data, exceptions = (_text(found, name).splitlines() for name in FILES)
-    first_offsets = dict(map(_indexed, _entries(index, found)))
-    heads = dict(map(_head, _entries(data, found)))
+    index, data, exceptions = (_text(folder, name).splitlines() for name in FILES)
+    first_offsets = dict(map(_indexed, _entries(index, folder)))
+    heads = dict(map(_head, _entries(data, folder)))
     synsets = {word: offset for word, offset in first_offsets.items() if heads.get(offset) == word}
     if not synsets:
-        raise ValueError(f"{found} holds no noun that names its first synset; {_INSTALL}")
+        raise ValueError(f"{folder} holds no noun that names its first synset; {_INSTALL}")
     irregular = {form: tuple(bases) for form, *bases in map(str.split, exceptions) if bases}
     return Nouns(synsets, frozenset(first_offsets), irregular, lemmas)
 

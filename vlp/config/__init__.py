@@ -9,6 +9,7 @@ from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment,
 from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import (
     Captioner,
+    ConcentrationHead,
     Heads,
     Model,
     PredictorHead,
@@ -29,6 +30,7 @@ __all__ = [
     "Augment",
     "Best",
     "Captioner",
+    "ConcentrationHead",
     "Captions",
     "Checkpoint",
     "Config",

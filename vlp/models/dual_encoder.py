@@ -220,6 +220,16 @@ class DualEncoder(nn.Module):
             return lengths.pass_in_parts(self.text, text, cut)
         return _with_tokens(self.text(text))
 
+    def image_certainty(self, image: Tensor) -> Tensor:
+        """log κ [b] of images as for `encode_image`; the model has a head for concentrations."""
+        assert self.heads.concentration is not None
+        return self.heads.concentration("image", self.image_features(image)).log()
+
+    def text_certainty(self, text: Tensor, cut: Cut | None = None) -> Tensor:
+        """The same of texts, [rows]."""
+        assert self.heads.concentration is not None
+        return self.heads.concentration("text", self._text(text, cut)[0]).log()
+
     def _stored_text(self, rows: Tensor) -> Tensor:
         """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
         tower = self.text

@@ -86,8 +86,8 @@ class Concentration(nn.Module):
         for side in ("image", "text"):
             layers = _two_layers(embed_dim, options.width, 1)
             # All samples are equally certain at the start.
-            nn.init.zeros_(layers[-1].weight)
-            nn.init.zeros_(layers[-1].bias)
+            for parameter in layers[-1].parameters():
+                nn.init.zeros_(parameter)
             setattr(self, side, layers)
 
     def forward(self, side: str, features: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def _linear_parts(visual: Any) -> list[tuple[Tensor, Tensor | None]]:
     if isinstance(visual, VisionTransformer):
         return [(visual.proj.T, None)]
 
-    parts = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for module in (visual.trunk.get_classifier(), *visual.head.modules()):
         if isinstance(module, nn.Linear):
             parts.append((module.weight, module.bias))
