@@ -68,6 +68,9 @@ class Encoder:
     tower: torch.nn.Module | None = None  # what holds the images' projection; None: not one module
     # `image` without what follows the tower; None: nothing does
     features: Callable[[Tensor], Tensor] | None = None
+    # `image` and `text` with log κ [n] in place of rows; None: the model does not say how certain
+    # its embeddings are
+    certainty: tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]] | None = None
     width: int | None = None  # how many numbers of a row count, the first ones; None: all
     # rows of further modalities side by side [n, S] and their lengths [n, O] -> [n, O, D]
     others: Callable[[Tensor, Tensor], Tensor] | None = None
@@ -179,11 +182,16 @@ def from_model(
     with torch.no_grad():
         scale = float(model().scale)
 
-    def text(texts: list[str]) -> Tensor:
+    def tokens(texts: list[str]) -> dict[str, Any]:
         ids = tokenizer(texts)
-        cut = model.cut(ids.numpy(), device, len(ids))
-        return model(text=ids.to(device), cut=cut).text
+        return {"text": ids.to(device), "cut": model.cut(ids.numpy(), device, len(ids))}
 
+    # Of several models as one nobody says how certain the whole is.
+    certainty = None
+    heads: Any = getattr(model, "heads", None)
+    if heads is not None and heads.concentration is not None:
+        whole: Any = model
+        certainty = whole.image_certainty, lambda texts: whole.text_certainty(**tokens(texts))
     return Encoder(
         name=name,
         pretrained="",
@@ -191,7 +199,8 @@ def from_model(
         image=lambda pixels: model(image=pixels).image,
         tower=getattr(model, "visual", None),
         features=getattr(model, "image_features", None),
-        text=text,
+        text=lambda texts: model(**tokens(texts)).text,
+        certainty=certainty,
         scale=scale,
         device=device,
         n_truncated=lambda texts: tokenizer.tokenize(texts)[1],

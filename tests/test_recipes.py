@@ -44,6 +44,7 @@ def shards(tmp_path_factory):
                 "paraphrase": [f"picture {i} is this"],
                 "negative_scores": [0.2 + i / 100, 0.4],
                 "score": 0.5,
+                "concepts": [i % 5, 5 + i % 3],
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             images = dict.fromkeys(range(2), Picture(other, "png"))
@@ -98,7 +99,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 55
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 57
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -162,8 +163,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 29, "demo": 1, "eval": 3, "export": 2, "train": 74}
-    assert n_tools == 37
+    assert counts == {"data": 30, "demo": 1, "eval": 3, "export": 3, "train": 76}
+    assert n_tools == 38
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

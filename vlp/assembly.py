@@ -236,12 +236,22 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
 
 
 def labelled(config: Config) -> Data:
-    """The section `data`, with the labels that terms read."""
+    """The section `data`, with the labels that terms read and the concepts that the head knows."""
     # One line of the objective is enough: positives: caption needs no key of the data.
     read_labels = [
         getattr(term.options, "positives", None) for term in losses.leaves(config.objective)
     ]
-    return replace(config.data, labels=labels.kind_of(config.data.labels, read_labels))
+    n_concepts = config.model.heads.concepts
+    if config.data.concepts not in (None, n_concepts):
+        raise ValueError(
+            f"data.concepts is {config.data.concepts} and model.heads.concepts {n_concepts}; the "
+            "head has an output for each concept: write one number, or leave out data.concepts"
+        )
+    return replace(
+        config.data,
+        labels=labels.kind_of(config.data.labels, read_labels),
+        concepts=n_concepts or None,
+    )
 
 
 def open_validation(

@@ -80,6 +80,11 @@ def numbers(shape: str, dtype: Any = "float32", *, required: bool = False, **col
     return _row(Field("", shape, dtype, (shape,), **columns), required)
 
 
+def named_entries(*shapes: str, **columns: Any) -> Any:
+    """Numbers of all entries of a long list, or of the few that are not zero, with their places."""
+    return _row(Field("", shapes[0], "float32", shapes, **columns), False)
+
+
 def of_teachers(tower: Any, *shapes: str, carried: bool = False, **columns: Any) -> Any:
     """Values of one teacher, or of several beside one another, the narrower ones filled up with
     zeros, which change neither a norm nor a product.
@@ -116,6 +121,7 @@ _MODALITIES = (
     "(model.heads.modalities)"
 )
 _PREDICTOR = "a predictor of the other side (model.heads.predictor)"
+_CONCENTRATION = "a certainty of each embedding (model.heads.concentration)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
     "vlp.losses.distill.hardest names"
@@ -204,8 +210,7 @@ class Carried:
         supplier="further augmentations of each caption (data.views and model.heads.views)",
     )
 
-    # Labels of a pair: its relevance, and a teacher's weights of the concepts in the image, where
-    # a row of zeros has none.
+    # Labels of a pair: its relevance, and the concepts in the image, where a row of zeros has none.
     score: Tensor = numbers(
         "b",
         json="score",
@@ -213,10 +218,13 @@ class Carried:
         supplier="shards with a relevance of each pair (the JSON's `score`), or a cross-encoder "
         "(teacher.cross_encoder)",
     )
-    concept_targets: Tensor = numbers(
+    # Weights of all concepts; or of those that a sample names (`vlp data concepts`): number and
+    # weight of each, [..., 0] and [..., 1], the rows that it does not need with weight 0.
+    concept_targets: Tensor = named_entries(
         "b M",
+        "b N 2",
         json="concepts",
-        supplier="a teacher's concepts of each image (the JSON's `concepts`)",
+        supplier="the concepts of each image (the JSON's `concepts`; vlp data concepts)",
     )
 
     # Unit rows that other models gave the image, or the crop of it that stands here, and the
@@ -314,6 +322,14 @@ class Readable(Carried):
     )
     patch_distances: Tensor = computed("image", "b", head="regions", supplier=_REGIONS)
     region_scale: Tensor = computed("", "", head="regions")
+
+    # How certain an embedding is: the concentration of the distribution around it, > 0.
+    image_concentration: Tensor = computed(
+        "image", "b", head="concentration", supplier=_CONCENTRATION
+    )
+    text_concentration: Tensor = computed(
+        "text", "b", head="concentration", supplier=_CONCENTRATION
+    )
 
     # A decoder that looks at image and text, whose loss of each token is −log p. A caller with
     # logits of its own may give those instead: position l of caption_logits is for the token

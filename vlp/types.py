@@ -11,7 +11,8 @@ Shape legend, used in every docstring of this project:
     K   hard negatives of a caption     J   images of hard negatives
     C   counterfactuals of a caption
     K'  captions of a sample            V   further views
-    M   concepts of a teacher           Q   keys of a queue
+    M   concepts in all                 N   concepts that a sample names, at most
+    Q   keys of a queue
     O   modalities beside image and text
     S   numbers of all of them together
     Z   tokens of the vocabulary        U   bytes of a caption
@@ -193,5 +194,7 @@ class Features(NamedTuple):
     attended_captions: Tensor | None = None
     patch_distances: Tensor | None = None
     region_scale: Tensor | None = None
+    image_concentration: Tensor | None = None  # [b] > 0
+    text_concentration: Tensor | None = None  # [b]
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first
     others: Tensor | None = None  # [b, O, D] unit rows of further modalities, by their towers

@@ -9,6 +9,9 @@ the model (vlp.eval.metrics).
 With `stored_as` the recalls are also those of a search over embeddings of a byte or a bit a number,
 of which the k·`rescore` best are compared as floats (vlp.eval.quantised), as *_int8 and *_binary
 beside the float's; the counts say what the embeddings take.
+
+With `certainty` R@1 is also that of the share of queries that is most certain (`recall@1_of_50%`),
+and `certainty_spearman` says whether it rises with certainty, over ten bins (vlp.eval.certainty).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor
 
 from vlp.data.captions import Texts
 from vlp.data.tables import TableOptions
-from vlp.eval import embed, metrics, quantised
+from vlp.eval import certainty, embed, metrics, quantised
 from vlp.eval.datasets import open_source
 from vlp.eval.datasets.source import Record, Source, join_equal_pictures
 from vlp.eval.embed import Context
@@ -59,6 +62,10 @@ class Options(Texts, TableOptions):
     # m: of the k·m best by those, the k best by float; 1: none but the k
     rescore: int = 4
 
+    # how certain queries are: adapter.safetensors of `vlp data certainty`, or model, for what a run
+    # with model.heads.concentration says itself; None: not asked
+    certainty: str | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(set(self.stored_as)) < len(self.stored_as):
@@ -79,11 +86,15 @@ class Options(Texts, TableOptions):
 def scores(options: Options) -> list[str]:
     """The recalls and ranks both ways, and the recalls of embeddings of fewer bits."""
     of_hits = [f"{way}_retrieval_{name}" for way in WAYS for name in _OF_HITS]
-    return [*OF_FLOAT, *(f"{name}_{kind}" for kind in options.stored_as for name in of_hits)]
+    of_certainty = [] if options.certainty is None else [*map(certainty.names, WAYS)]
+    stored = [f"{name}_{kind}" for kind in options.stored_as for name in of_hits]
+    return [*OF_FLOAT, *stored, *chain.from_iterable(of_certainty)]
 
 
 def read(options: Options) -> Source:
     """Open the set; every image must have a caption."""
+    if options.certainty is not None:
+        certainty.check(options.certainty)
     source = open_source(
         options.data, options.split, options.missing, options.images, options, options
     )
@@ -144,6 +155,14 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
     score(result, image_rank, text_rank, owner)
     if options.stored_as:
         score_stored(result, image, text, owner, options)
+    if options.certainty is not None:
+        rows = {"image": image, "text": text}
+        of_queries = certainty.of_queries(
+            options.certainty, encoder, rows, pictures, every_caption, context
+        )
+        # An image seeks its texts, and a text its image.
+        for way, side, rank in (("text", "image", image_rank), ("image", "text", text_rank)):
+            result.values |= certainty.scores(way, rank == 1, of_queries[side])
     return result
 
 

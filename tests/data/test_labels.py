@@ -3,12 +3,14 @@ of concepts.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.data.material import data_of, encoded, loader_of, picture
 from vlp.data.format import ShardWriter
+from vlp.data.row_numbers import MOST_CONCEPTS
 
 
 def write(folder, **changed):
@@ -113,6 +115,61 @@ def test_a_number_that_cannot_be_used_costs_its_sample_where_it_is_read(
         and batch.teacher_scores is None
         and batch.negatives is None
     )
+
+
+NAMED = [[], [3, 0], [1], [2, 5, 4], [], [7, 1], [0], [6]]
+
+
+def write_named(folder, **changed):
+    """Eight samples that name concepts, some of them none; `changed` is of the sixth."""
+    with ShardWriter(folder, 3) as writer:
+        for i, named in enumerate(NAMED):
+            meta = {"concepts": named} | (changed if i == 5 else {})
+            writer.add(f"k{i}", encoded(picture(i)), "png", [f"text {i}"], meta)
+    return folder
+
+
+@pytest.mark.parametrize("weights", [None, [0.25, 4], [0, 2]])
+def test_named_concepts_reach_their_rows_as_numbers_and_weights(tmp_path, weights):
+    changed = {} if weights is None else {"concept_weights": weights}
+    loader = loader_of(data_of(write_named(tmp_path / "s", **changed)), 8)
+    assert "concept_targets" in loader.carries
+
+    batch = next(loader)
+    assert batch.concept_targets.shape == (8, MOST_CONCEPTS, 2)
+    for row, key in enumerate(batch.key):
+        i = int(key[-1])
+        of_sample = weights if weights and i == 5 else [1] * len(NAMED[i])
+        expected = [[n, w] for n, w in zip(NAMED[i], of_sample) if w]
+        pairs = batch.concept_targets[row].tolist()
+        assert pairs == expected + [[0, 0]] * (MOST_CONCEPTS - len(expected))
+
+    # Micro-batches cut rows.
+    parts = batch.split(4)
+    assert torch.equal(torch.cat([part.concept_targets for part in parts]), batch.concept_targets)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"concepts": [1, 8]}, "8 in 'concepts' is no number of a concept, expected whole ones"),
+        ({"concepts": [-1]}, "-1 in 'concepts' is no number of a concept"),
+        ({"concepts": [0.5, 1]}, "0.5 in 'concepts' is no number of a concept"),
+        ({"concepts": [True]}, "True in 'concepts' is no number of a concept"),
+        ({"concepts": [1, 2, 1]}, "a concept stands twice in 'concepts'"),
+        ({"concepts": list(range(65))}, "65 numbers in 'concepts', expected at most 64"),
+        ({"concept_weights": [1]}, "'concept_weights' is [1], expected a number >= 0 for each of"),
+        ({"concept_weights": [1, -1]}, "'concept_weights' is [1, -1]"),
+        ({"concept_weights": [1, float("nan")]}, "'concept_weights' is [1, nan]"),
+        ({"concept_weights": {"7": 1}}, "'concept_weights' is {'7': 1}"),
+    ],
+)
+def test_a_concept_that_cannot_be_used_costs_its_sample(tmp_path, changed, expected):
+    data = replace(data_of(write_named(tmp_path / "s", **changed)), concepts=8)
+    loader = loader_of(data, 8)
+    batch = next(loader)
+    assert "k5" not in batch.key
+    assert {(key, expected in reason) for _, key, reason in loader.bad} == {("k5", True)}
 
 
 def test_hard_captions_are_made_only_where_a_term_reads_them(tmp_path):

@@ -14,6 +14,7 @@ import s3fs
 from tests.data.loopback_store import Store, store
 from tests.data.material import encoded, picture, write_shards, write_tar
 from tests.data_tools import mining
+from tests.data_tools.nouns import write_wordnet
 from tests.data_tools.tools import CAPTIONS
 from vlp.cli import main
 from vlp.data import asking, stored, stores
@@ -111,6 +112,7 @@ def material(server: Store) -> Path:
         path.unlink()
     mining.write(root / "mined")
     mining.store(root / "embedded", *mining.twins())
+    write_wordnet(root / "wordnet")
     (root / "queries.txt").write_text("caption\nalso\n7\n")
     write_tar(root / "photos.tar", [(f"{i}.png", encoded(picture(i))) for i in range(4)])
     (root / "photos.csv").write_text(

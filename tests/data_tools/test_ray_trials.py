@@ -27,6 +27,7 @@ from tests.data.material import encoded, picture
 from tests.data_tools import in_stores
 from tests.data_tools.mining import N, store, twins
 from tests.data_tools.mining import write as write_twins
+from tests.data_tools.nouns import write_wordnet
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
 from tests.data_tools.test_filter_scores import network, write_head
 from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
@@ -37,6 +38,7 @@ from vlp.data import stores
 from vlp.data.format import ShardWriter
 from vlp.data_tools import (
     balance,
+    concepts,
     counting,
     dedup,
     embed,
@@ -107,6 +109,7 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
         ),
         (filtering, twin, ["--embeddings", rows, "--like", rows, "--cells", 5]),
         (counting, source, ["--balance", 2]),
+        (concepts, source, ["--wordnet", write_wordnet(Path("wordnet")), "--min-count", 1]),
         (stats, source, []),
         (counting, source, []),
         (reshard, source, ["--samples-per-shard", 4, "--renumber"]),
@@ -130,7 +133,7 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     seen = ["--detector", detector, "--threshold", 0.01]
     with pytest.raises(ValueError, match="no caption in in counts anything"):
         call(counting, source, "--to", "seen", *seen, "--ray", running.address)
-    assert len(trials) == 21
+    assert len(trials) == 22
 
 
 def test_a_cluster_reads_and_writes_a_store(

@@ -57,6 +57,9 @@ TOOLS = {
         *("--head", "near=cosine", "--top", "near=50%"),
     ],
     "balance": ["{in}/mined", "--to", "{out}", "--queries", "{in}/queries.txt", "--cap", 5],
+    "concepts": [
+        *("{in}/count", "--to", "{out}", "--wordnet", "{in}/wordnet", "--min-count", 1),
+    ],
     "validate": ["{in}/train", "--json", "{out}/report.json", "--notes", "{out}"],
     "sheet": ["{in}/train", "--to", "{out}/sheet.html", "--samples", 3],
     "scenes": [

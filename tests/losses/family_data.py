@@ -48,6 +48,8 @@ def data() -> dict[str, Tensor]:
     given |= {name: rows(B, D) for name in ("predicted_image", "predicted_text")}
     given |= of_places()
     given["others"] = rows(OTHERS, B, D)
+    for name in ("image_concentration", "text_concentration"):
+        given[name] = (3 + 40 * torch.rand(B, generator=generator).double()).requires_grad_()
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -119,6 +121,7 @@ LEAVES = (
     "image_tokens", "text_tokens", "negative_tokens", "attended_captions", "patch_distances",
     "region_scale",
     "others",
+    "image_concentration", "text_concentration",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (

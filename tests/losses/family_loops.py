@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.losses.family_data import CANDIDATES, CONCEPTS, B, K, L, V
 from vlp.losses._draws import draws
+from vlp.losses._von_mises_fisher import samples
 from vlp.seeds import derive
 
 
@@ -350,6 +351,30 @@ def matryoshka(options, *terms):
         for width, weight in zip(widths, weights):
             narrow = d | {name: F.normalize(d[name][..., :width], dim=-1) for name in WHOLE}
             total = total + weight * sum(w * of_width(narrow) for of_width, w in terms)
+        return total
+
+    return loop
+
+
+def mc_infonce(n_samples):
+    """Over the draws of all rows, term by term."""
+
+    def loop(d):
+        drawn = {}
+        for side in ("image", "text"):
+            seeds = [derive(0, "mc_infonce", side, 0, s) for s in range(n_samples)]
+            concentration = d[f"{side}_concentration"]
+            drawn[side] = list(samples(d[side], concentration, torch.arange(B), seeds))
+
+        total = 0
+        for i in CANDIDATES:
+            for one, other in (("image", "text"), ("text", "image")):
+                share = 0
+                for u, v in zip(drawn[one], drawn[other]):
+                    positive = torch.exp(d["scale"] * (u[i] @ v[i]))
+                    negatives = [torch.exp(d["scale"] * (u[i] @ v[j])) for j in others(i)]
+                    share = share + positive / (positive + sum(negatives) / len(negatives))
+                total = total - torch.log(share / n_samples) / (2 * B)
         return total
 
     return loop

@@ -53,6 +53,7 @@ from tests.losses.family_loops import (
     macl,
     mann_whitney,
     matryoshka,
+    mc_infonce,
     mixing,
     momentum_queue,
     multi_view,
@@ -119,6 +120,7 @@ FAMILY = [
     ("ranked", {"power": 0}, both(infonce)),
     ("mann_whitney", {"tau": 0.1}, mann_whitney(0.1)),
     ("mann_whitney", {}, mann_whitney(0.01)),
+    ("mc_infonce", {"samples": 3}, mc_infonce(3)),
     ("momentum_queue", {}, momentum_queue),
     ("mixing", MIXED, mixing(MIXED)),
     ("mixing", MIXED | {"in_batch": False}, mixing(MIXED | {"in_batch": False})),
@@ -148,7 +150,7 @@ FAMILY = [
     ("hard_negatives", {"form": "own", "negatives": "images"}, own_images),
     ("hard_negatives", {"form": "negclip", "negatives": "images"}, negclip_images),
 ]
-N_LIVE = 319  # inputs that have a gradient, over all cases
+N_LIVE = 324  # inputs that have a gradient, over all cases
 # All ways to compute are met on four ranks, and each of their parts on fewer: a ring of one rank
 # sends nothing.
 WAYS = {
@@ -196,7 +198,7 @@ def test_objectives_equal_loops(n_ranks):
             n_cases += 1
 
     n_plans = len(plans)
-    assert n_cases == n_plans * len(FAMILY) == n_plans * 104, "every case must be met"
+    assert n_cases == n_plans * len(FAMILY) == n_plans * 105, "every case must be met"
     assert n_live == n_plans * N_LIVE, "the comparison must not be empty"
 
 

@@ -10,11 +10,11 @@ from open_clip.transformer import MultimodalTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import ranks
-from tests.models.tiny import inputs, tiny
+from tests.models.tiny import VIT, inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
-from vlp.models import heads
+from vlp.models import heads, trunk_features
 from vlp.models.build import from_description
 from vlp.models.embedding import embed
 from vlp.models.heads import Decoder
@@ -109,6 +109,71 @@ def test_ranks_change_nothing(reference, engine):
     for gradients, weights, _ in ranks.run(2, run, 2, engine):
         assert_close(gradients, reference[0], 1e-9)
         assert_close(weights, reference[1], 1e-9)
+
+
+def named_batch(rows=slice(None)):
+    """`make_batch` whose samples name up to three of five concepts, some of them none."""
+    targets = torch.zeros(len(make_batch()), 3, 2)
+    for i in range(len(targets)):
+        for n in range(i % 4):
+            targets[i, n] = torch.tensor([(i + 2 * n) % 5, 1.0])
+    return dataclasses.replace(make_batch(rows), concept_targets=targets[rows])
+
+
+def run_of_trunk(micro_batches=1, engine="ddp"):
+    return gradients_and_weights(
+        micro_batches,
+        batch=named_batch,
+        engine=engine,
+        heads={"concepts": 5, "concepts_of": "trunk"},
+        objective={"distill": {"form": "concepts", "loss": "bce"}},
+    )
+
+
+def test_concepts_of_the_trunk_are_exact_however_a_step_is_divided():
+    gradients, weights, _ = run_of_trunk()
+    # The projection and the texts take no part.
+    learning = {name for name, values in gradients.items() if any(values)}
+    assert {"heads.concepts.weight", "heads.concepts.bias"} <= learning
+    assert not [name for name in learning if name.startswith("text.") or name == "visual.proj"]
+    assert len(learning) > 20
+
+    divided = [run_of_trunk(3), *ranks.run(2, run_of_trunk, 2, "fsdp2")]
+    for others, weights_after, _ in divided:
+        assert_close(others, gradients, 1e-9)
+        assert_close(weights_after, weights, 1e-9)
+
+
+TRUNKS = {
+    "vit": {},
+    "pooled by mean": {"image_tower": VIT | {"pool": "avg"}},
+    "resnet": {"image_tower": {"name": "timm", "model": "resnet10t", "image_size": 32}},
+    "mobilenet": {
+        "image_tower": {"name": "timm", "model": "mobilenetv3_small_050", "image_size": 32}
+    },
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_the_head_reads_what_the_projection_reads(name):
+    model = tiny(**TRUNKS[name], heads={"concepts": 5, "concepts_of": "trunk"})
+    pixels, _ = inputs(model)
+    with torch.no_grad():
+        passed = trunk_features.with_trunk(model.visual, model.pixels(pixels))
+        # Reading them changes nothing.
+        assert torch.equal(passed.features, model.visual(model.pixels(pixels)))
+        assert passed.trunk.shape == (3, trunk_features.width(model.visual))
+        logits = model(pixels, pairs=2).concept_logits
+        torch.testing.assert_close(logits, model.heads.concepts(passed.trunk[:2]))
+        if name == "vit":
+            assert torch.equal(passed.trunk @ model.visual.proj, passed.features)
+
+
+def test_a_tower_without_known_features_cannot_have_a_head_on_them():
+    with pytest.raises(ValueError, match=r"concepts_of: trunk needs .*found a Identity"):
+        trunk_features.check(torch.nn.Identity())
+    with pytest.raises(ValueError, match="there is none; write concepts: M"):
+        tiny(heads={"concepts_of": "trunk"})
 
 
 def test_what_heads_give():

@@ -9,6 +9,7 @@ from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment,
 from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import (
     Captioner,
+    ConcentrationHead,
     Heads,
     Modality,
     Model,
@@ -31,6 +32,7 @@ __all__ = [
     "Augment",
     "Best",
     "Captioner",
+    "ConcentrationHead",
     "Captions",
     "Checkpoint",
     "Config",

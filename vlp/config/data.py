@@ -197,6 +197,9 @@ class Data:
     # what pairs share that are of one kind: caption (but for case, blanks and the stop at its end),
     # origin, or a field of the JSON such as class; None: what the terms' `positives` say
     labels: str | None = None
+    # M, which the numbers are below by which samples name concepts (vlp data concepts); None:
+    # model.heads.concepts. Samples with weights of all concepts need none
+    concepts: int | None = None
     bad_share: float = 0.01  # more unusable samples than 16 + this share of the rows end the run
     # decoding processes a rank, which change no batch; 0 decodes in the training process; auto:
     # cores / ranks of the machine − 1, from 1 to 32, and no more than the shared memory holds
@@ -209,6 +212,8 @@ class Data:
             )
         if self.negative_images < 1:
             raise ValueError(f"negative_images is {self.negative_images}; expected at least 1")
+        if self.concepts is not None and self.concepts < 0:
+            raise ValueError(f"concepts is {self.concepts}; expected their number, or null")
         if self.lanes != "auto" and self.lanes < 1:
             raise ValueError(f"lanes is {self.lanes}; expected at least 1, or auto")
         negative = self.workers != "auto" and self.workers < 0

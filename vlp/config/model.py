@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from vlp.plugin import Named, Plugin
 from vlp.types import Decoding
@@ -118,6 +118,20 @@ class Modality:
 
 
 @dataclass(frozen=True)
+class ConcentrationHead:
+    """How certain an embedding is: κ = init·e^h, h of the tower's features, D → width → 1."""
+
+    width: int = 512  # of the hidden layer
+    init: float = 1000.0  # κ of all samples at the start; of D numbers, cosines of draws are ~κ/D
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.init <= 0:
+            raise ValueError(
+                f"width is {self.width} and init {self.init}; expected positive numbers"
+            )
+
+
+@dataclass(frozen=True)
 class Heads:
     """Trained parts that only the objective reads (vlp.models.heads); exports leave them out, all
     but `nonnegative`, which embeddings pass everywhere.
@@ -125,9 +139,14 @@ class Heads:
 
     # projection of further views (data.views): image_views, text_views
     views: ViewHead | None = None
-    concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
+    concepts: int = 0  # M, concepts of a linear layer on the image tower: concept_logits
+    # what that layer reads: the tower's features in the shared space, or those before its
+    # projection (CatLIP)
+    concepts_of: Literal["embedding", "trunk"] = "embedding"
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
+    # certainty of each embedding: image_concentration, text_concentration
+    concentration: ConcentrationHead | None = None
     captions: Captioner | None = None  # a text decoder: caption_nll
     # predictors of the text by the image and of the image by the text: predicted_text,
     # predicted_image
@@ -151,6 +170,11 @@ class Heads:
         if self.concepts < 0:
             raise ValueError(
                 f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
+            )
+        if self.concepts_of == "trunk" and not self.concepts:
+            raise ValueError(
+                "concepts_of says what the head for concepts reads, and there is none; write "
+                "concepts: M, or leave concepts_of out"
             )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlp import dist, log
 from vlp.config import Data
-from vlp.data import nodes, sequence
+from vlp.data import nodes, row_numbers, sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
 from vlp.data.modalities import Shapes
@@ -99,6 +99,7 @@ class Loader:
         self.sources = [
             plugin.module.open(plugin.options, data.captions) for plugin in data.sources
         ]
+        data = row_numbers.with_form_of_concepts(data, self.sources)
         weights = [plugin.common.weight for plugin in data.sources]
         drawing = sequence.drawing(data, self.sources, batch // world, mixture)
         self._mixture = mixture(self.sources, weights, seed=seed, shuffle=data.shuffle, **drawing)

@@ -46,7 +46,7 @@ def optional_fields(
         widths |= dict.fromkeys(("negative_images", "negative_images_valid"), width)
     if data.views:
         widths["image_views"] = data.views.n
-    widths |= row_numbers.offered(sources, widths)
+    widths |= row_numbers.offered(sources, widths, data)
     # Rows of further modalities take reading: only for a term that compares them.
     if modalities and (reads is None or "others" in reads):
         widths["modalities"] = sum(length * features for length, features in modalities.values())

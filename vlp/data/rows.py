@@ -151,7 +151,8 @@ def said(left_out: Mapping[str, int]) -> str:
 def labels_of(meta: dict[str, Any]) -> Set[str]:
     """Which of LABELS a sample's JSON holds: numbers [b] of a batch as a number, others as lists.
 
-    A list may be empty only as the scores of no negatives.
+    A list may be empty only as the scores of no negatives, or as the concepts of a sample that
+    names none.
     """
     labels = set()
     for name in LABELS.keys() & meta.keys():
@@ -161,7 +162,9 @@ def labels_of(meta: dict[str, Any]) -> Set[str]:
             continue
 
         # Where a sample has no negatives, no scores are right.
-        may_be_empty = name == "negative_scores" and not meta.get("negatives")
+        may_be_empty = name == "concepts"
+        if name == "negative_scores":
+            may_be_empty = not meta.get("negatives")
         if values or may_be_empty:
             labels.add(name)
     return labels

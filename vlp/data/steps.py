@@ -191,7 +191,7 @@ class Steps(Dataset):
             try:
                 sample = self.mixture.read(sample_id)
                 key = sample.key
-                row_numbers.check(sample, self.widths)
+                row_numbers.check(sample, self.widths, self.data)
 
                 row = Row(sample, self.mixture.seed, step, number)
                 if place is not None and sample_id == wanted:
@@ -298,7 +298,7 @@ class Steps(Dataset):
         result = {}
         for name, width in self.widths.items():
             if CARRIED[name].json:
-                values = [row_numbers.of_row(row, name, width) for row in rows]
+                values = [row_numbers.of_row(row, name, width, self.data) for row in rows]
                 result[name] = torch.tensor(values, dtype=torch.float32)
             elif name in ("teacher_image", "teacher_text"):
                 of_rows = [self._of_teachers(row, name) for row in rows]

@@ -21,6 +21,7 @@ EXAMPLE = """examples:
   vlp export runs/matryoshka --width 128 --to exported/narrow
   vlp export runs/tuned --form adapters --to exported/adapters
   vlp export runs/large --form checkpoint --to checkpoints/large
+  vlp export runs/catlip --form classifier --labels data/named/concepts.tsv --to exported/classifier
 
 Several runs become one model: their embeddings stand one after another. An average is of
 weights (vlp/averaging.py).
@@ -88,15 +89,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--form",
-        choices=["model", "adapters", "checkpoint"],
+        choices=["model", "adapters", "checkpoint", "classifier"],
         default="model",
         help="adapters: those of a run with lora alone, for peft (needs pip install vlp[lora]); "
-        "checkpoint: what a run goes on from, in one piece",
+        "checkpoint: what a run goes on from, in one piece; classifier: image tower and head for "
+        "concepts, for timm",
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="of --form classifier: concepts.tsv of `vlp data concepts`, which names the classes",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Write what is asked for, and say what was written."""
+    if options.labels is not None and options.form != "classifier":
+        raise ValueError("--labels belongs to --form classifier; add it, or leave --labels out")
     if options.form != "model":
         print("\n".join(_export_part(options)))
         return 0
@@ -139,14 +148,18 @@ def _int8(options: argparse.Namespace) -> Int8 | None:
 
 
 def _export_part(options: argparse.Namespace) -> list[str]:
-    """`vlp export RUN --form adapters | checkpoint`; ValueError for options of a whole model."""
+    """`vlp export RUN --form adapters | checkpoint | classifier`; ValueError for options of a whole
+    model.
+    """
     from vlp.export.adapters import write_adapters
     from vlp.export.checkpoints import write_checkpoint
+    from vlp.export.classifier_form import write_classifier
 
+    is_classifier = options.form == "classifier"
     of_models = {
         "--average": options.average,
         "--blend": options.blend,
-        "--ema": options.ema,
+        "--ema": options.ema and not is_classifier,
         "--onnx": options.onnx,
         "--image-size": options.image_size is not None,
         "--width": options.width is not None,
@@ -161,11 +174,14 @@ def _export_part(options: argparse.Namespace) -> list[str]:
             f"--form {options.form} takes one RUN and no option of a whole model; found "
             f"{len(options.runs)} and {', '.join(given) or 'none'}"
         )
+    if options.form != "adapters" and options.license is not None:
+        raise ValueError(
+            f"--license is of a model's card, and a {options.form} has none; leave it out"
+        )
+    if is_classifier:
+        [run] = averages.runs(options.runs, options.ema)
+        return write_classifier(run, options.to, labels=options.labels, overwrite=options.overwrite)
     if options.form == "checkpoint":
-        if options.license is not None:
-            raise ValueError(
-                "--license is of a model's card, and a checkpoint has none; leave it out"
-            )
         return write_checkpoint(options.runs[0], options.to, overwrite=options.overwrite)
     return write_adapters(
         options.runs[0], options.to, license=options.license, overwrite=options.overwrite

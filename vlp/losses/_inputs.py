@@ -208,8 +208,10 @@ def _shape_problem(name: str, value: Tensor, bound: dict[str, _Binding]) -> list
     if 0 in value.shape:
         return [f"{line}, each at least 1: pad with a row that its mask leaves out"]
 
-    # A letter that another keyword gave another size.
+    # A number stands for itself; a letter may have got another size from another keyword.
     sizes = dict(zip(shape.split(), value.shape))
+    if any(letter.isdigit() and int(letter) != size for letter, size in sizes.items()):
+        return [line]
     clashes = {
         letter: bound[letter]
         for letter, size in sizes.items()

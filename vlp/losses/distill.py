@@ -29,7 +29,11 @@ margin       by how much a text is truer than hard captions, over the valid (i, 
                  L = mean ( (x_i·t_i − x_i·n_ik) − γ (score_i − teacher_scores_ik) )²
 concepts     the concepts that it sees in an image, by an auxiliary head on the image tower
                  L = mean_i −Σ_c q_ic · log softmax(concept_logits_i)_c
-             with q_i = concept_targets_i / Σ_c concept_targets_ic, both [b, M]
+             with q_i = concept_targets_i / Σ_c concept_targets_ic, both [b, M]; or, with
+             `loss: bce`, each concept by itself, y_ic = min(1, concept_targets_ic)
+                 L = mean_i Σ_c −y_ic log σ(z_ic) − (1 − y_ic) log(1 − σ(z_ic)), z concept_logits
+             Targets may also be [b, N, 2], the number and weight of the concepts of a sample that
+             are not zero
 
 `focus` f weighs the rows of the first four by (1 − P_i)^f of the student, divided by the mean
 weight: what it is sure of counts less. Several teachers, u and v: [b, T, D'], give the mean of
@@ -58,6 +62,8 @@ Papers:
 - U-MARVEL (arXiv 2507.14902), scores of a re-ranker, at a learned temperature:
   `objective: {distill: {form: ranking, divergence: forward}}`
 - DiHT (arXiv 2301.02280), concepts: `objective: {hn_nce: {}, distill: {form: concepts}}`
+- CatLIP (arXiv 2404.15653), concepts that captions name (`vlp data concepts`), no texts:
+  `objective: {distill: {form: concepts, loss: bce}}`
 
 Needs: image, text, scale, teacher_image, teacher_text, teacher_scale; with `queue`
 queue_teacher_image and queue_teacher_text; ranking and margin instead image, scale, negatives,
@@ -79,13 +85,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from vlp.losses import _distill_candidates, _distill_captions, _distill_pairs
+from vlp.losses import (
+    _distill_candidates,
+    _distill_captions,
+    _distill_concepts,
+    _distill_pairs,
+)
 from vlp.losses._distill_candidates import Asked as Asked
 from vlp.losses._inputs import Inputs
-from vlp.losses._softmax import cross_entropy
 from vlp.pairwise import Pairs
 
 OF_PAIRS = frozenset({"image", "text", "scale", "teacher_image", "teacher_text", "teacher_scale"})
@@ -132,6 +141,8 @@ class Options:
     divergence: Literal["none", "forward", "symmetric"] = "none"
     # of both distributions of a divergence (UniME-V2: .01); null: the model's own, 1/scale
     temperature: float | None = None
+    # concepts: one distribution over all (ce), or each by itself (bce)
+    loss: Literal["ce", "bce"] = "ce"
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -168,6 +179,7 @@ class Options:
             ),
             "delta": (self.delta is not None, self.form == "ranking", "form: ranking"),
             "gamma": (self.gamma != 1, self.form == "margin", "form: margin"),
+            "loss": (self.loss != "ce", self.form == "concepts", "form: concepts"),
             "focus": (
                 self.focus > 0,
                 self.form in _distill_pairs.FORMS,
@@ -230,7 +242,7 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
     inputs = inputs.wide()
     if options.form == "concepts":
-        return concepts(inputs, pairs)
+        return _distill_concepts.over_concepts(inputs, pairs, options.loss)
     if options.form == "margin":
         return _distill_captions.margin(inputs, pairs, options.gamma)
     if options.candidates == "batch":
@@ -239,15 +251,3 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if options.divergence == "none":
         return _distill_captions.ranking(inputs, pairs, options.delta)
     return _distill_captions.divergence(inputs, pairs, options.divergence, options.temperature)
-
-
-def concepts(inputs: Inputs, pairs: Pairs) -> Tensor:
-    """Cross-entropy to the teacher's distribution over concepts."""
-    target = inputs.concept_targets.detach()
-    total = target.sum(1)
-    named = total > 0
-
-    # Rows without a concept take no part, be their logits NaN.
-    logits = torch.where(named.unsqueeze(1), inputs.concept_logits, 0)
-    share = target / torch.where(named, total, 1).unsqueeze(1)
-    return pairs.mean(cross_entropy(logits, share), named)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.fields import FIELDS
-from vlp.models import assemble, lengths, lora, tokens
+from vlp.models import assemble, lengths, lora, tokens, trunk_features
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
@@ -30,6 +30,7 @@ from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
+from vlp.models.trunk_features import Passed
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
 from vlp.types import Features
@@ -128,13 +129,17 @@ class DualEncoder(nn.Module):
 
         # The towers, each once: views follow the other rows.
         if image is not None:
-            pictures = _joined(image, image_views)
             wants_tokens = bool(rows_of_images) or sentences is not None
-            features, image_tokens = self._image(pictures, wants_tokens)
-            outputs |= self._embeddings("image", features, image.shape[0])
+            passed = self._image(_joined(image, image_views), wants_tokens)
+            image_tokens = passed.tokens
+            outputs |= self._embeddings("image", passed.features, image.shape[0])
             outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
             if pairs and self.heads.concepts is not None:
-                outputs["concept_logits"] = self.heads.concepts(features[:pairs])
+                read = passed.features if passed.trunk is None else passed.trunk
+                outputs["concept_logits"] = self.heads.concepts(read[:pairs])
+            if pairs and self.heads.concentration is not None:
+                certainty = self.heads.concentration("image", passed.features[:pairs])
+                outputs["image_concentration"] = certainty
         if text is not None:
             texts = _joined(text, text_views)
             features, text_tokens = self._text(texts, cut, bool(rows_of_texts))
@@ -145,6 +150,9 @@ class DualEncoder(nn.Module):
                 patches = tokens.project(self.visual, image_tokens[:pairs])
                 of_pairs = sentences.of(features)
                 outputs |= self.heads.regions(patches, of_pairs, sentences.valid)
+            if pairs and self.heads.concentration is not None:
+                certainty = self.heads.concentration("text", features[:pairs])
+                outputs["text_concentration"] = certainty
 
         # What heads compute of both towers.
         if pairs and self.heads.teacher is not None:
@@ -211,11 +219,11 @@ class DualEncoder(nn.Module):
         """The tower's features [b, D] before the last step of embeddings, of images as for
         `encode_image`.
         """
-        return self._image(image)[0]
+        return self._image(image).features
 
-    def _image(self, image: Tensor, wants_tokens: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The tower's features [rows, D], and its tokens where they are wanted or a head reads
-        them.
+    def _image(self, image: Tensor, wants_tokens: bool = False) -> Passed:
+        """The tower's features [rows, D]; its tokens where they are wanted or a head reads them,
+        and what its projection reads where a head does.
         """
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
             height, width = self.image_spec.size
@@ -229,9 +237,11 @@ class DualEncoder(nn.Module):
         if pixels is image or pixels.dtype == torch.float32:
             pixels = pixels.to(_dtype(self.visual))
         with moved_once(self._batch_norms):
+            if self.heads.reads_trunk:
+                return trunk_features.with_trunk(self.visual, pixels, wants_tokens)
             if wants_tokens:
-                return tokens.with_tokens(self.visual, pixels)
-            return _with_tokens(self.visual(pixels))
+                return Passed(*tokens.with_tokens(self.visual, pixels))
+            return Passed(*_with_tokens(self.visual(pixels)))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
@@ -265,6 +275,16 @@ class DualEncoder(nn.Module):
     def token_mask(self, ids: Tensor) -> Tensor:
         """Which tokens of ids [rows, L] are the text's (`vlp.models.tokens`), [rows, L'] bool."""
         return tokens.token_mask(self.text, ids)
+
+    def image_certainty(self, image: Tensor) -> Tensor:
+        """log κ [b] of images as for `encode_image`; the model has a head for concentrations."""
+        assert self.heads.concentration is not None
+        return self.heads.concentration("image", self.image_features(image)).log()
+
+    def text_certainty(self, text: Tensor, cut: Cut | None = None) -> Tensor:
+        """The same of texts, [rows]."""
+        assert self.heads.concentration is not None
+        return self.heads.concentration("text", self._text(text, cut)[0]).log()
 
     def _stored_text(self, rows: Tensor) -> Tensor:
         """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""

@@ -4,13 +4,15 @@ leave with export.
     views     a two-layer projection of the embeddings of further views for each modality, with a
               scale of its own (multi_view, after CLIP-rocket, arXiv 2305.08675; slip):
               image_views, text_views, view_scale
-    concepts  a linear layer from the image tower's output, before it is normalised:
-              concept_logits (distill)
+    concepts  a linear layer from the image tower's output, before it is normalised, or from what
+              its projection reads (concepts_of: trunk): concept_logits (distill)
     teacher   linear maps of the embeddings to the teachers' widths, with a scale of their own
               (distill, after CLIP-KD, arXiv 2307.12732): projected_image, projected_text,
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
               arXiv 2205.01917): caption_nll
+    concentration a two-layer map of the features of either tower to how certain they are
+              (mc_infonce, after arXiv 2302.02865): image_concentration, text_concentration
     predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
               arXiv 2011.10566): predicted_text, predicted_image
     regions   attention between the patches of an image and the sentences of its text (prior, after
@@ -35,10 +37,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vlp import config
 from vlp.fields import FIELDS
+from vlp.models import trunk_features
 from vlp.models.exact import Scaling
 from vlp.models.regions import Regions
 from vlp.models.modalities import Modalities
 
+_LARGEST_LOG = 9.0  # |log(κ / init)| at most: e^9 = 8,100 times
 LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 
@@ -55,8 +59,9 @@ class Views(nn.Module):
         self.scaling = Scaling(math.log(options.scale.init), None, options.scale)
 
 
-def _two_layers(embed_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), nn.Linear(width, embed_dim))
+def _two_layers(embed_dim: int, width: int, n_outputs: int | None = None) -> nn.Sequential:
+    last = nn.Linear(width, n_outputs or embed_dim)
+    return nn.Sequential(nn.Linear(embed_dim, width), nn.GELU(), last)
 
 
 class Predictor(nn.Module):
@@ -76,6 +81,25 @@ class Predictor(nn.Module):
             if rows is not None:
                 predicted[f"predicted_{other}"] = unit(getattr(self, side)(rows[:pairs]))
         return predicted
+
+
+class Concentration(nn.Module):
+    """[rows, D] of a tower's features → κ [rows], for images and for texts."""
+
+    def __init__(self, embed_dim: int, options: config.ConcentrationHead) -> None:
+        super().__init__()
+        self.log_init = math.log(options.init)
+        for side in ("image", "text"):
+            layers = _two_layers(embed_dim, options.width, 1)
+            # All samples are equally certain at the start.
+            for parameter in layers[-1].parameters():
+                nn.init.zeros_(parameter)
+            setattr(self, side, layers)
+
+    def forward(self, side: str, features: Tensor) -> Tensor:
+        """κ of the features of one side, "image" or "text", float32."""
+        logarithm = _wide(getattr(self, side)(features)).squeeze(1)
+        return (self.log_init + logarithm.clamp(-_LARGEST_LOG, _LARGEST_LOG)).exp()
 
 
 class TeacherMap(nn.Module):
@@ -225,8 +249,12 @@ class Heads(nn.Module):
         self.options = options
 
         self.views = Views(embed_dim, options.views) if options.views else None
-        self.concepts = nn.Linear(embed_dim, options.concepts) if options.concepts else None
+        self.reads_trunk = options.concepts_of == "trunk"
+        n_read = trunk_features.width(visual) if self.reads_trunk else embed_dim
+        self.concepts = nn.Linear(n_read, options.concepts) if options.concepts else None
         self.teacher = TeacherMap(embed_dim, options.teacher) if options.teacher else None
+        certainty = options.concentration
+        self.concentration = Concentration(embed_dim, certainty) if certainty else None
         self.captions = Captioner(visual, text, options.captions) if options.captions else None
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
         self.regions = Regions(visual, embed_dim, options.regions) if options.regions else None

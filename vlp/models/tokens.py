@@ -60,7 +60,7 @@ def with_tokens(tower: Any, inputs: Tensor) -> tuple[Tensor, Tensor]:
         return tower.attnpool(cells), cells.flatten(2).mT
     if isinstance(tower, TimmModel):
         features = tower.trunk.forward_features(inputs)
-        return tower.head(tower.trunk.forward_head(features)), _places(tower.trunk, features)
+        return tower.head(tower.trunk.forward_head(features)), places(tower.trunk, features)
     raise ValueError(f"the tower {refusal(tower)}")
 
 
@@ -137,7 +137,7 @@ def _saying_tokens(tower: Any) -> Iterator[None]:
         tower.output_tokens = before
 
 
-def _places(trunk: Any, features: Tensor) -> Tensor:
+def places(trunk: Any, features: Tensor) -> Tensor:
     """The features of a timm trunk as its head reads one place, [rows, P, …], without class
     tokens.
     """
@@ -151,7 +151,7 @@ def _places(trunk: Any, features: Tensor) -> Tensor:
 
 
 def _through_head(tower: TimmModel, places: Tensor) -> Tensor:
-    """Each place of `_places` through a trunk's head as if the picture had no other."""
+    """Each place of `places` through a trunk's head as if the picture had no other."""
     alone = places.flatten(0, 1)
     if alone.ndim == 3:
         # Class token or mean over patches: whatever is pooled is this one.
