@@ -310,7 +310,7 @@ def prepare(
         learning_rate=rate,
         seed=config.seed,
         micro_batches=micro_batches.count(
-            config.train, loader.widths, micro_batches.embedded(objective, model.heads)
+            config.train, loader.widths, micro_batches.embedded(objective, model)
         ),
         dtype=engines.compute_dtype(config.train, engine.device),
         constants=constants,

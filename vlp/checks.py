@@ -102,7 +102,7 @@ def check_objective(
         )
 
     if config.model.precomputed:
-        by_heads = objective.reads & model.heads.supplies()
+        by_heads = objective.reads & model.supplies()
         read = objective.needs | through_queue(objective) | by_heads
         check_precomputed(read, taught, loader, model)
 
@@ -111,7 +111,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     """Refuse an objective whose terms need what neither the data nor the model supplies, and heads
     that no term reads.
     """
-    by_heads = model.heads.supplies()
+    by_heads = model.supplies()
     supplied = carried | by_heads | _EVERY_RUN
     if model.logit_bias is not None:
         supplied |= {"bias"}
@@ -127,6 +127,12 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if missing:
         raise ValueError("\n".join(missing))
 
+    # Under DDP and DeepSpeed a step would wait for gradients that never come.
+    if model.text_decoder is not None and "caption_nll" not in objective.reads:
+        raise ValueError(
+            "the model has a text decoder (the architecture's, or model.decoder), and no term "
+            "trains it; add captioning: {weight: 2}, or take an architecture without one"
+        )
     if idle := sorted(by_heads - objective.reads):
         raise ValueError(
             f"model.heads gives {idle}, which no term reads; drop that head (of views one side by "

@@ -9,6 +9,7 @@ from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment,
 from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import (
     Captioner,
+    Decoder,
     Heads,
     Model,
     PredictorHead,
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Data",
+    "Decoder",
     "Duration",
     "Group",
     "Heads",

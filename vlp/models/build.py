@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, language, lora, text_dropout
+from vlp.models import assemble, decoder, language, lora, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -107,10 +107,6 @@ def from_description(
     A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
-    if "multimodal_cfg" in model_cfg:
-        raise ValueError(
-            "this model has a captioning decoder beside its two towers; expected a dual encoder"
-        )
     clip = _instantiate(model_cfg)
     if weights is not None:
         fitting.load_into(clip, weights, fit, stated, added)
@@ -138,7 +134,9 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set;
+    `text_decoder` beside them where one is described.
+    """
     is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
     language_model = model_cfg["text_cfg"].get("hf_model_name")
@@ -148,7 +146,8 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     vision = model_cfg["vision_cfg"]
     image_size.check_square(vision)
 
-    keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    not_of_towers = ("custom_text", "multimodal_cfg")
+    keywords = {key: value for key, value in model_cfg.items() if key not in not_of_towers}
     if is_ours:
         keywords["text_cfg"] = language.STAND_IN
     elif language_model:
@@ -173,12 +172,30 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     if is_ours:
         clip.text = language.LanguageTower(model_cfg["text_cfg"], model_cfg["embed_dim"])
 
+    _check_two_pools(clip.visual)
+    if "multimodal_cfg" in model_cfg:
+        clip.text_decoder = decoder.build(model_cfg, clip.visual, clip.text)
+
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
         _check_unprojected(clip.visual, model_cfg)
         _approximate(clip.visual, model_cfg["vision_cfg"].get("act_kwargs"))
     return clip
+
+
+def _check_two_pools(tower: Any) -> None:
+    """Refuse an attentional pool of two kinds of queries that would fail at the first picture:
+    open_clip's layers take patches and what the queries give to be of one width.
+    """
+    if getattr(tower, "attn_pool_contrastive", None) is None:
+        return
+    width = tower.conv1.out_channels
+    if width != tower.output_dim:
+        raise ValueError(
+            f"attentional_pool {tower.attn_pool_type!r} needs an image tower as wide as the "
+            f"embedding, found {width} and {tower.output_dim}; make them equal, or take shared"
+        )
 
 
 def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:

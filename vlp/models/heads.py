@@ -25,12 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from vlp import config
 from vlp.fields import FIELDS
-from vlp.models.decoder import Decoder
+from vlp.models.decoder import Decoder, check_towers, tokens_width
 from vlp.models.exact import Scaling
 
 
@@ -100,18 +99,12 @@ class Captioner(nn.Module):
 
     def __init__(self, visual: Any, text: Any, options: config.Captioner) -> None:
         super().__init__()
-        causal = isinstance(text, TextTransformer) and text.attn_mask is not None
-        if not isinstance(visual, VisionTransformer) or not causal:
-            raise ValueError(
-                "model.heads.captions reads the towers' tokens: it needs open_clip's vision "
-                "transformer (vit, open_clip) and its causal text transformer, found "
-                f"{type(visual).__name__} and {type(text).__name__}; take those, or drop it"
-            )
+        check_towers("model.heads.captions", visual, text)
 
         # From now on both towers return (features, tokens).
         visual.output_tokens = text.output_tokens = True
         width: int = text.width
-        self.bridge = nn.Linear(visual.conv1.out_channels, width)
+        self.bridge = nn.Linear(tokens_width(visual), width)
         self.decoder = Decoder(
             width,
             options.layers,
@@ -119,8 +112,6 @@ class Captioner(nn.Module):
             text.context_length,
             output_dim=text.vocab_size,
         )
-        # open_clip leaves it as the memory was.
-        nn.init.normal_(self.decoder.text_projection, std=width**-0.5)
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, ids: Tensor) -> Tensor:
         """−log p of the tokens ids[:, 1:], [b, L − 1], from [b, patches, width of the image tower]
