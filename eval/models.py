@@ -22,7 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.eval import describers
+from vlp.eval.describers import Describer
 from vlp.eval.legible import Vocabulary, vocabulary_of
+from vlp.models.describe import Search
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
@@ -68,6 +71,7 @@ class Encoder:
     # `image` without what follows the tower; None: nothing does
     features: Callable[[Tensor], Tensor] | None = None
     width: int | None = None  # how many numbers of a row count, the first ones; None: all
+    describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -79,10 +83,20 @@ class Encoder:
         """Sentences to [n, D] float32 unit rows."""
         return self._unit(lambda: self.text(texts))
 
-    def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
+    def describe(self, images: Tensor, search: Search) -> Tensor:
+        """Pixels [n, 3, H, W] to token ids [n, max_tokens] of captions; the model has a
+        `describer`.
+        """
+        assert self.describer is not None
+        with torch.no_grad(), self._precision():
+            return self.describer.ids(images.to(self.device, non_blocking=True), search)
+
+    def _precision(self) -> torch.autocast:
         device_type = torch.device(self.device).type
-        autocast = torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
-        with torch.no_grad(), autocast:
+        return torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
+
+    def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad(), self._precision():
             return torch.nn.functional.normalize(rows().float()[..., : self.width], dim=-1)
 
 
@@ -188,6 +202,7 @@ def from_model(
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
         decoding=model.image_spec.decoding,
+        describer=describers.of_model(model, tokenizer),
     )
 
 
@@ -264,6 +279,7 @@ def _open_clip(
         vocabulary=_vocabulary(tokenizer),
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
+        describer=describers.of_open_clip(model, tokenizer, spec),
     )
 
 

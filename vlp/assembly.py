@@ -26,7 +26,7 @@ from vlp import (
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_extent, check_objective
+from vlp.checks import check_extent, check_objective, check_tasks
 from vlp.config import Config, Data, Plan, WholePlan
 from vlp.data import labels, looks
 from vlp.data.loader import Loader
@@ -89,6 +89,7 @@ def set_up(config: Config, engine: Engine) -> Run:
     model = initial_model(config)
     losses.check_width(config.objective, model.embed_dim)
     optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
+    check_tasks(config, model, shards_model=engines.shards_model(engine))
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 

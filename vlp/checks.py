@@ -9,6 +9,7 @@ from pathlib import Path
 from vlp import dist, losses, online_judge, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
+from vlp.data.text import frame
 from vlp.fields import CARRIED, FIELDS, supplier
 from vlp.models.dual_encoder import DualEncoder
 
@@ -79,6 +80,42 @@ def check_extent(step: int, plan: Plan, source: Path) -> None:
         )
 
 
+def check_tasks(config: Config, model: DualEncoder, shards_model: bool) -> None:
+    """Refuse evaluation tasks that a run could not carry out. `shards_model`: each rank holds only
+    a part of the model.
+    """
+    for task in config.eval:
+        if not getattr(task.module, "NEEDS_DECODER", False):
+            continue
+        if model.text_decoder is None:
+            raise ValueError(f"eval.{task.label}: {task.module.no_decoder('the model')}")
+
+        # Ranks whose captions end at other places would wait for one another for ever.
+        if shards_model:
+            raise ValueError(
+                f"eval.{task.label}: captions are written token by token, which ranks that hold "
+                "parts of a model (fsdp2, zero3) cannot do side by side; leave the task out, and "
+                "run `vlp eval` on the checkpoint"
+            )
+        frame(model.text_spec)  # a tokenizer that has none is refused here
+
+
+def check_captioning(objective: losses.Objective, model: DualEncoder) -> None:
+    """Refuse a text decoder that would learn padding, or never an end, from this tokenizer."""
+    if model.text_decoder is None:
+        return
+    padding = frame(model.text_spec).padding
+    for term in losses.leaves(objective.plugins):
+        if term.name != "captioning":
+            continue
+        if term.options.padding != padding:
+            raise ValueError(
+                f"the term {term.label!r} leaves out the id {term.options.padding} as padding, and "
+                f"the tokenizer {model.text_spec.tokenizer} pads with {padding}; set "
+                f"captioning.padding={padding}"
+            )
+
+
 def check_objective(
     config: Config, objective: losses.Objective, loader: Loader, model: DualEncoder
 ) -> None:
@@ -93,6 +130,7 @@ def check_objective(
     n_rows = config.train.batch // dist.world_size()
     online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
+    check_captioning(objective, model)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.models and "teacher_image" in loader.carries:

@@ -31,7 +31,7 @@ LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 class Decoder(MultimodalTransformer):
     """open_clip's decoder over text and image tokens, which gives the loss of each token instead of
-    its logits where it knows the targets: those of 256 captions would be 4 GB.
+    its logits: those of 256 captions would be 4 GB.
     """
 
     def __init__(self, *sizes: Any, **options: Any) -> None:
@@ -39,25 +39,12 @@ class Decoder(MultimodalTransformer):
         # open_clip leaves it as the memory was.
         nn.init.normal_(self.text_projection, std=self.width**-0.5)
 
-    def forward(
-        self, image_tokens: Tensor, text_tokens: Tensor, targets: Tensor | None = None
-    ) -> Tensor:
-        """−log p of `targets` [b, L], each at its position, [b, L]; without them the logits,
-        [b, L, vocabulary].
-        """
-        length = text_tokens.shape[1]
-        mask = self.attn_mask[:length, :length]
-
-        x = text_tokens
-        for block, cross_block in zip(self.resblocks, self.cross_attn):
-            x = self._passed(block, x, None, None, mask)
-            x = self._passed(cross_block, x, image_tokens, image_tokens, None)
-        x = self.ln_final(x)
-        if targets is None:
-            return x @ self.text_projection
+    def forward(self, image_tokens: Tensor, text_tokens: Tensor, targets: Tensor) -> Tensor:
+        """−log p of `targets` [b, L], each at its position, [b, L]."""
+        rows = _hidden(self, image_tokens, text_tokens).flatten(0, 1)
 
         # A chunk of logits at a time, which the backward pass computes again.
-        rows, flat_targets = x.flatten(0, 1), targets.flatten()
+        flat_targets = targets.flatten()
         n_rows = max(1, LOGITS_BYTES // (4 * self.text_projection.shape[1]))
         if len(rows) <= n_rows:
             return _nll(rows, self.text_projection, flat_targets).view(targets.shape)
@@ -67,11 +54,33 @@ class Decoder(MultimodalTransformer):
         ]
         return torch.cat(chunks).view(targets.shape)
 
-    def _passed(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """Through one block, whose activations are computed again where that was asked for."""
-        if self.grad_checkpointing:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+
+def next_logits(
+    decoder: MultimodalTransformer,  # ours, or open_clip's own
+    image_tokens: Tensor,  # [b, places, width]
+    text_tokens: Tensor,  # [b, l, width]
+) -> Tensor:
+    """Logits of the token that follows each text, [b, vocabulary]."""
+    return _hidden(decoder, image_tokens, text_tokens)[:, -1] @ decoder.text_projection
+
+
+def _hidden(decoder: MultimodalTransformer, image_tokens: Tensor, text_tokens: Tensor) -> Tensor:
+    """What the decoder makes of each text token, [b, L, width], before its vocabulary."""
+    length = text_tokens.shape[1]
+    mask = decoder.attn_mask[:length, :length]
+
+    x = text_tokens
+    for block, cross_block in zip(decoder.resblocks, decoder.cross_attn):
+        x = _passed(decoder, block, x, None, None, mask)
+        x = _passed(decoder, cross_block, x, image_tokens, image_tokens, None)
+    return decoder.ln_final(x)
+
+
+def _passed(decoder: MultimodalTransformer, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Through one block, whose activations are computed again where that was asked for."""
+    if decoder.grad_checkpointing:
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
 
 
 def _nll(rows: Tensor, projection: Tensor, targets: Tensor) -> Tensor:

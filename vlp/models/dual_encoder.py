@@ -199,6 +199,15 @@ class DualEncoder(nn.Module):
         """
         return self._image(image)[0]
 
+    def image_tokens(self, image: Tensor) -> Tensor:
+        """The tower's tokens [b, places, width], which the text decoder reads, of images as for
+        `encode_image`.
+        """
+        tokens = self._image(image)[1]
+        if tokens is None:
+            raise ValueError("the model has no text decoder, so its image tower gives no tokens")
+        return tokens
+
     def _image(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's features [rows, D], and its tokens where a head reads them."""
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):

@@ -1,0 +1,72 @@
+"""What writes captions of pictures, as evaluation sees it: a model's two towers and text decoder,
+ours or open_clip's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlp.data.text import Frame, frame, words
+from vlp.models.describe import Search, write
+from vlp.types import TextSpec
+
+
+@dataclass(frozen=True)
+class Describer:
+    """The parts of a model that write a caption."""
+
+    image_tokens: Callable[[Tensor], Tensor]  # pixels [n, 3, H, W] → [n, places, width]
+    text: nn.Module
+    decoder: Any
+    tokenizer: Any
+    spec: TextSpec
+
+    @cached_property
+    def frame(self) -> Frame:
+        """The ids around a caption; ValueError for a tokenizer that has none."""
+        return frame(self.spec)
+
+    def check(self, search: Search) -> None:
+        """Raise ValueError where this model cannot write such captions."""
+        if search.max_tokens > self.spec.context_length:
+            raise ValueError(
+                f"max_tokens is {search.max_tokens}, and the text tower reads "
+                f"{self.spec.context_length} tokens; expected at most that"
+            )
+        assert self.frame
+
+    def ids(self, pixels: Tensor, search: Search) -> Tensor:
+        """Token ids [n, max_tokens] of a caption for each picture, padded."""
+        ids = write(self.image_tokens(pixels), self.text, self.decoder, self.frame, search)
+        missing = search.max_tokens - ids.shape[1]
+        return F.pad(ids, (0, missing), value=self.frame.padding)
+
+    def caption(self, ids: list[int]) -> str:
+        """The text of one caption's ids."""
+        return self.tokenizer.decode(words(ids, self.frame))
+
+    def is_cut(self, ids: list[int]) -> bool:
+        """Whether a caption ended because it had as many tokens as it may have."""
+        return len(words(ids, self.frame)) == len(ids) - 2
+
+
+def of_model(model: Any, tokenizer: Any) -> Describer | None:
+    """Of a DualEncoder; None where it has no text decoder, as several models as one have none."""
+    decoder = getattr(model, "text_decoder", None)
+    if decoder is None:
+        return None
+    return Describer(model.image_tokens, model.text, decoder, tokenizer, model.text_spec)
+
+
+def of_open_clip(model: Any, tokenizer: Any, spec: TextSpec) -> Describer | None:
+    """Of a model of open_clip's; None where it is no CoCa."""
+    decoder = getattr(model, "text_decoder", None)
+    if decoder is None:
+        return None
+    return Describer(lambda pixels: model.visual(pixels)[1], model.text, decoder, tokenizer, spec)
