@@ -18,9 +18,11 @@ from tests.models.tiny import inputs, settings, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import config, losses
 from vlp.checks import check_needs
+from vlp.export import folder
 from vlp.models.assemble import assemble
-from vlp.models.build import _instantiate
+from vlp.models.build import _instantiate, from_description
 from vlp.models.dual_encoder import DualEncoder
+from vlp.resume import start_from
 
 POOLS = ("shared", "parallel", "cascade", None)
 LENGTH = 10
@@ -252,3 +254,55 @@ def test_a_decoder_that_no_term_trains_is_refused():
     with pytest.raises(ValueError, match="no term trains it; add captioning"):
         check_needs(losses.build({"infonce": {}}), frozenset(), model)
     check_needs(losses.build({"infonce": {}, "captioning": {}}), frozenset(), model)
+
+
+def test_a_decoder_joins_towers_that_have_none(tmp_path, capsys):
+    """By `pretrained` and by `init_from`: the towers are taken over, and the decoder starts at
+    random, which is said; back again it is left out.
+    """
+    plain = tiny(**section(None, decoder=None))
+    save_file(plain.open_clip_state_dict(), tmp_path / "plain.safetensors")
+    of_towers = [name for name in plain.state_dict() if name.startswith(("visual.", "text."))]
+
+    keys = section(None, pretrained=str(tmp_path / "plain.safetensors"))
+    loaded, other = tiny(seed=1, **keys), tiny(seed=2, **section(None))
+    assert "holds no text decoder: the model's starts at random" in capsys.readouterr().out
+    folder.export(plain, tmp_path / "plain")
+    start_from(other, str(tmp_path / "plain"))
+    assert "the text decoder start at random" in capsys.readouterr().out
+    for model in (loaded, other):
+        state = model.state_dict()
+        assert len(of_towers) > 20
+        assert all(torch.equal(state[name], plain.state_dict()[name]) for name in of_towers)
+        assert all(value.isfinite().all() for value in model.text_decoder.state_dict().values())
+
+    folder.export(loaded, tmp_path / "coca")
+    start_from(plain, str(tmp_path / "coca"))
+    assert "the text decoder are left out" in capsys.readouterr().out
+    again = tiny(seed=3, **section(None))
+    start_from(again, str(tmp_path / "coca"))
+    assert max(apart(again, theirs(loaded))) < 1e-6
+
+    # What is described with a decoder, as an export is, must hold one.
+    described = loaded.description()
+    with pytest.raises(ValueError, match=r"do not fit this model: .*text_decoder"):
+        from_description(described, tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize("length", [6, 14])
+def test_the_class_token_keeps_its_position_in_another_context(length, tmp_path, recwarn):
+    model = tiny(**section())
+    save_file(model.open_clip_state_dict(), tmp_path / "coca.safetensors")
+    keys = section(pretrained=str(tmp_path / "coca.safetensors"))
+    keys["text_tower"] |= {"context_length": length}
+    positions = tiny(seed=1, **keys).text.positional_embedding
+    before = model.text.positional_embedding
+    assert len(before) == LENGTH + 1 and len(positions) == length + 1
+    assert torch.equal(positions[-1], before[-1])
+
+    keys["text_tower"] = section()["text_tower"] | {"context": {"length": 14, "keep": 4}}
+    stretched = tiny(seed=1, **keys).text.positional_embedding
+    assert len(stretched) == 15 and torch.equal(stretched[-1], before[-1])
+    assert torch.equal(stretched[:5], before[:5])
+    if length < LENGTH:
+        assert torch.equal(positions[:length], before[:length])

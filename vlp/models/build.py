@@ -224,7 +224,7 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
 def fit_of(model: config.Model) -> Fit:
     """How weights enter the model that a configuration describes."""
     keep = None if model.context is None else model.context.keep
-    return Fit(keep, model.new_projection)
+    return Fit(keep, model.new_projection, new_decoder=model.decoder is not None)
 
 
 def _locked(tower: Plugin) -> int | None:
