@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,24 +24,28 @@ TEXTS = (
 )
 
 
-def coca(folder: Path, seed: int = 0, **tower: object) -> DualEncoder:
-    """With random weights, in evaluation mode; its tokenizer lies in `folder`."""
+def section(folder: Path, **text: object) -> dict[str, Any]:
+    """The `model` section; the tokenizer and the text tower's description lie in `folder`."""
     tiny.tokenizer(folder, BEGIN)
-    text = {"context_length": 10, "vocab_size": len(tiny.WORDS) + 1, "width": 32, "heads": 2}
-    text |= {"layers": 1, "embed_cls": True, "hf_tokenizer_name": str(folder)} | tower
+    text_cfg = {"context_length": 10, "vocab_size": len(tiny.WORDS) + 1, "width": 32, "heads": 2}
+    text_cfg |= {"layers": 1, "embed_cls": True, "hf_tokenizer_name": str(folder)} | text
     unused = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8}
-    described = {"embed_dim": 32, "vision_cfg": unused, "text_cfg": text}
+    described = {"embed_dim": 32, "vision_cfg": unused, "text_cfg": text_cfg}
     (folder / "text.json").write_text(json.dumps(described))
 
     image = {"name": "vit", "width": 32, "layers": 1, "head_width": 16, "patch_size": 8}
     image |= {"image_size": 16, "attentional_pool": "shared", "pool_queries": 4, "pool_heads": 2}
-    return tiny.tiny(
-        seed,
-        image_tower=image,
-        text_tower={"name": "open_clip", "architecture": str(folder / "text.json")},
-        embed_dim=32,
-        decoder={"layers": 1},
-    )
+    return {
+        "image_tower": image,
+        "text_tower": {"name": "open_clip", "architecture": str(folder / "text.json")},
+        "embed_dim": 32,
+        "decoder": {"layers": 1},
+    }
+
+
+def coca(folder: Path, seed: int = 0) -> DualEncoder:
+    """With random weights, in evaluation mode."""
+    return tiny.tiny(seed, **section(folder))
 
 
 def writing(encoder: Encoder, model: DualEncoder) -> Encoder:

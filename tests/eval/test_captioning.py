@@ -17,7 +17,7 @@ from tests import ranks
 from tests.eval import coca, material
 from tests.models import tiny
 from tests.models.test_coca import section
-from vlp import config, losses, plugin
+from vlp import checkpoint, cli, config, losses, plugin
 from vlp.checks import check_captioning, check_tasks
 from vlp.data import text
 from vlp.data.text import Frame, frame
@@ -25,11 +25,13 @@ from vlp.eval import caption_scores, models, run
 from vlp.eval.embed import Context
 from vlp.eval.models import ModelError
 from vlp.eval.pictures import DataError
+from vlp.eval.run import in_training
 from vlp.export import folder
 from vlp.models import describe
 from vlp.models.describe import Search
 from vlp.models.load import load
 from vlp.schema import ConfigError
+from vlp.train import train
 from vlp.types import TextSpec
 
 TEXTS = coca.TEXTS
@@ -268,6 +270,43 @@ def of_rank(folder, shards):
     encoder = models.from_model(coca.coca(folder))
     (record,), _ = run.evaluate(encoder, [task(data=shards, max_tokens=10)], Context(1, workers=0))
     return record["metrics"], record["counts"]
+
+
+def test_a_run_describes_its_pictures_and_goes_on_bit_for_bit(tmp_path, shards, capsys):
+    """Evaluated in mid-run, cut short, resumed, exported, and evaluated again by the command."""
+    (tmp_path / "words").mkdir()
+
+    def settings(out, *overrides):
+        whole = {
+            "out": str(tmp_path / out),
+            "data": {"sources": [{"name": "shards", "path": shards}], "workers": 0},
+            "model": coca.section(tmp_path / "words"),
+            "train": {"duration": 4, "batch": 4, "precision": "float32", "engine": "ddp"},
+            "objective": {"infonce": {}, "captioning": {"weight": 2}},
+            "checkpoint": {"every": 2},
+            "eval": {"captioning": {"data": shards, "max_tokens": 10, "every": 2}},
+        }
+        (tmp_path / "run.yaml").write_text(json.dumps(whole))
+        return config.load(tmp_path / "run.yaml", list(overrides))
+
+    whole = train(settings("whole"), in_training)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step_00000004")
+    again = train(settings("cut", "resume=auto"), in_training)
+    one, other = (checkpoint.load(checkpoint.newest(of)) for of in (whole, again))
+    assert [name for name in one.model if name.startswith("text_decoder.")]
+    assert all(value.equal(other.model[name]) for name, value in one.model.items())
+    (record,) = json.loads((whole / "results.json").read_text())
+    (resumed,) = json.loads((again / "results.json").read_text())
+    assert record["metrics"] == resumed["metrics"] and record["metrics"]["mean_words"] > 0
+
+    folder.export_run(whole, tmp_path / "export")
+    out = tmp_path / "scores.json"
+    command = f"eval {tmp_path / 'export'} --task captioning --data {shards} max_tokens=10"
+    status = cli.main([*command.split(), "--out", str(out), "--cache", "none", "--device", "cpu"])
+    (scored,) = json.loads(out.read_text())["results"]
+    assert status == 0 and scored["metrics"] == pytest.approx(record["metrics"], abs=1e-6)
+    assert "0.tar:0.png: " in capsys.readouterr().err  # what it wrote, for the eye
 
 
 @pytest.mark.slow  # the ways of ids are those of embeddings, which faster tests go

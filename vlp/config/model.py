@@ -98,7 +98,8 @@ class Heads:
     concepts: int = 0  # classes C of a linear layer on the image tower: concept_logits
     # maps to the teachers' widths: projected_image, projected_text, interactive_scale
     teacher: TeacherHead | None = None
-    captions: Captioner | None = None  # a text decoder: caption_nll
+    # a text decoder for training alone: caption_nll; one that exports keep is `decoder` of `model`
+    captions: Captioner | None = None
     # predictors of the text by the image and of the image by the text: predicted_text,
     # predicted_image
     predictor: PredictorHead | None = None

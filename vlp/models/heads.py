@@ -10,7 +10,7 @@ leave with export.
               (distill, after CLIP-KD, arXiv 2307.12732): projected_image, projected_text,
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
-              arXiv 2205.01917): caption_nll
+              arXiv 2205.01917): caption_nll. One that stays is `model.decoder`
     predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
               arXiv 2011.10566): predicted_text, predicted_image
 
