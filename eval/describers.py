@@ -70,3 +70,11 @@ def of_open_clip(model: Any, tokenizer: Any, spec: TextSpec) -> Describer | None
     if decoder is None:
         return None
     return Describer(lambda pixels: model.visual(pixels)[1], model.text, decoder, tokenizer, spec)
+
+
+def no_decoder(name: str) -> str:
+    """Why a model cannot be asked for captions, and which can."""
+    return (
+        f"{name} has no text decoder, which captions need; take a CoCa (coca_* of open_clip), or a "
+        "model trained with model.decoder"
+    )

@@ -273,13 +273,14 @@ def evaluate(
     """
     from vlp import dist
     from vlp.eval import legible
+    from vlp.eval.describers import no_decoder
     from vlp.eval.models import ModelError
     from vlp.eval.report import records
 
     # Before the first of them: a suite may take hours to come to the last.
     for task in tasks:
         if getattr(task.module, "NEEDS_DECODER", False) and encoder.describer is None:
-            raise ModelError(task.module.no_decoder(encoder.name))
+            raise ModelError(f"{task.label}: {no_decoder(encoder.name)}")
     if data is None:
         data = [task.module.read(task.options) for task in tasks]
 

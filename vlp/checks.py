@@ -88,7 +88,10 @@ def check_tasks(config: Config, model: DualEncoder, shards_model: bool) -> None:
         if not getattr(task.module, "NEEDS_DECODER", False):
             continue
         if model.text_decoder is None:
-            raise ValueError(f"eval.{task.label}: {task.module.no_decoder('the model')}")
+            raise ValueError(
+                f"eval.{task.label}: the model has no text decoder, which the task needs; set "
+                "model.decoder, or leave the task out"
+            )
 
         # Ranks whose captions end at other places would wait for one another for ever.
         if shards_model:

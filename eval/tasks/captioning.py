@@ -29,7 +29,7 @@ VERSION = 1
 KNOWN_AS = "captioning"
 MAIN = "cider"
 SCORES = ("cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "mean_words", "different")
-NEEDS_DECODER = True  # checked before any task of a run starts
+NEEDS_DECODER = True  # of the model; asked before any task of a run starts
 N_SHOWN = 3  # captions, in the lines of progress
 
 
@@ -112,11 +112,3 @@ def run(encoder: Encoder, data: Source, options: Options, context: Context) -> T
 def _references(captions: list[str] | tuple[str, ...], options: Options) -> list[str]:
     """The captions of one image that count; an empty one would be matched by nothing."""
     return [caption for caption in captions if caption.strip()][: options.captions_per_image]
-
-
-def no_decoder(name: str) -> str:
-    """Why a model cannot be asked for captions, and what can."""
-    return (
-        f"{name} has no text decoder, which the task captioning needs; evaluate a CoCa (coca_* of "
-        "open_clip, or a model trained with model.decoder)"
-    )

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import vlp
 from tests import ranks
 from tests.eval import coca, material
 from tests.models import tiny
@@ -23,6 +24,7 @@ from vlp.data import text
 from vlp.data.text import Frame, frame
 from vlp.eval import caption_scores, models, run
 from vlp.eval.embed import Context
+from vlp.eval.inference import Model
 from vlp.eval.models import ModelError
 from vlp.eval.pictures import DataError
 from vlp.eval.run import in_training
@@ -214,7 +216,9 @@ def test_what_cannot_be_scored_is_refused_at_the_start(tmp_path, shards, monkeyp
     def evaluate(of, **options):
         run.evaluate(of, [task(data=shards, **options)], Context(workers=0))
 
-    with pytest.raises(ModelError, match="has no text decoder, which the task captioning needs"):
+    with pytest.raises(
+        ModelError, match=r"captioning: .* has no text decoder, which captions need"
+    ):
         evaluate(plain)
     with pytest.raises(ModelError, match="max_tokens is 11, and the text tower reads 10"):
         evaluate(encoder, max_tokens=11)
@@ -270,6 +274,30 @@ def of_rank(folder, shards):
     encoder = models.from_model(coca.coca(folder))
     (record,), _ = run.evaluate(encoder, [task(data=shards, max_tokens=10)], Context(1, workers=0))
     return record["metrics"], record["counts"]
+
+
+def test_three_lines_describe_pictures(tmp_path):
+    """Of an export of ours, and of the same as open_clip writes it, which open_clip then runs."""
+    model = tiny.tiny(**section())
+    with torch.no_grad():
+        model.text_decoder.text_projection.mul_(6)
+    folder.export(model, tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    described = json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())
+    del described["vlp"]
+    (tmp_path / "theirs" / "open_clip_config.json").write_text(json.dumps(described))
+
+    pictures = [material.picture(90 * i, (20, 16)) for i in range(3)]
+    ours, peer = (vlp.load(str(tmp_path / name)) for name in ("ours", "theirs"))
+    for search in (Search(max_tokens=10), Search(beams=3, max_tokens=10)):
+        captions = ours.captions(pictures, search, batch=2)
+        assert captions == peer.captions(pictures, search) and len(set(captions)) > 1
+    assert ours.captions([], search) == []
+    with pytest.raises(ValueError, match="max_tokens is 30, and the text tower reads 10 tokens"):
+        ours.captions(pictures)
+    plain = Model(models.from_model(tiny.tiny()))
+    with pytest.raises(ValueError, match="has no text decoder, which captions need; take a CoCa"):
+        plain.captions(pictures)
 
 
 def test_a_run_describes_its_pictures_and_goes_on_bit_for_bit(tmp_path, shards, capsys):

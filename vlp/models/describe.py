@@ -40,6 +40,9 @@ class Search:
             )
 
 
+GREEDY = Search()
+
+
 @torch.no_grad()
 def write(
     image_tokens: Tensor,  # [n, places, width]
