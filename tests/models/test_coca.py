@@ -78,6 +78,23 @@ def test_embeddings_and_logits_are_those_of_open_clip(pool, class_token):
 
 
 @pytest.mark.parametrize("pool", POOLS)
+def test_adapters_leave_the_pools_as_they_are(pool):
+    """Queries attend to patches: an adapter for self-attention there would compute another model,
+    where the tower is as wide as the embedding.
+    """
+    towers = section(pool)
+    for tower in ("image_tower", "text_tower"):
+        towers[tower]["lora"] = {"r": 2}
+    model = tiny(**towers)
+    adapted = [name for name, _ in model.named_parameters() if ".lora_B." in name]
+    with torch.no_grad():
+        for name in adapted:
+            model.get_parameter(name).normal_(std=0.3)
+    assert len(adapted) == 8 and not any("attn_pool" in name for name in adapted)
+    assert max(apart(model, theirs(model))) < 2e-5
+
+
+@pytest.mark.parametrize("pool", POOLS)
 def test_a_checkpoint_of_open_clip_loads_and_returns(pool, tmp_path):
     """Its state becomes ours by `pretrained`, and ours its again, tensor by tensor."""
     model = tiny(**section(pool))
