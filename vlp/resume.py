@@ -261,10 +261,10 @@ def _with_heads(
 
 def _say_heads(reference: str, parameters: set[str], fate: str) -> None:
     """Say by name which heads `init_from` does not take over, if there are any."""
-    of_decoder = {name for name in parameters if name.startswith(DECODER)}
-    heads = {".".join(name.split(".")[:2]) for name in parameters - of_decoder}
-    if of_decoder:
-        heads.add("the text decoder")
+    heads = set()
+    for name in parameters:
+        first, second = name.split(".")[:2]
+        heads.add(first if name.startswith(DECODER) else f"{first}.{second}")
     if heads:
         log.say(f"init_from {reference}: {', '.join(sorted(heads))} {fate}")
 

@@ -124,7 +124,7 @@ def _with_decoder(
     of_decoder = {name: value for name, value in initial.items() if name.startswith(DECODER)}
     if not of_decoder or any(name.startswith(DECODER) for name in weights):
         return weights
-    log.say(f"{path} holds no text decoder: the model's starts at random")
+    log.say(f"{path} holds no text decoder; the model keeps its own")
     return weights | of_decoder
 
 
