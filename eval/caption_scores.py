@@ -29,7 +29,7 @@ def check_installed(tokenizer: Tokenizer) -> None:
         import pycocoevalcap.cider.cider  # noqa: F401  # whether it is there
     except ImportError as error:
         raise ValueError(
-            f"captions are scored by the package pycocoevalcap, which cannot be imported ({error}); "
+            f"captions are scored by the package pycocoevalcap, which does not import ({error}); "
             "install it with pip install 'vlp[caption]'"
         ) from None
     if tokenizer == "ptb" and shutil.which("java") is None:
@@ -63,7 +63,9 @@ def score(
 def _split(texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[int, list[str]]:
     """The texts of each picture, by its number, as words with one space between them."""
     if tokenizer == "plain":
-        return {i: [" ".join(plain_words(text)) for text in of_one] for i, of_one in enumerate(texts)}
+        return {
+            i: [" ".join(plain_words(text)) for text in of_one] for i, of_one in enumerate(texts)
+        }
 
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.data.text import Frame, frame, words
 from vlp.models.describe import Search, write
 from vlp.types import TextSpec
+
+if TYPE_CHECKING:
+    from vlp.eval.models import Encoder
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,16 @@ class Describer:
     def is_cut(self, ids: list[int]) -> bool:
         """Whether a caption ended because it had as many tokens as it may have."""
         return len(words(ids, self.frame)) == len(ids) - 2
+
+
+@torch.no_grad()
+def describe(encoder: Encoder, images: Tensor, search: Search) -> Tensor:
+    """Pixels [n, 3, H, W] to token ids [n, max_tokens] of captions, by an encoder with a
+    `describer`.
+    """
+    assert encoder.describer is not None
+    with encoder.precision():
+        return encoder.describer.ids(images.to(encoder.device, non_blocking=True), search)
 
 
 def of_model(model: Any, tokenizer: Any) -> Describer | None:

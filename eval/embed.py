@@ -27,6 +27,7 @@ from torch import Tensor
 from vlp import caches, dist
 from vlp.data.cores import cores
 from vlp.eval import legible, metrics
+from vlp.eval.describers import describe
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.files import write_atomically
@@ -99,13 +100,15 @@ def captions(
     """[n, max_tokens] token ids of a caption of each picture, on the CPU of every rank."""
 
     def encode(batch: list[Tensor]) -> Tensor:
-        return encoder.describe(torch.stack(batch), search)
+        return describe(encoder, torch.stack(batch), search)
 
     return _embed(list(pictures), _opening(encoder, context), encode, "captions", context)
 
 
 def _opening(encoder: Encoder, context: Context) -> Callable[[Picture], Tensor]:
-    """What makes pixels of a picture; one that cannot be read is plain gray where that is counted."""
+    """What makes pixels of a picture; one that cannot be read is plain gray, where that is
+    counted.
+    """
 
     def prepare(picture: Picture) -> Tensor:
         try:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vlp.data import picture
 from vlp.eval import models
-from vlp.eval.describers import no_decoder
+from vlp.eval.describers import describe, no_decoder
 from vlp.eval.models import Encoder
 from vlp.joining import local_device
 from vlp.models.describe import GREEDY, Search
@@ -96,7 +96,7 @@ class Model:
         with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, len(pictures), batch):
                 pixels = list(pool.map(self._pixels, pictures[start : start + batch]))
-                ids = self.encoder.describe(torch.stack(pixels), search)
+                ids = describe(self.encoder, torch.stack(pixels), search)
                 texts += map(describer.caption, ids.tolist())
         return texts
 

@@ -25,7 +25,6 @@ from torch import Tensor
 from vlp.eval import describers
 from vlp.eval.describers import Describer
 from vlp.eval.legible import Vocabulary, vocabulary_of
-from vlp.models.describe import Search
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.fingerprints import fingerprint
 from vlp.pretrained.references import Reference
@@ -83,20 +82,13 @@ class Encoder:
         """Sentences to [n, D] float32 unit rows."""
         return self._unit(lambda: self.text(texts))
 
-    def describe(self, images: Tensor, search: Search) -> Tensor:
-        """Pixels [n, 3, H, W] to token ids [n, max_tokens] of captions; the model has a
-        `describer`.
-        """
-        assert self.describer is not None
-        with torch.no_grad(), self._precision():
-            return self.describer.ids(images.to(self.device, non_blocking=True), search)
-
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """What towers and text decoder compute in, as a context."""
         device_type = torch.device(self.device).type
         return torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
 
     def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
-        with torch.no_grad(), self._precision():
+        with torch.no_grad(), self.precision():
             return torch.nn.functional.normalize(rows().float()[..., : self.width], dim=-1)
 
 

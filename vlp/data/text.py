@@ -68,7 +68,8 @@ def frame(spec: TextSpec) -> Frame:
             "needs one token to begin with, another one to end with, and padding that is neither: "
             "set bos_token, eos_token and pad_token in its tokenizer_config.json"
         )
-    return Frame(*around, padding)
+    begin, end = around
+    return Frame(begin, end, padding)
 
 
 _CLIP_BEGIN, _CLIP_END = 49406, 49407

@@ -92,7 +92,7 @@ def _network_class() -> Any:
     from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
     from transformers.modeling_outputs import CausalLMOutput
 
-    class Writer(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # they say nothing of it
+    class Writer(PreTrainedModel, GenerationMixin):
         """The next token of a caption, for transformers' search."""
 
         config_class = PretrainedConfig
@@ -114,7 +114,7 @@ def _network_class() -> Any:
             logits = next_logits(decoder, image_tokens, text_tokens)
             return CausalLMOutput(logits=logits.unsqueeze(1))
 
-        def prepare_inputs_for_generation(
+        def prepare_inputs_for_generation(  # type: ignore[override]  # its keywords are the caller's
             self, input_ids: Tensor, image_tokens: Tensor, **_: Any
         ) -> dict[str, Tensor]:
             return {"input_ids": input_ids, "image_tokens": image_tokens}
