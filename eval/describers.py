@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlp.data.text import Frame, frame, words
 from vlp.models.describe import Search, write
+from vlp.pretrained import references
 from vlp.types import TextSpec
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Describer:
                 f"max_tokens is {search.max_tokens}, and the text tower reads "
                 f"{self.spec.context_length} tokens; expected at most that"
             )
-        assert self.frame
+        _ = self.frame  # refuses a tokenizer
 
     def ids(self, pixels: Tensor, search: Search) -> Tensor:
         """Token ids [n, max_tokens] of a caption for each picture, padded."""
@@ -56,7 +57,7 @@ class Describer:
         return self.tokenizer.decode(words(ids, self.frame))
 
     def is_cut(self, ids: list[int]) -> bool:
-        """Whether a caption ended because it had as many tokens as it may have."""
+        """Whether a caption fills all its places, so that its end was forced."""
         return len(words(ids, self.frame)) == len(ids) - 2
 
 
@@ -84,6 +85,22 @@ def of_open_clip(model: Any, tokenizer: Any, spec: TextSpec) -> Describer | None
     if decoder is None:
         return None
     return Describer(lambda pixels: model.visual(pixels)[1], model.text, decoder, tokenizer, spec)
+
+
+def check_reference(text: str) -> None:
+    """Raise ValueError for a model that is known to have no text decoder before its weights are
+    read: those of runs and files of weights are not.
+    """
+    reference = references.resolve(text)
+    described: dict[str, Any] = {}
+    if reference.kind == "tag":
+        described = references.describe(reference.architecture)["model_cfg"]
+    elif reference.kind == "open_clip":
+        described = references.read_config(reference.path)["model_cfg"]
+    elif reference.kind != "transformers":
+        return
+    if "multimodal_cfg" not in described:
+        raise ValueError(no_decoder(text))
 
 
 def no_decoder(name: str) -> str:

@@ -105,7 +105,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     import torch
 
     from vlp import dist, joining, plugin
-    from vlp.eval import memory, models, narrow, sweep
+    from vlp.eval import describers, memory, models, narrow, sweep
     from vlp.eval.report import records
     from vlp.eval.suites import command
     from vlp.pretrained.references import of_average
@@ -119,6 +119,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     reference = of_average(options.model) if options.ema else options.model
     context = _context(options)
     narrow.check(options.width)
+    if reference and any(needs_decoder(task) for task in tasks):
+        describers.check_reference(reference)
     data = read_all(tasks)
     if options.out:
         _check_writable(options.out)
@@ -254,6 +256,11 @@ def read_all(tasks: list[Plugin]) -> list[Any]:
     return opened
 
 
+def needs_decoder(task: Plugin) -> bool:
+    """Whether a task asks for a model that writes captions."""
+    return getattr(task.module, "NEEDS_DECODER", False)
+
+
 def _may_skip(task: Plugin) -> bool:
     """Whether a task may leave out what it cannot read."""
     return getattr(task.options, "missing", "error") == "skip"
@@ -279,7 +286,7 @@ def evaluate(
 
     # Before the first of them: a suite may take hours to come to the last.
     for task in tasks:
-        if getattr(task.module, "NEEDS_DECODER", False) and encoder.describer is None:
+        if needs_decoder(task) and encoder.describer is None:
             raise ModelError(f"{task.label}: {no_decoder(encoder.name)}")
     if data is None:
         data = [task.module.read(task.options) for task in tasks]

@@ -47,14 +47,15 @@ class Options(Texts, TableOptions):
     beams: int = 1  # hypotheses that the search keeps; 1: greedy
     min_tokens: int = 5  # in front of the end token, begin token included
     max_tokens: int = 30  # of a caption, begin and end token included
-    length_penalty: float = 1.0  # a hypothesis of n tokens is worth log p / n^length_penalty
+    # of beams: a hypothesis of n tokens is worth log p / n^length_penalty
+    length_penalty: float = 1.0
     # how texts become words: plain, or ptb, COCO's own, which needs Java
     tokenizer: Literal["plain", "ptb"] = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shared(retrieval.Options, self)  # its checks
-        assert self.search
+        shared(Search, self)
 
     @property
     def search(self) -> Search:

@@ -23,6 +23,7 @@ from vlp.checks import check_captioning, check_tasks
 from vlp.data import text
 from vlp.data.text import Frame, frame
 from vlp.eval import caption_scores, models, run
+from vlp.eval.describers import check_reference
 from vlp.eval.embed import Context
 from vlp.eval.inference import Model
 from vlp.eval.models import ModelError
@@ -226,6 +227,8 @@ def test_what_cannot_be_scored_is_refused_at_the_start(tmp_path, shards, monkeyp
         task(data=shards, min_tokens=9, max_tokens=9)
     with pytest.raises(ConfigError, match="beams is 0; expected at least 1"):
         task(data=shards, beams=0)
+    with pytest.raises(ConfigError, match=r"length_penalty is 2.0.* set beams to 2 or more"):
+        task(data=shards, length_penalty=2.0)
     one = str(tmp_path / "one" / "0.tar")
     material.write_tar(
         tmp_path / "one" / "0.tar",
@@ -267,6 +270,14 @@ def test_a_run_that_could_not_carry_the_task_out_is_refused(tmp_path, shards):
     with pytest.raises(ValueError, match=r"pads with 0; set captioning.padding=0"):
         check_captioning(objective, model)
     check_captioning(losses.build({"captioning": {}}), model)
+
+
+def test_a_model_without_a_decoder_is_refused_before_its_weights_are_read(shards, capsys):
+    """By its tag, whose weights would have to be fetched."""
+    command = f"eval ViT-B-32:laion2b_s34b_b79k --task captioning --data {shards}"
+    assert cli.main([*command.split(), "--cache", "none"]) == 1
+    assert "ViT-B-32:laion2b_s34b_b79k has no text decoder" in capsys.readouterr().err
+    check_reference("coca_ViT-B-32:laion2b_s13b_b90k")
 
 
 def of_rank(folder, shards):

@@ -46,7 +46,8 @@ def write_open_clip(
     if model.text_decoder is not None:
         notes.append(
             "open_clip: a CoCa, whose text decoder is in this form alone; no model of transformers "
-            "has its parts. open_clip 3.3 writes captions with transformers 4 only, vlp with both"
+            "has one. vlp writes captions with it; open_clip 3.3's own `generate` does not run "
+            "beside transformers 5"
         )
 
     # A copy, because what points into this machine is renamed; without the heads, which embed

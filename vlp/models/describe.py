@@ -27,7 +27,7 @@ class Search:
     beams: int = 1  # hypotheses that are kept; 1: the likeliest token at each place (greedy)
     min_tokens: int = 5  # in front of the end token, begin token included
     max_tokens: int = 30  # of a caption, begin and end token included
-    # a hypothesis of n tokens is worth log p / n^length_penalty
+    # of beams: a hypothesis of n tokens is worth log p / n^length_penalty
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
@@ -37,6 +37,11 @@ class Search:
             raise ValueError(
                 f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; expected "
                 "1 <= min_tokens < max_tokens"
+            )
+        if self.beams == 1 and self.length_penalty != 1:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty}, by which hypotheses are compared, and "
+                "greedy search has one; set beams to 2 or more, or leave it out"
             )
 
 
