@@ -43,9 +43,9 @@ def section(folder: Path, **text: object) -> dict[str, Any]:
     }
 
 
-def coca(folder: Path, seed: int = 0) -> DualEncoder:
+def coca(folder: Path, seed: int = 0, **text: object) -> DualEncoder:
     """With random weights, in evaluation mode."""
-    return tiny.tiny(seed, **section(folder))
+    return tiny.tiny(seed, **section(folder, **text))
 
 
 def writing(encoder: Encoder, model: DualEncoder) -> Encoder:

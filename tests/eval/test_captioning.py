@@ -107,10 +107,10 @@ def test_the_search_is_the_one_that_it_says(tmp_path):
     with torch.no_grad():
         model.text_decoder.text_projection.mul_(6)  # away from equal chances
     given = frame(model.text_spec)
-    assert given == Frame(begin=len(tiny.WORDS), end=1, padding=0)
+    assert given == Frame(begin=len(tiny.WORDS), end=1, padding=0, n_ids=len(tiny.WORDS) + 1)
     pixels, _ = tiny.inputs(model)
     vocabulary = range(len(tiny.WORDS) + 1)
-    words = [token for token in vocabulary if token not in (given.end, given.padding)]
+    words = [token for token in vocabulary if token not in given[:3]]
 
     # Behind the second word the end is forced, and costs nothing.
     one_word = [(word,) for word in words]
@@ -141,6 +141,18 @@ def places(model, pixels, caption, given):
 def ids_of(model, pixels, search):
     tokens, given = model.image_tokens(pixels), frame(model.text_spec)
     return describe.write(tokens, model.text, model.text_decoder, given, search).tolist()
+
+
+def test_ids_that_are_no_words_are_never_written(tmp_path):
+    """coca_base has more ids than its tokenizer; begin and padding stand around words."""
+    model = coca.coca(tmp_path, vocab_size=400)
+    given = frame(model.text_spec)
+    pixels, _ = tiny.inputs(model, rows=8)
+    for beams in (1, 2):
+        for ids in ids_of(model, pixels, Search(beams, max_tokens=10)):
+            written = text.words(ids, given)
+            assert written and set(written) <= set(range(1, len(tiny.WORDS))), ids
+            assert text.build(model.text_spec).decode(written)
 
 
 def test_open_clip_generates_the_same_tokens(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ class Frame(NamedTuple):
     begin: int
     end: int
     padding: int
+    n_ids: int  # that the tokenizer knows, from 0 on; a text tower may have more
 
 
 def frame(spec: TextSpec) -> Frame:
@@ -57,9 +58,10 @@ def frame(spec: TextSpec) -> Frame:
     begin with, none to end with, or pads with one of them.
     """
     if spec.tokenizer == "clip" and not is_prompted(spec):
-        return Frame(_CLIP_BEGIN, _CLIP_END, 0)
+        return Frame(_CLIP_BEGIN, _CLIP_END, 0, _CLIP_END + 1)
 
-    (row,) = build(spec)([""]).tolist()
+    tokenizer = build(spec)
+    (row,) = tokenizer([""]).tolist()
     padding = row[-1]
     around = [token for token in row if token != padding]
     if len(around) != 2 or around[0] == around[1]:
@@ -69,7 +71,7 @@ def frame(spec: TextSpec) -> Frame:
             "set bos_token, eos_token and pad_token in its tokenizer_config.json"
         )
     begin, end = around
-    return Frame(begin, end, padding)
+    return Frame(begin, end, padding, tokenizer.vocab_size)
 
 
 _CLIP_BEGIN, _CLIP_END = 49406, 49407

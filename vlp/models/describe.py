@@ -66,13 +66,15 @@ def write(
     return network.generate(
         input_ids=begin,
         image_tokens=image_tokens,
-        generation_config=_settings(frame, search),
+        generation_config=_settings(frame, search, decoder.text_projection.shape[1]),
     )
 
 
-def _settings(frame: Frame, search: Search) -> Any:
+def _settings(frame: Frame, search: Search, n_logits: int) -> Any:
     from transformers import GenerationConfig
 
+    # No word in the place of one: coca_base has 14,592 ids more than its tokenizer.
+    no_words = [frame.begin, frame.padding, *range(frame.n_ids, n_logits)]
     return GenerationConfig(
         num_beams=search.beams,
         min_length=search.min_tokens,
@@ -82,8 +84,7 @@ def _settings(frame: Frame, search: Search) -> Any:
         eos_token_id=frame.end,
         forced_eos_token_id=frame.end,
         pad_token_id=frame.padding,
-        # Training leaves padding out, so that nothing has taught the model not to write it.
-        suppress_tokens=[frame.padding],
+        suppress_tokens=no_words,
         do_sample=False,
         use_cache=False,
     )
