@@ -67,14 +67,32 @@ def _split(texts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> dict[int, li
             i: [" ".join(plain_words(text)) for text in of_one] for i, of_one in enumerate(texts)
         }
 
+    return _split_by_java(texts)
+
+
+def _split_by_java(texts: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    """The same by COCO's Java tokenizer; ValueError where that fails."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    # It sends a text a line to Java.
+    # It sends a text a line, by a file in the folder of the package.
     lines = {
         i: [{"caption": " ".join(text.split())} for text in of_one]
         for i, of_one in enumerate(texts)
     }
-    return PTBTokenizer().tokenize(lines)
+    try:
+        words = PTBTokenizer().tokenize(lines)
+    except OSError as error:
+        raise ValueError(f"tokenizer: ptb cannot run ({error}); take tokenizer: plain") from error
+
+    # Of a Java that fails it takes no notice.
+    n_expected = [len(of_one) for of_one in lines.values()]
+    n_returned = [len(words.get(i, ())) for i in lines]
+    if n_returned != n_expected:
+        raise ValueError(
+            f"tokenizer: ptb gave words of {sum(n_returned)} of {sum(n_expected)} texts; look at "
+            "what Java said above, or take tokenizer: plain"
+        )
+    return words
 
 
 # A word may hold hyphens, points and the like, but not end with one, unless it is letters with

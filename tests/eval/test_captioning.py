@@ -206,6 +206,11 @@ def test_words_are_coco_s(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no `java` on the PATH; install .*tokenizer: plain"):
         caption_scores.check_installed("ptb")
 
+    (tmp_path / "java").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "java").chmod(0o755)
+    with pytest.raises(ValueError, match=r"words of 1 of 5 texts; look at what Java said"):
+        caption_scores._split([captions], "ptb")
+
 
 def test_scores_are_those_that_are_known():
     written = ["a b c d", "e f g h", "i j"]
