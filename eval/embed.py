@@ -27,10 +27,12 @@ from torch import Tensor
 from vlp import caches, dist
 from vlp.data.cores import cores
 from vlp.eval import legible, metrics
+from vlp.eval.describers import describe
 from vlp.eval.models import Encoder
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.files import write_atomically
 from vlp.lifetime import Interrupted, give_way
+from vlp.models.describe import Search
 
 CACHE_VERSION = 2  # 2: transparency on white, Exif orientation, gray of 16 bits
 GATHERED = 64  # batches a rank that one exchange brings together
@@ -85,6 +87,29 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
     unique = list(dict.fromkeys(pictures))
     key = _key(encoder, "image", context, lambda: context.digest(unique))
 
+    def encode(batch: list[Tensor]) -> Tensor:
+        return encoder.encode_images(torch.stack(batch))
+
+    rows = _kept(key, context, "images", unique, _opening(encoder, context), encode)
+    return _spread(rows, unique, pictures)
+
+
+def captions(
+    encoder: Encoder, pictures: Sequence[Picture], search: Search, context: Context
+) -> Tensor:
+    """[n, max_tokens] token ids of a caption of each picture, on the CPU of every rank."""
+
+    def encode(batch: list[Tensor]) -> Tensor:
+        return describe(encoder, torch.stack(batch), search)
+
+    return _embed(list(pictures), _opening(encoder, context), encode, "captions", context)
+
+
+def _opening(encoder: Encoder, context: Context) -> Callable[[Picture], Tensor]:
+    """What makes pixels of a picture; one that cannot be read is plain gray, where that is
+    counted.
+    """
+
     def prepare(picture: Picture) -> Tensor:
         try:
             image = picture.open(encoder.decoding)
@@ -95,11 +120,7 @@ def images(encoder: Encoder, pictures: Sequence[Picture], context: Context) -> T
             image = Image.new("RGB", (64, 64), (127, 127, 127))
         return encoder.prepare(image)
 
-    def encode(batch: list[Tensor]) -> Tensor:
-        return encoder.encode_images(torch.stack(batch))
-
-    rows = _kept(key, context, "images", unique, prepare, encode)
-    return _spread(rows, unique, pictures)
+    return prepare
 
 
 def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor:
@@ -231,7 +252,8 @@ def _embed(
                 encoded = encode(batch)
                 # One block for all: a list of batches, joined in the end, takes twice the memory.
                 if k == 0:
-                    rows = torch.zeros(rounds, context.batch, encoded.shape[1])
+                    shape = (rounds, context.batch, encoded.shape[1])
+                    rows = torch.zeros(shape, dtype=encoded.dtype)
                     device = encoded.device
                 # The last batch may be short; the rest of its place stays 0.
                 rows[k, : len(encoded)] = encoded
@@ -255,7 +277,7 @@ def _dealt_back(
     group: dist.Group,
 ) -> Tensor:  # [rounds · W, batch, D] of all ranks
     """Every rank's batches in the order of the items: batch k was made by rank k mod W."""
-    in_order = torch.empty(len(rows), group.size, *rows.shape[1:])
+    in_order = torch.empty(len(rows), group.size, *rows.shape[1:], dtype=rows.dtype)
     # Part by part, so that the device never holds all.
     for first in range(0, len(rows), GATHERED):
         part = rows[first : first + GATHERED]

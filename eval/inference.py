@@ -4,6 +4,8 @@
     images = model.images(["a.jpg", "b.png"])      # [2, D]
     texts = model.texts(["a red square"])          # [1, D]
 
+    model.captions(["a.jpg"])                      # of a model with a text decoder
+
 A thin front over `vlp.eval.models`, so that a picture is decoded, cut and normalised here exactly
 as it is in evaluation. For whole data sets there is `vlp data embed`.
 """
@@ -24,8 +26,10 @@ from torch import Tensor
 
 from vlp.data import picture
 from vlp.eval import models
+from vlp.eval.describers import describe, no_decoder
 from vlp.eval.models import Encoder
 from vlp.joining import local_device
+from vlp.models.describe import GREEDY, Search
 
 BATCH = 64  # pictures or texts a forward pass
 THREADS = 8  # that decode; Pillow works outside the interpreter's lock
@@ -72,6 +76,29 @@ class Model:
         starts = range(0, len(texts), batch)
         rows = [self.encoder.encode_texts(list(texts[i : i + batch])).cpu() for i in starts]
         return torch.cat(rows)
+
+    def captions(
+        self, pictures: Sequence[Picture], search: Search = GREEDY, batch: int = BATCH
+    ) -> list[str]:
+        """A caption of each picture, given as for `images`, by the model's text decoder; `search`
+        is greedy, or `Search(beams=6)` and the like (vlp.models.describe).
+
+        Raises ValueError where the model has no text decoder, as few have (coca_* of open_clip, or
+        trained with model.decoder).
+        """
+        _refuse_single(pictures, "captions")
+        describer = self.encoder.describer
+        if describer is None:
+            raise ValueError(no_decoder(self.encoder.name))
+        describer.check(search)
+
+        texts: list[str] = []
+        with ThreadPoolExecutor(THREADS) as pool:
+            for start in range(0, len(pictures), batch):
+                pixels = list(pool.map(self._pixels, pictures[start : start + batch]))
+                ids = describe(self.encoder, torch.stack(pixels), search)
+                texts += map(describer.caption, ids.tolist())
+        return texts
 
     @property
     def scale(self) -> float:

@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.eval import describers
+from vlp.eval.describers import Describer
 from vlp.eval.legible import Vocabulary, vocabulary_of
 from vlp.pretrained import references, weight_files
 from vlp.pretrained.configurations import reason
@@ -76,6 +78,7 @@ class Encoder:
     others: Callable[[Tensor, Tensor], Tensor] | None = None
     # (T, F) of each, by name (vlp.data.modalities)
     modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
         """Pictures, or pixels [n, 3, H, W] as `prepare` makes them, to [n, D] float32 unit rows."""
@@ -93,10 +96,13 @@ class Encoder:
         others = self.others
         return self._unit(lambda: others(rows.to(self.device), lengths.to(self.device)))
 
-    def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
+    def precision(self) -> torch.autocast:
+        """What towers and text decoder compute in, as a context."""
         device_type = torch.device(self.device).type
-        autocast = torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
-        with torch.no_grad(), autocast:
+        return torch.autocast(device_type, self.autocast, enabled=self.autocast is not None)
+
+    def _unit(self, rows: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad(), self.precision():
             return torch.nn.functional.normalize(rows().float()[..., : self.width], dim=-1)
 
 
@@ -210,6 +216,7 @@ def from_model(
         decoding=model.image_spec.decoding,
         others=lambda rows, lengths: model(modalities=rows, modality_lengths=lengths).others,
         modality_shapes=getattr(model, "modality_shapes", {}),
+        describer=describers.of_model(model, tokenizer),
     )
 
 
@@ -286,6 +293,7 @@ def _open_clip(
         vocabulary=_vocabulary(tokenizer),
         fingerprint=fingerprint(model.state_dict(), preprocessing),
         autocast=autocast,
+        describer=describers.of_open_clip(model, tokenizer, spec),
     )
 
 

@@ -105,7 +105,7 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     import torch
 
     from vlp import dist, joining, plugin
-    from vlp.eval import memory, models, narrow, sweep
+    from vlp.eval import describers, memory, models, narrow, sweep
     from vlp.eval.report import records
     from vlp.eval.suites import command
     from vlp.pretrained import references
@@ -121,6 +121,8 @@ def _evaluate_command(options: argparse.Namespace) -> int:
     reference = references.of_average(options.model) if options.ema else options.model
     context = _context(options)
     narrow.check(options.width)
+    if reference and any(needs_decoder(task) for task in tasks):
+        describers.check_reference(reference)
     data = read_all(tasks)
     if options.out:
         _check_writable(options.out)
@@ -256,6 +258,11 @@ def read_all(tasks: list[Plugin]) -> list[Any]:
     return opened
 
 
+def needs_decoder(task: Plugin) -> bool:
+    """Whether a task asks for a model that writes captions."""
+    return getattr(task.module, "NEEDS_DECODER", False)
+
+
 def _may_skip(task: Plugin) -> bool:
     """Whether a task may leave out what it cannot read."""
     return getattr(task.options, "missing", "error") == "skip"
@@ -275,8 +282,14 @@ def evaluate(
     """
     from vlp import dist
     from vlp.eval import legible
+    from vlp.eval.describers import no_decoder
+    from vlp.eval.models import ModelError
     from vlp.eval.report import records
 
+    # Before the first of them: a suite may take hours to come to the last.
+    for task in tasks:
+        if needs_decoder(task) and encoder.describer is None:
+            raise ModelError(f"{task.label}: {no_decoder(encoder.name)}")
     if data is None:
         data = [task.module.read(task.options) for task in tasks]
 

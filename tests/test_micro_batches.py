@@ -49,7 +49,7 @@ def test_texts_are_bounded_by_further_micro_batches(keys, parts, capsys):
 def test_views_that_a_term_takes_where_they_are_there_count(objective, views, n_texts):
     widths = WIDTHS | {"text_views": 2}
     heads = {} if views is None else {"views": {"width": 8, **views}}
-    reads = micro_batches.embedded(build(objective), tiny(heads=heads).heads)
+    reads = micro_batches.embedded(build(objective), tiny(heads=heads))
     assert micro_batches.texts_a_row(widths, reads) == n_texts
 
 

@@ -49,6 +49,7 @@ def make_training(
     optimizer=None,
     towers=None,
     whole=None,
+    decoder=None,
 ):
     vit = {
         "name": "vit",
@@ -66,9 +67,10 @@ def make_training(
         text_tower=plugin.Named("vlp.towers").parse(
             (text_tower or text) | (towers or {}).get("text", {}), (), []
         ),
-        embed_dim=16,
+        embed_dim=32 if decoder else 16,  # as wide as the tokens that a decoder reads
         bias=-2.0,
         heads=schema.parse(config.Heads, heads or {}),
+        decoder=decoder,
     )
     options = config.Train(
         config.Duration(4, "steps"),

@@ -26,7 +26,7 @@ from vlp import (
     stored_embeddings,
     teacher,
 )
-from vlp.checks import check_extent, check_objective, check_tokens
+from vlp.checks import check_extent, check_objective, check_tasks, check_tokens
 from vlp.config import Config, Data, Plan, WholePlan
 from vlp.data import labels, looks
 from vlp.data.loader import Loader
@@ -90,6 +90,7 @@ def set_up(config: Config, engine: Engine) -> Run:
     losses.check_width(config.objective, model.embed_dim)
     check_tokens(config.objective, model)
     optim.build(model, config.train.optimizer)  # its groups name parameters that must be there
+    check_tasks(config, model, shards_model=engines.shards_model(engine))
     selector = selection.build(config, model, engine)
     loader = open_data(config, model, selector)
 
@@ -324,7 +325,7 @@ def prepare(
         learning_rate=rate,
         seed=config.seed,
         micro_batches=micro_batches.count(
-            config.train, loader.widths, micro_batches.embedded(objective, model.heads)
+            config.train, loader.widths, micro_batches.embedded(objective, model)
         ),
         dtype=engines.compute_dtype(config.train, engine.device),
         constants=constants,

@@ -10,6 +10,7 @@ from pathlib import Path
 from vlp import dist, losses, online_judge, teacher
 from vlp.config import Config, Plan
 from vlp.data.loader import Loader
+from vlp.data.text import frame
 from vlp.fields import CARRIED, FIELDS, TOKENS, supplier
 from vlp.models.dual_encoder import DualEncoder
 from vlp.plugin import Plugin
@@ -81,6 +82,45 @@ def check_extent(step: int, plan: Plan, source: Path) -> None:
         )
 
 
+def check_tasks(config: Config, model: DualEncoder, shards_model: bool) -> None:
+    """Refuse evaluation tasks that a run could not carry out. `shards_model`: each rank holds only
+    a part of the model.
+    """
+    for task in config.eval:
+        if not getattr(task.module, "NEEDS_DECODER", False):
+            continue
+        if model.text_decoder is None:
+            raise ValueError(
+                f"eval.{task.label}: the model has no text decoder, which the task needs; set "
+                "model.decoder, or leave the task out"
+            )
+
+        # Ranks whose captions end at other places would wait for one another for ever.
+        if shards_model:
+            raise ValueError(
+                f"eval.{task.label}: captions are written token by token, which ranks that hold "
+                "parts of a model (fsdp2, zero3) cannot do side by side; leave the task out, and "
+                "run `vlp eval` on the checkpoint"
+            )
+        frame(model.text_spec)  # a tokenizer that has none is refused here
+
+
+def check_captioning(objective: losses.Objective, model: DualEncoder) -> None:
+    """Refuse a text decoder that would learn padding, or never an end, from this tokenizer."""
+    if model.text_decoder is None:
+        return
+    padding = frame(model.text_spec).padding
+    for term in losses.leaves(objective.plugins):
+        if term.name != "captioning":
+            continue
+        if term.options.padding != padding:
+            raise ValueError(
+                f"the term {term.label!r} leaves out the id {term.options.padding} as padding, and "
+                f"the tokenizer {model.text_spec.tokenizer} pads with {padding}; set "
+                f"captioning.padding={padding}"
+            )
+
+
 def check_objective(
     config: Config, objective: losses.Objective, loader: Loader, model: DualEncoder
 ) -> None:
@@ -96,6 +136,7 @@ def check_objective(
     online_judge.check(config, objective, loader.carries, n_rows)
     check_roles(objective, config)
     check_modalities(objective, model, n_rows)
+    check_captioning(objective, model)
 
     # Two sources of one field: whichever won, the other would be ignored in silence.
     if config.teacher.models and "teacher_image" in loader.carries:
@@ -105,7 +146,7 @@ def check_objective(
         )
 
     if config.model.precomputed:
-        by_heads = objective.reads & model.heads.supplies()
+        by_heads = objective.reads & model.supplies()
         read = objective.needs | through_queue(objective) | by_heads
         check_precomputed(read, taught, loader, model)
 
@@ -114,7 +155,7 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     """Refuse an objective whose terms need what neither the data nor the model supplies, and heads
     that no term reads.
     """
-    by_heads = model.heads.supplies()
+    by_heads = model.supplies()
     supplied = carried | by_heads | _tokens(carried, model) | _EVERY_RUN
     if model.logit_bias is not None:
         supplied |= {"bias"}
@@ -130,6 +171,12 @@ def check_needs(objective: losses.Objective, carried: frozenset[str], model: Dua
     if missing:
         raise ValueError("\n".join(missing))
 
+    # Under DDP and DeepSpeed a step would wait for gradients that never come.
+    if model.text_decoder is not None and "caption_nll" not in objective.reads:
+        raise ValueError(
+            "the model has a text decoder (the architecture's, or model.decoder), and no term "
+            "trains it; add captioning: {weight: 2}, or take an architecture without one"
+        )
     if idle := sorted(by_heads - objective.reads):
         raise ValueError(
             f"model.heads gives {idle}, which no term reads; drop that head (of views one side by "

@@ -172,13 +172,16 @@ def shapes(part: Part, batch: Batch) -> Iterator[str]:
 def parameters(model: DualEncoder) -> Iterator[str]:
     """Sizes of the model's parts, by whether they learn."""
     yield "parameters:"
-    parts = {
+    parts: dict[str, nn.Module | None] = {
         "image tower": model.visual,
         "text tower": model.text,
+        "text decoder": model.text_decoder,
         "heads": model.heads,
         "scale and bias": model.scaling,
     }
     for name, part in parts.items():
+        if part is None:
+            continue
         n_trained, n_locked = n_parameters(part, trained=True), n_parameters(part, trained=False)
         if n_trained + n_locked:
             yield f"  {name:<16} {n_trained:,} trained, {n_locked:,} locked"

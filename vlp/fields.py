@@ -128,7 +128,7 @@ _JUDGE = (
 )
 _QUEUE = "a queue of the moving average's embeddings (teacher.queue and teacher.ema)"
 _TEACHER_QUEUE = "a queue of a teacher's embeddings (teacher.queue and a teacher)"
-_DECODER = "a text decoder (model.heads.captions)"
+_DECODER = "a text decoder (model.decoder, or an architecture that has one: coca_ViT-B-32)"
 _PATCHES = (
     "an image tower that gives its patches (vit, open_clip, timm without an attention pool) and "
     "that runs"

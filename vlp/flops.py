@@ -1,8 +1,9 @@
 """Arithmetic that a step cannot do without, and what a device could do at most: their ratio is the
 model FLOPs utilisation (MFU; Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
 
-Counted is one forward and backward of the towers a row. Heads, the loss, and whatever is computed
-a second time (micro-batches, activation checkpointing) are left out, so that they lower the ratio.
+Counted is one forward and backward of the towers a row. Heads, a text decoder, the loss, and
+whatever is computed a second time (micro-batches, activation checkpointing) are left out, so that
+they lower the ratio.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ from vlp import dist, log
 from vlp.config.training import Train
 from vlp.fields import EMBEDDED
 from vlp.losses import Objective
-from vlp.models.heads import Heads
+from vlp.models.dual_encoder import DualEncoder
 
 
-def embedded(objective: Objective, heads: Heads) -> frozenset[str]:
+def embedded(objective: Objective, model: DualEncoder) -> frozenset[str]:
     """The fields that a step embeds for its terms: those that they need, and of those that they
     read where they are there what a head projects.
     """
-    return objective.needs | (objective.reads & heads.supplies())
+    return objective.needs | (objective.reads & model.supplies())
 
 
 def texts_a_row(widths: Mapping[str, int], reads: Iterable[str]) -> int:

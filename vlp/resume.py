@@ -19,7 +19,7 @@ from vlp.engines.precision import faster
 from vlp.files import remove_leftovers
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import context, image_size, projections, runs
-from vlp.pretrained.fitting import UNCHANGED, Fit
+from vlp.pretrained.fitting import DECODER, UNCHANGED, Fit
 from vlp.pretrained.parts import Layout
 from vlp.step import Training
 
@@ -214,8 +214,8 @@ def with_precision(config: Config, source: Path | None, device: torch.device) ->
 def start_from(model: DualEncoder, reference: str, fit: Fit = UNCHANGED) -> None:
     """Take the weights of another model, its positions interpolated to this one's sizes.
 
-    Heads start at random where it has none; heads that only it has stay away. `fit`: how its
-    context and its projections enter.
+    Heads and text decoder start at random where it has none; those that only it has stay away.
+    `fit`: how its context and its projections enter.
     """
     # `like`, because a file of weights alone does not say what it belongs to.
     source = checkpoint.load_any(reference, like=model, fit=fit)
@@ -236,16 +236,22 @@ def start_from(model: DualEncoder, reference: str, fit: Fit = UNCHANGED) -> None
         raise checkpoint.CheckpointError(f"{error}{advice}") from None
 
 
+# What starts at random beside towers that come from elsewhere.
+_HEADS = ("heads.", DECODER)
+
+
 def _with_heads(
     weights: dict[str, Tensor], initial: dict[str, Tensor], reference: str, fit: Fit
 ) -> dict[str, Tensor]:
-    """The weights with this model's heads, at random where the other model has none that fits."""
-    named = {name for name in initial if name.startswith("heads.")}
+    """The weights with this model's heads and text decoder, at random where the other model has
+    none that fits.
+    """
+    named = {name for name in initial if name.startswith(_HEADS)}
     fresh = named - weights.keys()
     # Heads read the shared space, and a new projection may have another one.
     if fit.new_projection:
-        fresh |= named
-    foreign = {name for name in weights if name.startswith("heads.") and name not in initial}
+        fresh |= {name for name in named if not name.startswith(DECODER)}
+    foreign = {name for name in weights if name.startswith(_HEADS) and name not in initial}
     _say_heads(reference, fresh, "start at random")
     _say_heads(reference, foreign, "are left out")
 
@@ -255,7 +261,10 @@ def _with_heads(
 
 def _say_heads(reference: str, parameters: set[str], fate: str) -> None:
     """Say by name which heads `init_from` does not take over, if there are any."""
-    heads = {".".join(name.split(".")[:2]) for name in parameters}
+    heads = set()
+    for name in parameters:
+        first, second = name.split(".")[:2]
+        heads.add(first if name.startswith(DECODER) else f"{first}.{second}")
     if heads:
         log.say(f"init_from {reference}: {', '.join(sorted(heads))} {fate}")
 

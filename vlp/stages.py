@@ -204,7 +204,7 @@ def _check_texts(key: str, length: int | None, model: DualEncoder) -> None:
 
     # A tower that reads its padding, or a decoder of whole texts, would see other texts.
     takes_shorter = model.padding is not None or isinstance(model.text, HFTextEncoder)
-    if length < whole and (not takes_shorter or model.heads.captions is not None):
+    if length < whole and (not takes_shorter or "caption_nll" in model.supplies()):
         raise ValueError(
             f"{key} is {length}, but this text tower's embeddings depend on all its {whole} "
             "positions; leave it out"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.eval import (
+    coca,
     material,
     suite_material,
     test_graded,
@@ -53,6 +54,14 @@ def tasks(folder: Path) -> list[Plugin]:
         members.append((f"{i}.json", json.dumps(meta).encode()))
     material.write_tar(pairs, members)
 
+    # In the few words that a tiny decoder knows.
+    described = folder / "described" / "0.tar"
+    members = []
+    for i, caption in enumerate(coca.TEXTS):
+        members.append((f"{i}.png", material.png(material.picture(40 * i))))
+        members.append((f"{i}.txt", caption.encode()))
+    material.write_tar(described, members)
+
     rows = [
         {"image": "0.png", "texts": [f"see {group} {i}", "a dog"], "group": group}
         for i, group in enumerate("abb")
@@ -73,6 +82,7 @@ def tasks(folder: Path) -> list[Plugin]:
     tars = Path(pets) / "test"
     of_pets = {"audio": str(write_rows(folder / "pets_audio", tars, (3,), lengths=False))}
     own: dict[str, Any] = {
+        "captioning": {"data": str(described), "captions_per_image": 1, "max_tokens": 10},
         "choices": {"data": str(folder / "choices.jsonl")},
         "clip_benchmark_probe": {**splits, "epochs": 1},
         "eccv_caption": {"data": str(folder / "eccv")},
@@ -101,6 +111,7 @@ def measured(folder: Path) -> dict[str, Any]:
     of_encoders = []
     for seed in range(N_ENCODERS):
         encoder = material.hearing(material.random_encoder(seed), seed)
+        encoder = coca.writing(encoder, coca.coca(folder, seed))
         records, _ = run.evaluate(encoder, chosen, Context(workers=0), opened)
         of_encoders.append([record["metrics"] for record in records])
 

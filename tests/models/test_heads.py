@@ -14,10 +14,11 @@ from tests.models.tiny import VIT, inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
+from vlp.models import decoder as decoders
 from vlp.models import heads, trunk_features
 from vlp.models.build import from_description
+from vlp.models.decoder import Decoder
 from vlp.models.embedding import embed
-from vlp.models.heads import Decoder
 from vlp.models.load import load
 from vlp.types import Batch
 
@@ -242,7 +243,7 @@ def test_logits_are_held_in_chunks_and_change_nothing(checkpointing, monkeypatch
     assert len(leaves) > 20 and all(gradient.any() for gradient in expected_gradients[:2])
 
     for chunk in (7, 1000):
-        monkeypatch.setattr(heads, "LOGITS_BYTES", 4 * vocabulary * chunk)
+        monkeypatch.setattr(decoders, "LOGITS_BYTES", 4 * vocabulary * chunk)
         with Largest() as largest:
             nll = decoder(image, text, targets)
             gradients = torch.autograd.grad((nll * weights).sum(), leaves)

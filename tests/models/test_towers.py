@@ -117,9 +117,9 @@ BAD = {
         {"image_tower": {"name": "open_clip", "architecture": "ViT-B32"}},
         "did you mean 'ViT-B-32'",
     ),
-    "an architecture with a decoder": (
-        {"image_tower": {"name": "open_clip", "architecture": "coca_ViT-B-32"}},
-        "captioning decoder",
+    "an architecture with a decoder, and another one": (
+        {"image_tower": {"name": "open_clip", "architecture": "coca_ViT-B-32"}, "decoder": {}},
+        "the architecture brings one; leave out model.decoder",
     ),
     "a misspelt timm model": (
         {"image_tower": {"name": "timm", "model": "resnet5"}},

@@ -65,18 +65,22 @@ def inputs(model: DualEncoder, rows: int = 3, seed: int = 1) -> tuple[Tensor, Te
     return pixels, ids
 
 
-def tokenizer(folder: Path) -> Path:
-    """A Hugging Face tokenizer of a dozen words, closing each text with </s>."""
+def tokenizer(folder: Path, begin: str = "") -> Path:
+    """A Hugging Face tokenizer of a dozen words, closing each text with </s>, and opening it with
+    the token `begin`, if any.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
+    words_known = (*WORDS, begin) if begin else WORDS
     words = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+        models.WordLevel({word: i for i, word in enumerate(words_known)}, unk_token="[UNK]")
     )
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)]
+        single=f"{begin} $A </s>".strip(),
+        special_tokens=[(token, words_known.index(token)) for token in ("</s>", begin) if token],
     )
     made = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="[PAD]", eos_token="</s>", unk_token="[UNK]"

@@ -10,6 +10,7 @@ from vlp.config.durations import Duration, Plan, WholePlan
 from vlp.config.model import (
     Captioner,
     ConcentrationHead,
+    Decoder,
     Heads,
     Modality,
     Model,
@@ -38,6 +39,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Data",
+    "Decoder",
     "Duration",
     "Group",
     "Heads",

@@ -78,6 +78,22 @@ class TeacherHead:
 
 
 @dataclass(frozen=True)
+class Decoder:
+    """A text decoder over the tokens of both towers, of their width, as CoCa's: part of the model,
+    with which it describes pictures, and of its exports.
+    """
+
+    layers: int = 12  # transformer layers, each with cross-attention to the image
+    heads: int | None = None  # None: as many as the text tower has
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or (self.heads is not None and self.heads < 1):
+            raise ValueError(
+                f"layers is {self.layers} and heads {self.heads}; expected at least 1 of each"
+            )
+
+
+@dataclass(frozen=True)
 class Captioner:
     """A multimodal decoder of the text tower's width."""
 
@@ -147,7 +163,8 @@ class Heads:
     teacher: TeacherHead | None = None
     # certainty of each embedding: image_concentration, text_concentration
     concentration: ConcentrationHead | None = None
-    captions: Captioner | None = None  # a text decoder: caption_nll
+    # a text decoder for training alone: caption_nll; one that exports keep is `decoder` of `model`
+    captions: Captioner | None = None
     # predictors of the text by the image and of the image by the text: predicted_text,
     # predicted_image
     predictor: PredictorHead | None = None
@@ -191,6 +208,9 @@ class Model:
     scale: Scale = Scale()
     bias: float | None = None  # initial logit bias (SigLIP: -10); None: the model has none
     heads: Heads = Heads()
+    # a text decoder that stays in the model: caption_nll (vlp.models.decoder); None: the
+    # architecture's, which coca_* have
+    decoder: Decoder | None = None
     # weights to start from: open_clip's tag, or any reference (vlp.pretrained.references);
     # None: random
     pretrained: str | None = None

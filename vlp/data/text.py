@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import regex
@@ -43,6 +43,45 @@ def build(spec: TextSpec) -> ClipTokenizer | HubTokenizer | PromptedTokenizer:
     if is_prompted(spec):
         return PromptedTokenizer(spec)
     return ClipTokenizer(spec) if spec.tokenizer == "clip" else HubTokenizer(spec)
+
+
+class Frame(NamedTuple):
+    """The ids around a caption's words, as a tokenizer sets them: begin, words, end, padding."""
+
+    begin: int
+    end: int
+    padding: int
+    n_ids: int  # that the tokenizer knows, from 0 on; a text tower may have more
+
+
+def frame(spec: TextSpec) -> Frame:
+    """The ids between which a text decoder writes; ValueError for a tokenizer that has no token to
+    begin with, none to end with, or pads with one of them.
+    """
+    if spec.tokenizer == "clip" and not is_prompted(spec):
+        return Frame(_CLIP_BEGIN, _CLIP_END, 0, _CLIP_END + 1)
+
+    tokenizer = build(spec)
+    (row,) = tokenizer([""]).tolist()
+    padding = row[-1]
+    around = [token for token in row if token != padding]
+    if len(around) != 2 or around[0] == around[1]:
+        raise ValueError(
+            f"the tokenizer {spec.tokenizer} frames an empty caption as {row[:4]}…; a text decoder "
+            "needs one token to begin with, another one to end with, and padding that is neither: "
+            "set bos_token, eos_token and pad_token in its tokenizer_config.json"
+        )
+    begin, end = around
+    return Frame(begin, end, padding, tokenizer.vocab_size)
+
+
+_CLIP_BEGIN, _CLIP_END = 49406, 49407
+
+
+def words(ids: list[int], frame: Frame) -> list[int]:
+    """The ids of a caption without begin token, end token, and what follows that."""
+    inside = ids[1:] if ids[:1] == [frame.begin] else ids
+    return inside[: inside.index(frame.end)] if frame.end in inside else inside
 
 
 def same_tokens(one: TextSpec, other: TextSpec) -> bool:
@@ -115,6 +154,10 @@ class ClipTokenizer:
             ids += self._spell(word) if known_ids is None else known_ids
         return ids
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without begin, end or padding."""
+        return self._slow.decode(ids).strip()
+
     def _spell(self, word: str) -> list[int]:
         """Token ids of one word, kept for the next time it is met."""
         slow = self._slow
@@ -164,6 +207,10 @@ class HubTokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """Token ids, int64 [n, L], padded as the tokenizer does."""
         return self._inner(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, without begin, end or padding."""
+        return self.hub.decode(ids, skip_special_tokens=True).strip()
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
         """Token ids, int64 [n, L], and how many texts were truncated."""

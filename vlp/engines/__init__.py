@@ -20,7 +20,15 @@ from vlp.engines.sharded import Sharded
 from vlp.engines.zero import ZeRO
 from vlp.joining import LaunchError, join, local_device
 
-__all__ = ["Engine", "LaunchError", "State", "compute_dtype", "launched_processes", "start"]
+__all__ = [
+    "Engine",
+    "LaunchError",
+    "State",
+    "compute_dtype",
+    "launched_processes",
+    "shards_model",
+    "start",
+]
 
 
 def start(options: config.Train) -> Engine:
@@ -65,3 +73,8 @@ def start(options: config.Train) -> Engine:
     if name == "fsdp2":
         return Sharded(device)
     return ZeRO(device, stage=int(name[-1]))
+
+
+def shards_model(engine: Engine) -> bool:
+    """Whether each rank holds only a part of the model's weights."""
+    return isinstance(engine, Sharded) or (isinstance(engine, ZeRO) and engine.stage == 3)

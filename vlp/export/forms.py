@@ -44,6 +44,13 @@ def write_open_clip(
     reader = "open_clip" if of_open_clip(model) else "vlp"
     notes = [f"{reader}: {references.CONFIG}, {weight_files.WEIGHTS}"]
 
+    if model.text_decoder is not None:
+        notes.append(
+            "open_clip: a CoCa, whose text decoder is in this form alone; no model of transformers "
+            "has one. vlp writes captions with it; open_clip 3.3's own `generate` does not run "
+            "beside transformers 5"
+        )
+
     # A copy, because what points into this machine is renamed; without the heads, which embed
     # nothing, but for the last step of embeddings, which open_clip does not know.
     described = json.loads(json.dumps(model.description()))

@@ -67,7 +67,10 @@ class _Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The tower itself: the model's check of the length would fix it.
         tower = self.model.visual if self.side == "image" else self.model.text
-        return nn.functional.normalize(tower(x), dim=-1)
+        output = tower(x)
+        # Beside a text decoder towers give their tokens too.
+        features = output[0] if isinstance(output, tuple) else output
+        return nn.functional.normalize(features, dim=-1)
 
     def example(self, rows: int) -> Tensor:
         pixels, ids = self.model.example(rows, seed=rows)

@@ -18,7 +18,8 @@ Needs: caption_nll, caption_ids
 Cost: the decoder's own; its logits are held 256 MiB at a time and computed again in backward
 
 Use: where the model also describes, or for a denser signal than one pair a caption; the decoder is
-`model.heads.captions`
+the model's own (`model.decoder`, or an architecture that has one: coca_*), which exports keep, or
+`model.heads.captions`, which is training's alone
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ OPTIONAL = frozenset({"caption_logits"})  # instead of caption_nll
 
 @dataclass(frozen=True)
 class Options:
-    padding: int = 0  # the token id that is no part of a caption; negative ids are none either
+    # the tokenizer's padding, no part of a caption; negative ids are none either
+    padding: int = 0
 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

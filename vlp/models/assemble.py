@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from vlp import log, plugin
-from vlp.config import Model
+from vlp.config import Decoder, Model
 from vlp.plugin import Plugin
 from vlp.schema import parse, plain
 from vlp.types import ImageSpec, TextSpec
@@ -49,6 +49,10 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     if model.bias is not None:
         model_cfg["init_logit_bias"] = model.bias
+    if model.decoder is not None:
+        model_cfg["multimodal_cfg"] = _decoder_cfg(model.decoder, model_cfg)
+    if "multimodal_cfg" in model_cfg:
+        model_cfg = _with_decoder(model_cfg)
 
     preprocess_cfg = _section(image, "preprocess_cfg")
     if model.decoding is not None:
@@ -79,6 +83,42 @@ def _text_cfg(text: Plugin) -> dict[str, Any]:
             "positions of its own; leave context out, and set context_length"
         )
     return section | {"context_length": context.length}
+
+
+def _decoder_cfg(options: Decoder, model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's section; ValueError where the architecture has one."""
+    if "multimodal_cfg" in model_cfg:
+        raise ValueError(
+            "model.decoder describes a text decoder, and the architecture brings one; leave out "
+            "model.decoder"
+        )
+    text = model_cfg["text_cfg"]
+
+    # Where the tower leaves them out, open_clip's defaults are its sizes.
+    sizes = {"width": 512, "heads": 8} | {
+        key: text[key] for key in ("width", "heads") if key in text
+    }
+    return sizes | {"heads": options.heads or sizes["heads"], "layers": options.layers}
+
+
+def _with_decoder(model_cfg: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as open_clip's CoCa reads it: towers that hand over their tokens, and a
+    decoder of the text tower's context and vocabulary. ValueError for a text tower that cannot have
+    one.
+    """
+    text = model_cfg["text_cfg"]
+    if text.get("hf_model_name"):
+        raise ValueError(
+            "a text decoder (the architecture's, or model.decoder) needs open_clip's causal text "
+            "transformer, whose tokens see those before them alone; the text tower is a Hugging "
+            "Face model: take the tower transformer, or an architecture without a decoder"
+        )
+    of_text = {key: text[key] for key in ("context_length", "vocab_size") if key in text}
+    return model_cfg | {
+        "vision_cfg": model_cfg["vision_cfg"] | {"output_tokens": True},
+        "text_cfg": text | {"output_tokens": True},
+        "multimodal_cfg": model_cfg["multimodal_cfg"] | of_text,
+    }
 
 
 def image_spec(preprocess_cfg: dict[str, Any], size: int | tuple[int, int]) -> ImageSpec:

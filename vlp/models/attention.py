@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from open_clip.transformer import AttentionalPooler
 from torch import Tensor, nn
 
 
@@ -57,11 +58,12 @@ class LinearAttention(nn.Module):
 def use_linear_layers(tower: nn.Module) -> None:
     """Put `LinearAttention` in the place of every self-attention of torch's in the tower's blocks.
 
-    Pools that attend to something else, with widths of their own, stay.
+    Pools, which attend to something else, stay.
     """
     for block in list(tower.modules()):
         attention = getattr(block, "attn", None)
-        if not isinstance(attention, nn.MultiheadAttention) or hasattr(block, "ln_1_kv"):
+        attends_to_others = isinstance(block, AttentionalPooler) or hasattr(block, "ln_1_kv")
+        if not isinstance(attention, nn.MultiheadAttention) or attends_to_others:
             continue
         if attention.in_proj_weight is not None and attention.batch_first:
             block.attn = LinearAttention(attention)

@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, language, lora, multimodal, text_dropout
+from vlp.models import assemble, decoder, language, lora, multimodal, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -107,10 +107,6 @@ def from_description(
     A description without `vlp` gets the usual bound on the scale, 100.
     """
     model_cfg = without_downloads(described["model_cfg"]) | {"custom_text": True}
-    if "multimodal_cfg" in model_cfg:
-        raise ValueError(
-            "this model has a captioning decoder beside its two towers; expected a dual encoder"
-        )
     clip = _instantiate(model_cfg)
     if weights is not None:
         fitting.load_into(clip, weights, fit, stated, added)
@@ -138,7 +134,9 @@ def without_downloads(model_cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
-    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set."""
+    """The towers of an open_clip configuration, with what open_clip leaves to be checked or set;
+    `text_decoder` beside them where one is described.
+    """
     is_ours = language.is_described(model_cfg)
     # A model with code of its own is refused here: open_clip would ask the terminal about it.
     language_model = model_cfg["text_cfg"].get("hf_model_name")
@@ -149,7 +147,8 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     is_one_model = multimodal.is_described(model_cfg)
     image_size.check_square(vision)
 
-    keywords = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    not_of_towers = ("custom_text", "multimodal_cfg")
+    keywords = {key: value for key, value in model_cfg.items() if key not in not_of_towers}
     if is_one_model:
         keywords["vision_cfg"] = multimodal.STAND_IN
     if is_ours:
@@ -176,6 +175,10 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     if is_one_model or is_ours:
         _put_ours(clip, model_cfg)
 
+    _check_two_pools(clip.visual)
+    if "multimodal_cfg" in model_cfg:
+        clip.text_decoder = decoder.build(model_cfg, clip.visual, clip.text)
+
     image_size.set_up(clip.visual, vision.get("timm_model_name") or "the image tower")
     draw_on_device(clip.visual)
     if isinstance(clip.visual, TimmModel):
@@ -199,6 +202,20 @@ def _put_ours(clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any]) -> None
             "the configuration does not describe a language model's tower "
             f"({type(error).__name__}: {error}); found {model_cfg}"
         ) from None
+
+
+def _check_two_pools(tower: Any) -> None:
+    """Refuse an attentional pool of two kinds of queries that would fail at the first picture:
+    open_clip's layers take patches and what the queries give to be of one width.
+    """
+    if getattr(tower, "attn_pool_contrastive", None) is None:
+        return
+    width = tower.conv1.out_channels
+    if width != tower.output_dim:
+        raise ValueError(
+            f"attentional_pool {tower.attn_pool_type!r} needs an image tower as wide as the "
+            f"embedding, found {width} and {tower.output_dim}; make them equal, or take shared"
+        )
 
 
 def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:
@@ -227,7 +244,7 @@ def _approximate(tower: TimmModel, act_kwargs: dict[str, Any] | None) -> None:
 def fit_of(model: config.Model) -> Fit:
     """How weights enter the model that a configuration describes."""
     keep = None if model.context is None else model.context.keep
-    return Fit(keep, model.new_projection)
+    return Fit(keep, model.new_projection, new_decoder=model.decoder is not None)
 
 
 def _locked(tower: Plugin) -> int | None:

@@ -1,8 +1,8 @@
 """Two towers into one space: pixels and token ids in, unit vectors, scale and bias out.
 
-The towers are open_clip's; parameter names are those of its CustomTextCLIP, except that scale and
-bias live in `scaling`, so that every training run is an open_clip model by a fixed rule
-(`open_clip_state_dict`).
+The towers are open_clip's; parameter names are those of its CustomTextCLIP, and of its CoCa where
+there is a text decoder, except that scale and bias live in `scaling`, so that every training run is
+an open_clip model by a fixed rule (`open_clip_state_dict`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from vlp import config
 from vlp.fields import FIELDS
 from vlp.models import assemble, lengths, lora, tokens, trunk_features
 from vlp.models.batch_norm import batch_norms, moved_once
+from vlp.models.decoder import Decoder
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
@@ -44,7 +45,8 @@ class DualEncoder(nn.Module):
 
     Attributes: `image_spec` and `text_spec` say what the data must deliver, `embed_dim` is D,
     `open_clip_config` is the `model_cfg` of open_clip_config.json, `scale_config` how the scale
-    starts, is bounded, and whether it is learned.
+    starts, is bounded, and whether it is learned; `text_decoder` describes pictures (None: the
+    model has none).
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class DualEncoder(nn.Module):
         scale: config.Scale,
         heads: config.Heads,
     ) -> None:
-        """Take over the towers, scale and bias of `clip`, built from `model_cfg`; heads start at
-        random.
+        """Take over the towers, text decoder, scale and bias of `clip`, built from `model_cfg`;
+        heads start at random.
         """
         super().__init__()
         self.visual, self.text = clip.visual, clip.text
+        self.text_decoder: Decoder | None = getattr(clip, "text_decoder", None)
         self.open_clip_config = model_cfg
         self.embed_dim: int = model_cfg["embed_dim"]
 
@@ -74,6 +77,11 @@ class DualEncoder(nn.Module):
         bias = None if clip.logit_bias is None else clip.logit_bias.item()
         self.scaling = Scaling(clip.logit_scale.item(), bias, scale)
         self.scale_config, self.heads_config = scale, heads
+        if self.text_decoder is not None and heads.captions is not None:
+            raise ValueError(
+                "the model has a text decoder of its own, and model.heads.captions is another; "
+                "leave out model.heads.captions"
+            )
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
         self._locked: list[nn.Module] = []
         self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
@@ -167,9 +175,9 @@ class DualEncoder(nn.Module):
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
-        if pairs and self.heads.captions is not None:
-            assert image_tokens is not None and text_tokens is not None and text is not None
-            outputs["caption_nll"] = self.heads.captions(
+        if pairs and image_tokens is not None and text_tokens is not None:
+            assert text is not None, "which the tokens are of"
+            outputs["caption_nll"] = self._caption_nll(
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
         if modalities is not None:
@@ -177,6 +185,26 @@ class DualEncoder(nn.Module):
             features = self.heads.modalities(modalities, modality_lengths)
             outputs["others"] = self._embedding(features)
         return Features(**outputs, scale=scale, bias=bias)
+
+    def _caption_nll(
+        self,
+        image_tokens: Tensor,  # [b, places, width]
+        text_tokens: Tensor,  # [b, L, width]
+        ids: Tensor,  # [b, L]
+    ) -> Tensor | None:
+        """−log p of the tokens ids[:, 1:], [b, L − 1], by the text decoder or the head that is one;
+        None: there is neither.
+        """
+        if self.text_decoder is not None:
+            return self.text_decoder(image_tokens, text_tokens[:, :-1], ids[:, 1:])
+        if self.heads.captions is not None:
+            return self.heads.captions(image_tokens, text_tokens, ids)
+        return None
+
+    def supplies(self) -> frozenset[str]:
+        """The fields of `vlp.fields` that text decoder and heads give."""
+        of_heads = self.heads.supplies()
+        return of_heads if self.text_decoder is None else of_heads | {"caption_nll"}
 
     def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:
         """Unit rows of the first rows of a tower's features; what follows are views, which pass the
@@ -220,6 +248,15 @@ class DualEncoder(nn.Module):
         `encode_image`.
         """
         return self._image(image).features
+
+    def image_tokens(self, image: Tensor) -> Tensor:
+        """The tower's tokens [b, places, width], which the text decoder reads, of images as for
+        `encode_image`.
+        """
+        read = self._image(image).tokens
+        if read is None:
+            raise ValueError("the model has no text decoder, so its image tower gives no tokens")
+        return read
 
     def _image(self, image: Tensor, wants_tokens: bool = False) -> Passed:
         """The tower's features [rows, D]; its tokens where they are wanted or a head reads them,
@@ -316,10 +353,11 @@ class DualEncoder(nn.Module):
         return lengths.cut(ids, padding, device, self.text_parts, n_passed)
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated modules of towers and heads, in order, outermost only: the units to shard
-        (FSDP2) or recompute.
+        """The repeated modules of towers, text decoder and heads, in order, outermost only: the
+        units to shard (FSDP2) or recompute.
         """
-        return [*repeated(self.visual), *repeated(self.text), *repeated(self.heads)]
+        parts = (self.visual, self.text, self.text_decoder, self.heads)
+        return [block for part in parts if part is not None for block in repeated(part)]
 
     def set_activation_checkpointing(self, enable: bool = True) -> None:
         """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
@@ -337,6 +375,8 @@ class DualEncoder(nn.Module):
             _checkpoint_transformers(self.text.transformer, enable)
         else:
             self.text.set_grad_checkpointing(enable)
+        if self.text_decoder is not None:
+            self.text_decoder.set_grad_checkpointing(enable)
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
 
@@ -429,8 +469,8 @@ class DualEncoder(nn.Module):
         }
 
     def open_clip_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names and shapes of open_clip's CustomTextCLIP, adapters merged and
-        the scale as the forward pass bounds it.
+        """The weights under the names and shapes of open_clip's CustomTextCLIP, or CoCa, adapters
+        merged and the scale as the forward pass bounds it.
         """
         not_in_open_clip = ("scaling.", "heads.")
         named = {

@@ -10,7 +10,7 @@ leave with export.
               (distill, after CLIP-KD, arXiv 2307.12732): projected_image, projected_text,
               interactive_scale
     captions  a multimodal decoder over the towers' tokens (captioning, after CoCa,
-              arXiv 2205.01917): caption_nll
+              arXiv 2205.01917): caption_nll. One that stays is `model.decoder`
     concentration a two-layer map of the features of either tower to how certain they are
               (mc_infonce, after arXiv 2302.02865): image_concentration, text_concentration
     predictor a two-layer map of the embedding of each side to the other's (siam, after SimSiam,
@@ -31,19 +31,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlp import config
 from vlp.fields import FIELDS
 from vlp.models import trunk_features
+from vlp.models.decoder import Decoder, check_towers, tokens_width
 from vlp.models.exact import Scaling
 from vlp.models.regions import Regions
 from vlp.models.modalities import Modalities
 
 _LARGEST_LOG = 9.0  # |log(κ / init)| at most: e^9 = 8,100 times
-LOGITS_BYTES = 1 << 28  # of the logits in float32 that are held at once
 
 
 class Views(nn.Module):
@@ -127,62 +125,17 @@ class TeacherMap(nn.Module):
         return torch.stack([F.pad(part, (0, width - part.shape[1])) for part in parts], 1)
 
 
-class Decoder(MultimodalTransformer):
-    """open_clip's decoder over text and image tokens, which gives the loss of each token instead of
-    its logits: those of 256 captions would be 4 GB.
-    """
-
-    def forward(self, image_tokens: Tensor, text_tokens: Tensor, targets: Tensor) -> Tensor:
-        """−log p of `targets` [b, L], each at its position, [b, L]."""
-        length = text_tokens.shape[1]
-        mask = self.attn_mask[:length, :length]
-
-        x = text_tokens
-        for block, cross_block in zip(self.resblocks, self.cross_attn):
-            x = self._passed(block, x, None, None, mask)
-            x = self._passed(cross_block, x, image_tokens, image_tokens, None)
-        rows = self.ln_final(x).flatten(0, 1)
-
-        # A chunk of logits at a time, which the backward pass computes again.
-        flat_targets = targets.flatten()
-        n_rows = max(1, LOGITS_BYTES // (4 * self.text_projection.shape[1]))
-        if len(rows) <= n_rows:
-            return _nll(rows, self.text_projection, flat_targets).view(targets.shape)
-        chunks = [
-            checkpoint(_nll, part, self.text_projection, of_part, use_reentrant=False)
-            for part, of_part in zip(rows.split(n_rows), flat_targets.split(n_rows))
-        ]
-        return torch.cat(chunks).view(targets.shape)
-
-    def _passed(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        """Through one block, whose activations are computed again where that was asked for."""
-        if self.grad_checkpointing:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-
-def _nll(rows: Tensor, projection: Tensor, targets: Tensor) -> Tensor:
-    """−log softmax(rows · projection)[targets], [n], of rows [n, width]."""
-    return F.cross_entropy(rows @ projection, targets, reduction="none")
-
-
 class Captioner(nn.Module):
     """−log p of every next token, from a causal text tower's tokens with the image tower's."""
 
     def __init__(self, visual: Any, text: Any, options: config.Captioner) -> None:
         super().__init__()
-        causal = isinstance(text, TextTransformer) and text.attn_mask is not None
-        if not isinstance(visual, VisionTransformer) or not causal:
-            raise ValueError(
-                "model.heads.captions reads the towers' tokens: it needs open_clip's vision "
-                "transformer (vit, open_clip) and its causal text transformer, found "
-                f"{type(visual).__name__} and {type(text).__name__}; take those, or drop it"
-            )
+        check_towers("model.heads.captions", visual, text)
 
         # From now on both towers return (features, tokens).
         visual.output_tokens = text.output_tokens = True
         width: int = text.width
-        self.bridge = nn.Linear(visual.conv1.out_channels, width)
+        self.bridge = nn.Linear(tokens_width(visual), width)
         self.decoder = Decoder(
             width,
             options.layers,
@@ -190,8 +143,6 @@ class Captioner(nn.Module):
             text.context_length,
             output_dim=text.vocab_size,
         )
-        # open_clip leaves it as the memory was.
-        nn.init.normal_(self.decoder.text_projection, std=width**-0.5)
 
     def forward(self, image_tokens: Tensor, text_tokens: Tensor, ids: Tensor) -> Tensor:
         """−log p of the tokens ids[:, 1:], [b, L − 1], from [b, patches, width of the image tower]

@@ -126,9 +126,9 @@ class TextTower(language.LanguageTower):
         """transformers' configuration of the whole model, pictures included."""
         return self._config
 
-    def forward(self, text: Tensor) -> Tensor:
-        pooled = self.pooled(text)
-        return self.projection(pooled.to(_dtype(self.projection, pooled)))
+    def projected(self, rows: Tensor) -> Tensor:
+        """As the language tower's, without an adaptor."""
+        return self.projection(rows.to(_dtype(self.projection, rows)))
 
 
 def _projection(

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from vlp import log
 
-POSITIONS = "text.positional_embedding"  # [L, D], by the name in open_clip's CustomTextCLIP
+# By the names in open_clip's CustomTextCLIP.
+POSITIONS = "text.positional_embedding"  # [L, D]; with a class token [L + 1, D]
+CLASS_TOKEN = "text.cls_emb"  # [D] (CoCa)
 
 
 def fitted(
@@ -37,15 +39,28 @@ def fitted(
     if POSITIONS not in weights or POSITIONS not in model:
         return weights
     positions, length = weights[POSITIONS], len(model[POSITIONS])
+
+    # A class token stands behind the longest text, and is no place of it.
+    n_behind = 1 if CLASS_TOKEN in weights and CLASS_TOKEN in model else 0
+    of_text = positions[: len(positions) - n_behind]
+    fitted_positions = _fitted(of_text, length - n_behind, keep, name)
+    if fitted_positions is of_text:
+        return weights
+    behind = positions[len(of_text) :]
+    return weights | {POSITIONS: torch.cat([fitted_positions, behind])}
+
+
+def _fitted(positions: Tensor, length: int, keep: int | None, name: str) -> Tensor:
+    """The positions [old, D] of a text as `length` ones; the same where nothing changes."""
     old = len(positions)
     if keep is not None:
-        return weights | {POSITIONS: stretched(positions, length, keep)}
+        return stretched(positions, length, keep)
     if old == length:
-        return weights
+        return positions
 
     if length < old:
         log.say(f"{name}: the first {length} of {old} positions of the text tower are taken")
-        return weights | {POSITIONS: positions[:length]}
+        return positions[:length]
     log.warn(
         f"{name}: {old} positions of the text tower are interpolated to {length}, which moves "
         "those of all captions; context: {length, keep} leaves the first ones in their places"
@@ -53,7 +68,7 @@ def fitted(
     longer = F.interpolate(
         positions.T.unsqueeze(0), size=length, mode="linear", align_corners=False
     )
-    return weights | {POSITIONS: longer[0].T}
+    return longer[0].T
 
 
 def stretched(positions: Tensor, length: int, keep: int) -> Tensor:

@@ -16,6 +16,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
+from vlp import log
 from vlp.pretrained import adapters, context, image_size, projections
 from vlp.pretrained.adapter_folder import AdapterFolder
 from vlp.pretrained.weight_files import read, same_activation, shortened
@@ -28,9 +29,11 @@ class Fit:
     # positions of the text tower that stay where its context is stretched; None: it is not
     keep: int | None = None
     new_projection: bool = False  # both projections stay as the model has them
+    new_decoder: bool = False  # so does a text decoder, where the weights have none
 
 
 UNCHANGED = Fit()
+DECODER = "text_decoder."  # how the names of its weights begin
 
 
 def load_into(
@@ -46,12 +49,15 @@ def load_into(
     `context.fitted`). `described` is what is said beside the weights: their image size, and the
     adapters of a run, which are merged. The scale always comes from the weights. A bias comes from
     them only where the model has one: a model without drops it with a warning, and a model with one
-    keeps its own where the weights have none. `added`: adapters for these weights.
+    keeps its own where the weights have none. `added`: adapters for these weights. `fit`: what of
+    the model stays as it is.
     """
     if added is not None:
         # As the base entered the model that was tuned; its own projections come with the rest.
         keep = added.keep if fit.keep is None else fit.keep
-        load_into(clip, path, Fit(keep, fit.new_projection or added.new_projection), described)
+        new_projection = fit.new_projection or added.new_projection
+        # What the run that was tuned began at random comes with the rest, too.
+        load_into(clip, path, Fit(keep, new_projection, new_decoder=True), described)
         added.add_to(clip, own_projection=fit.new_projection)
         return
 
@@ -80,6 +86,8 @@ def load_into(
     weights = context.fitted(weights, initial, fit.keep, str(path))
     if fit.new_projection:
         weights = projections.replaced(weights, clip, initial)
+    if fit.new_decoder:
+        weights = _with_decoder(weights, initial, path)
 
     # The model decides whether there is a bias, the weights what it is.
     bias = weights.pop("logit_bias", None)
@@ -107,6 +115,17 @@ def load_into(
         raise ValueError(f"the weights in {path} do not fit this model: {problem}{advice}")
     clip.load_state_dict(weights)
     image_size.resize(visual, size)
+
+
+def _with_decoder(
+    weights: dict[str, Tensor], initial: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    """The weights with the model's text decoder as it is, where they hold none."""
+    of_decoder = {name: value for name, value in initial.items() if name.startswith(DECODER)}
+    if not of_decoder or any(name.startswith(DECODER) for name in weights):
+        return weights
+    log.say(f"{path} holds no text decoder; the model keeps its own")
+    return weights | of_decoder
 
 
 # What OpenAI's own files hold beside the weights, and nobody else's.

@@ -54,8 +54,8 @@ def text_cfg(options: Options) -> dict[str, Any]:
 
 
 def shared_cfg(options: Options) -> dict[str, Any]:
-    """The architecture's other keys. Scale and bias are `vlp.config.Model`'s to say, and so is the
-    class of the model.
+    """The architecture's other keys, a CoCa's text decoder (`multimodal_cfg`) among them. Scale and
+    bias are `vlp.config.Model`'s to say, and so is the class of the model.
     """
     config = _config(options.architecture)
     others = {key: value for key, value in config.items() if key not in _DECIDED_ELSEWHERE}
@@ -70,10 +70,4 @@ def preprocess_cfg(options: Options) -> dict[str, Any]:
 
 
 def _config(architecture: str) -> dict[str, Any]:
-    config = describe(architecture)["model_cfg"]
-    if "multimodal_cfg" in config:
-        raise ValueError(
-            f"{architecture} has a captioning decoder beside its two towers; choose a dual "
-            "encoder, such as ViT-B-32"
-        )
-    return config
+    return describe(architecture)["model_cfg"]

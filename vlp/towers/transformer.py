@@ -15,6 +15,9 @@ class Options:
     heads: int  # attention heads; must divide width
     context_length: int = 77  # L, begin and end tokens included
     mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
+    # the embedding is read at a learned token behind the text (CoCa), not at the end token, and
+    # captions are not cut to their length
+    class_token: bool = False
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
 
     def __post_init__(self) -> None:
@@ -29,7 +32,7 @@ class Options:
 
 
 def text_cfg(options: Options) -> dict[str, Any]:
-    return {
+    section = {
         "context_length": options.context_length,
         "vocab_size": 49408,  # of CLIP's byte-pair vocabulary, which is the tokenizer of this tower
         "width": options.width,
@@ -37,6 +40,9 @@ def text_cfg(options: Options) -> dict[str, Any]:
         "layers": options.layers,
         "mlp_ratio": options.mlp_ratio,
     }
+    if options.class_token:
+        section["embed_cls"] = True
+    return section
 
 
 def shared_cfg(options: Options) -> dict[str, Any]:

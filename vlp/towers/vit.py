@@ -20,6 +20,12 @@ class Options:
     mlp_ratio: float = 4.0  # hidden width of a block's MLP / width
     # class token, or mean over patches (exported to open_clip only)
     pool: Literal["tok", "avg"] = "tok"
+    # learned queries over the patches, for the embedding and for a text decoder (CoCa). shared: the
+    # first is the embedding's (open_clip's coca_ViT); parallel: one more, over the patches;
+    # cascade: one more, over what the others give; both need width = embed_dim. null: no queries
+    attentional_pool: Literal["shared", "parallel", "cascade"] | None = None
+    pool_queries: int = 256  # of an attentional pool, for the text decoder
+    pool_heads: int = 8  # of its attention; must divide embed_dim
     # share of patches left out in training (FLIP); none in evaluation
     patch_dropout: float = 0.0
     quick_gelu: bool = False  # OpenAI's x·σ(1.702x) instead of GELU
@@ -30,6 +36,13 @@ class Options:
         if min(sizes) < 1 or self.mlp_ratio <= 0:
             raise ValueError(
                 "width, layers, patch_size, image_size, head_width and mlp_ratio must be positive"
+            )
+        # With one query shared by both, nothing would be left for the decoder.
+        least_queries = 2 if self.attentional_pool == "shared" else 1
+        if self.pool_queries < least_queries or self.pool_heads < 1:
+            raise ValueError(
+                f"pool_queries is {self.pool_queries} and pool_heads {self.pool_heads}; expected "
+                f"at least {least_queries} and 1"
             )
         if self.width % self.head_width:
             raise ValueError(f"head_width {self.head_width} does not divide width {self.width}")
@@ -42,7 +55,7 @@ class Options:
 
 
 def vision_cfg(options: Options) -> dict[str, Any]:
-    return {
+    section = {
         "image_size": plain(options.image_size),
         "layers": options.layers,
         "width": options.width,
@@ -51,6 +64,14 @@ def vision_cfg(options: Options) -> dict[str, Any]:
         "mlp_ratio": options.mlp_ratio,
         "pool_type": options.pool,
         "patch_dropout": options.patch_dropout,
+    }
+    if options.attentional_pool is None:
+        return section
+    is_shared = options.attentional_pool == "shared"
+    return section | {
+        "attentional_pool": True if is_shared else options.attentional_pool,
+        "attn_pooler_queries": options.pool_queries,
+        "attn_pooler_heads": options.pool_heads,
     }
 
 
