@@ -1,6 +1,6 @@
 """JPEG photos to a model's pixels for evaluation, ours beside clip_benchmark's way, in one run.
 
-    python tests/benchmarks/photos.py PHOTOS.tar
+    python tests/benchmarks/eval_photos.py PHOTOS.tar
 
 clip_benchmark reads pictures with Pillow and open_clip's transform in the workers of a torch
 DataLoader; that pipeline is made here of the same parts, so that no other environment is needed.
@@ -89,7 +89,7 @@ def main() -> None:
         f"{len(pictures)} photos, {options.workers} workers, {options.size} px, medians of "
         f"{options.repeats} turns. Largest difference of a pixel: {difference:.1g}."
     )
-    report.publish("photos", "Photos to pixels, for evaluation", table, options, notes)
+    report.publish("eval_photos", "Photos to pixels, for evaluation", table, options, notes)
 
 
 def ours(pictures: list[Picture], transform: Callable, workers: int) -> torch.Tensor:
