@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 380, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 44
 # Told apart by people with the common kinds of colour blindness (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-TICKS = (1, 2, 3, 5)
+ACROSS, DOWN = (1, 2, 3, 5), (1, 2, 3, 4, 5, 6, 8)  # times powers of ten
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Panel:
     title: str
     x_name: str
     series: Sequence[Series]
-    y_is_share: bool = field(default=True)  # labelled in %
+    y_is_share: bool = True  # labelled in %
 
 
 def drawing(panels: Sequence[Panel], description: str) -> str:
@@ -116,13 +116,13 @@ def _ticks(
     down: Callable[[float], float],
 ) -> list[str]:
     parts = []
-    for value in _round_values(min(xs) / 1.15, max(xs) * 1.15):
+    for value in _round_values(ACROSS, min(xs) / 1.15, max(xs) * 1.15):
         x = f"{across(value):.1f}"
         label = f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
         y = HEIGHT - BOTTOM
         parts.append(f'<path d="M{x} {y}v4" stroke="#999"/>')
         parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{label}</text>')
-    for value in _round_values(min(ys) / 1.08, max(ys) * 1.08):
+    for value in _round_values(DOWN, min(ys) / 1.08, max(ys) * 1.08):
         y = f"{down(value):.1f}"
         label = f"{100 * value:g} %" if panel.y_is_share else f"{value:g}"
         parts.append(f'<path d="M{LEFT} {y}H{WIDTH - RIGHT}" stroke="#eee"/>')
@@ -130,10 +130,11 @@ def _ticks(
     return parts
 
 
-def _round_values(low: float, high: float) -> list[float]:
-    """1, 2, 3 and 5 times the powers of ten between two values."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [tick * 10.0**power for power in powers for tick in TICKS]
+def _round_values(digits: Sequence[int], low: float, high: float) -> list[float]:
+    """These digits times the powers of ten, between two values."""
+    values: list[float] = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        values += [digit * 10.0**power for digit in digits]
     return [value for value in values if low <= value <= high]
 
 

@@ -21,6 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import numpy as np
+
 from tests.benchmarks import evidence, evidence_data, law, parts, plots, report
 from tests.benchmarks.law import Law, Point
 from vlp import config
@@ -217,7 +219,7 @@ def panels(records: dict[str, Any], laws: dict[str, Law]) -> list[plots.Panel]:
     return [
         plots.Panel(
             f"{error.partition(' (')[0]} at B = {BATCH}",
-            "samples seen",
+            "samples seen (hollow: predicted)",
             [series(records, size, error, fitted) for size in SIZES],
         )
         for error, fitted in laws.items()
@@ -241,7 +243,7 @@ def series(records: dict[str, Any], size: str, error: str, fitted: Law) -> plots
             marks.append(plots.Mark(point.samples, fitted(point), low, high, True, hint))
 
     n_parameters = records[name_of(places[0])]["parameters"] if places else 0
-    lengths = (*SAMPLES, NEXT[-1][1])
+    lengths = np.geomspace(SAMPLES[0], NEXT[-1][1], 24).tolist()
     line = [(at, fitted(Point(n_parameters, at, BATCH))) for at in lengths] if places else []
     is_next = size not in {place[0] for place in GRID}
     return plots.Series(f"{size}, {n_parameters / 1e6:.2f} M", marks, line, is_next)
