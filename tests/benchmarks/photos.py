@@ -70,7 +70,10 @@ def main() -> None:
     args = parser.parse_args()
 
     out = Path(args.out).resolve()
-    made = photo_data.about(out / "photos") if args.table else prepare(out, args)
+    try:
+        made = photo_data.about(out / "photos") if args.table else prepare(out, args)
+    except ValueError as error:
+        parser.error(str(error))
     runs = {}
     for seed in args.seeds:
         runs |= {f"{arm}_{seed}": part_of(arm, seed, made, args) for arm in args.arms}
@@ -88,6 +91,12 @@ def prepare(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 
     ValueError where there are no photos, or fewer to train on than a batch takes.
     """
+    # What is mistyped is answered before anything is packed.
+    for arm in args.arms:
+        config.load(args.recipe, overrides_of(arm, args.overrides))
+    if args.zeroshot and not Path(args.zeroshot).exists():
+        raise ValueError(f"no classes at {args.zeroshot}; --zeroshot names data of that task")
+
     settings = config.load(args.recipe, args.overrides)
     out.mkdir(parents=True, exist_ok=True)
     photos = Path(args.photos).resolve() if args.photos else packed_coco(out)
@@ -123,7 +132,8 @@ def packed_coco(out: Path) -> Path:
         )
     if not photos.exists():
         captions = ("--captions", str(SOURCE / "coco_open.jsonl"))
-        evidence_data.vlp("pack", str(coco), *captions, "--to", str(photos))
+        pack = ("pack", str(coco), *captions, "--to")
+        evidence_data.whole(photos, lambda to: evidence_data.vlp(*pack, str(to)))
     return photos
 
 
@@ -133,12 +143,15 @@ def pack_further_tests(out: Path) -> None:
     if nlvr.exists() and not (out / "nlvr").exists():
         evidence_data.whole(out / "nlvr", pack_sentences)
     if classes.exists() and not (out / "zeroshot").exists():
-        options = ("--captions", str(SOURCE / "caltech101.jsonl"), "--where", "split=test")
-        layout = ("--layout", "clip_benchmark", "--template", "a photo of a {}.")
-        # An eighth: every run embeds them.
-        evidence_data.vlp(
-            "pack", str(classes), *options, "--part", "1/8", *layout, "--to", str(out / "zeroshot")
-        )
+        evidence_data.whole(out / "zeroshot", pack_classes)
+
+
+def pack_classes(to: Path) -> None:
+    """An eighth of the held-out photos: every run embeds them."""
+    held_out = ("--captions", str(SOURCE / "caltech101.jsonl"), "--where", "split=test")
+    layout = ("--layout", "clip_benchmark", "--template", "a photo of a {}.")
+    archive = str(SOURCE / "caltech101.tar")
+    evidence_data.vlp("pack", archive, *held_out, "--part", "1/8", *layout, "--to", str(to))
 
 
 def pack_sentences(to: Path) -> None:
@@ -164,8 +177,9 @@ def store_pictures(out: Path, made: dict[str, Any]) -> None:
     train(config.load(RECIPE, [*overrides, "train.optimizer.warmup=0"]))
     for fold, store in zip(made["folds"], stores):
         source = out / "photos" / str(fold) / "train"
-        model = ("--model", str(untrained), "--to", str(store))
-        evidence_data.vlp("embed", str(source), *model)
+        embed = ("embed", str(source), "--model", str(untrained), "--to")
+        if not store.exists():
+            evidence_data.whole(store, lambda to, embed=embed: evidence_data.vlp(*embed, str(to)))
     shutil.rmtree(untrained)
 
 
@@ -182,17 +196,22 @@ def stored(out: Path, fold: int) -> Path:
 
 def part_of(arm: str, seed: int, made: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """What the models of an arm and a seed depend on."""
-    _, objective, further = ARMS[arm]
+    zeroshot = str(Path(args.zeroshot).resolve()) if args.zeroshot else None
     return {
         "arm": arm,
         "seed": seed,
-        "overrides": [f"objective={objective}", *further, *args.overrides],
+        "overrides": overrides_of(arm, args.overrides),
         "recipe": str(Path(args.recipe).resolve()),
         "recipe_hash": hashlib.sha256(Path(args.recipe).read_bytes()).hexdigest(),
         "photos": made["bytes"],
         "folds": made["folds"],
-        "zeroshot": args.zeroshot,
+        "zeroshot": zeroshot,
     }
+
+
+def overrides_of(arm: str, further: list[str]) -> list[str]:
+    _, objective, of_arm = ARMS[arm]
+    return [f"objective={objective}", *of_arm, *further]
 
 
 def settings_of(part: dict[str, Any], out: Path, fold: int, to: Path) -> Config:

@@ -118,8 +118,8 @@ def test_an_arm_is_trained_on_every_fold_and_pooled(folds, tmp_path):
 
 def test_arms_differ_in_objective_and_what_it_needs_alone():
     base = config.load(photos.RECIPE)
-    for arm, (_, objective, further) in photos.ARMS.items():
-        chosen = config.load(photos.RECIPE, [f"objective={objective}", *further])
+    for arm in photos.ARMS:
+        chosen = config.load(photos.RECIPE, photos.overrides_of(arm, []))
         assert chosen.train == base.train
         assert chosen.model.image_tower == base.model.image_tower
         assert (chosen.data == base.data) == (arm != "captions")
@@ -127,10 +127,18 @@ def test_arms_differ_in_objective_and_what_it_needs_alone():
     assert len(photos.ARMS) == 6
 
 
-def test_what_cannot_be_trained_on_is_said_before_anything_is_made(shards, tmp_path):
-    args = argparse.Namespace(recipe=str(photos.RECIPE), overrides=[])
-    args.photos = str(tmp_path / "absent")
+def test_what_is_mistyped_is_said_before_anything_is_made(tmp_path):
+    args = argparse.Namespace(recipe=str(photos.RECIPE), overrides=[], arms=["infonce"])
+    args.photos, args.zeroshot = str(tmp_path / "absent"), None
     with pytest.raises(ValueError, match="name shards by --photos or VLP_PHOTOS"):
+        photos.prepare(tmp_path / "out", args)
+
+    args.overrides = ["train.bath=8"]
+    with pytest.raises(ValueError, match="did you mean 'batch'"):
+        photos.prepare(tmp_path / "out", args)
+
+    args.overrides, args.zeroshot = [], str(tmp_path / "classes")
+    with pytest.raises(ValueError, match="no classes at"):
         photos.prepare(tmp_path / "out", args)
 
     with pytest.raises(ValueError, match="holds no folds yet"):
