@@ -65,11 +65,12 @@ def _carry_out(work: Work, name: str, settings: Settings, out: Path) -> float:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
-    began = time.process_time()
+    # Of the code that runs: files may change meanwhile.
+    commit, began = report.commit(), time.process_time()
     with (out / f"{name}.log").open("w") as told, redirect_stdout(told), redirect_stderr(told):
         outcome = work(settings, folder)
     cpu_s = time.process_time() - began
-    record = {"settings": settings, "commit": report.commit(), "cpu_s": cpu_s} | outcome
+    record = {"settings": settings, "commit": commit, "cpu_s": cpu_s} | outcome
     write_atomically(_record(out, name), json.dumps(record, indent=1).encode())
     return cpu_s
 
