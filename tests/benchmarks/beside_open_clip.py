@@ -49,33 +49,37 @@ SCORES = {  # heading -> outcomes by unit
     "image R@1, %": "retrieval/image_retrieval_recall@1",
     "zero-shot, %": "zeroshot/acc1",
 }
+N_STEPS = int(config.load(RECIPE).train.duration.value)
 FIRST, LAST = 10, 20  # steps whose mean loss is shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--steps", type=int, default=N_STEPS, help="of every run (default: %(default)s)"
+    )
     parts.add_arguments(parser, "runs/beside_open_clip")
     args = parser.parse_args()
 
     out = Path(args.out).resolve()
     runs = {}
     for seed in args.seeds:
-        runs |= {f"{arm}_{seed}": part_of(arm, seed) for arm in ARMS}
+        runs |= {f"{arm}_{seed}": part_of(arm, seed, args.steps) for arm in ARMS}
     if not args.table:
-        prepare(out, args.seeds)
+        prepare(out, args.seeds, args.steps)
         parts.carry_out(run, runs, out, args.jobs)
     show(out, runs, args)
 
 
-def part_of(arm: str, seed: int) -> dict[str, Any]:
+def part_of(arm: str, seed: int, steps: int) -> dict[str, Any]:
     """What a run depends on."""
     files = {"recipe": RECIPE, "architecture": ARCHITECTURE}
     hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-    return {"arm": arm, "objective": ARMS[arm][1], "seed": seed, **hashes}
+    return {"arm": arm, "objective": ARMS[arm][1], "seed": seed, "steps": steps, **hashes}
 
 
-def prepare(out: Path, seeds: list[int]) -> None:
+def prepare(out: Path, seeds: list[int], steps: int) -> None:
     """The scenes, their pictures as files, and each seed's first weights and order of pairs."""
     scenes, pictures = out / "scenes", out / "pictures"
     if not scenes.exists():
@@ -86,29 +90,31 @@ def prepare(out: Path, seeds: list[int]) -> None:
     for seed in seeds:
         if not start_of(out, seed).exists():
             open_clip_trainer.save_start(ARCHITECTURE, seed, start_of(out, seed))
-        if not order_of(out, seed).exists():
-            settings = settings_of(out, "vlp", seed, out / "unused")
-            part = order_of(out, seed).with_suffix(".part")
+        order = order_of(out, seed, steps)
+        if not order.exists():
+            settings = settings_of(out, part_of("vlp", seed, steps), out / "unused")
+            part = order.with_suffix(".part")
             open_clip_trainer.write_order(settings, scenes / "train", pictures, part)
-            part.rename(order_of(out, seed))
+            part.rename(order)
 
 
 def start_of(out: Path, seed: int) -> Path:
     return out / f"start_{seed}.pt"
 
 
-def order_of(out: Path, seed: int) -> Path:
-    return out / f"order_{seed}.tsv"
+def order_of(out: Path, seed: int, steps: int) -> Path:
+    return out / f"order_{seed}_{steps}.tsv"
 
 
-def settings_of(out: Path, arm: str, seed: int, to: Path) -> Config:
+def settings_of(out: Path, part: dict[str, Any], to: Path) -> Config:
     """What `vlp train` gets of an arm, and open_clip's trainer as arguments."""
     overrides = [
         f"data.sources.0.path={out / 'scenes' / 'train'}",
         f"model.image_tower.architecture={ARCHITECTURE}",
-        f"model.pretrained={ARCHITECTURE}:{start_of(out, seed)}",
-        f"objective={ARMS[arm][1]}",
-        f"seed={seed}",
+        f"model.pretrained={ARCHITECTURE}:{start_of(out, part['seed'])}",
+        f"objective={part['objective']}",
+        f"train.duration={part['steps']}",
+        f"seed={part['seed']}",
         f"out={to}",
     ]
     return config.load(RECIPE, overrides)
@@ -120,10 +126,10 @@ def settings_of(out: Path, arm: str, seed: int, to: Path) -> Config:
 def run(part: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train an arm, and evaluate what it wrote: losses, CPU seconds of training, scores."""
     arm, seed, out = part["arm"], part["seed"], folder.parent
-    settings = settings_of(out, arm, seed, folder / "run")
+    settings = settings_of(out, part, folder / "run")
     began = time.process_time()
     if arm == PEER:
-        start, order = start_of(out, seed), order_of(out, seed)
+        start, order = start_of(out, seed), order_of(out, seed, part["steps"])
         weights = open_clip_trainer.train(settings, ARCHITECTURE, start, order, Path(settings.out))
         trained_s = time.process_time() - began
         reference = f"{ARCHITECTURE}:{weights}"

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import open_clip
 import torch
+from open_clip_train import data, main
 from torch.utils.data import DataLoader
 
 from tests.benchmarks import evidence_data
@@ -31,8 +33,6 @@ LOSS = re.compile(r" Loss: ([\d.]+)")  # as open_clip logs it, of this step
 
 def save_start(architecture: Path, seed: int, to: Path) -> None:
     """Write weights as open_clip draws them, for both trainers to begin with."""
-    import open_clip
-
     _register(architecture)
     torch.manual_seed(seed)
     torch.save(open_clip.create_model(architecture.stem).state_dict(), to)
@@ -52,8 +52,6 @@ def write_order(settings: Config, shards: Path, pictures: Path, to: Path) -> Non
     A caption is found again by its tokens among those of its sample: KeyError where open_clip's
     tokenizer gives others than ours.
     """
-    import open_clip
-
     model = build(settings.model)
     length = model.text_spec.context_length
     tokenizer = open_clip.SimpleTokenizer(context_length=length)
@@ -82,8 +80,6 @@ def write_order(settings: Config, shards: Path, pictures: Path, to: Path) -> Non
 
 def train(settings: Config, architecture: Path, start: Path, order: Path, to: Path) -> Path:
     """Train as these settings say, in `to`; returns the file of the last weights."""
-    from open_clip_train import data, main
-
     _register(architecture)
     optimizer, batch = settings.train.optimizer, settings.train.batch
     assert optimizer.betas is not None and optimizer.eps is not None  # AdamW's are written down
@@ -146,6 +142,4 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 def _register(architecture: Path) -> None:
-    import open_clip
-
     open_clip.add_model_config(architecture)

@@ -1,5 +1,5 @@
-"""Benchmarks of several runs: every run in a process of its own on one thread, its outcome kept as
-JSON, so that a later call goes on where this one stopped.
+"""Benchmarks of several runs, on one thread each: the outcome of every run is kept as JSON, so that
+a later call goes on where this one stopped.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def carry_out(work: Work, parts: dict[str, Settings], out: Path, jobs: int) -> N
     os.environ["OMP_NUM_THREADS"] = "1"
     spawn = multiprocessing.get_context("spawn")
     failures = []
-    # One part a process: its CPU seconds are those of the part, and nothing is left of another.
-    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
         started = {pool.submit(_carry_out, work, name, parts[name], out): name for name in missing}
         for future in as_completed(started):
             error = future.exception()
