@@ -1,0 +1,41 @@
+"""Benchmarks in parts go on where they stopped, and lose nothing to a part that fails."""
+
+import json
+
+import pytest
+
+from tests.benchmarks import parts
+
+
+def squared(settings, folder):
+    """A part: leaves a file of its own, and fails for a negative number."""
+    if settings["number"] < 0:
+        raise ValueError("no negative numbers")
+    (folder / "file").write_text("x")
+    return {"squared": settings["number"] ** 2}
+
+
+def test_finished_parts_are_kept_and_failed_ones_named(tmp_path):
+    # The record of one part stands there already; that of an interrupted one left a folder alone.
+    kept = {"settings": {"number": 2}, "commit": "abc", "cpu_s": 1.0, "squared": 5}
+    (tmp_path / "two.json").write_text(json.dumps(kept))
+    (tmp_path / "three").mkdir()
+    (tmp_path / "three" / "rest").write_text("of an interrupted call")
+
+    three, wrong = {"number": 3}, {"number": -1}
+    wanted = {"two": {"number": 2}, "wrong": wrong, "three": three}
+    with pytest.raises(RuntimeError, match="wrong: ValueError: no negative numbers"):
+        parts.carry_out(squared, wanted, tmp_path, jobs=1)
+
+    records = parts.all_finished(tmp_path, wanted)
+    assert {name: record["squared"] for name, record in records.items()} == {"two": 5, "three": 9}
+    assert not (tmp_path / "three" / "rest").exists()
+    with pytest.raises(ValueError, match="other settings"):
+        parts.finished(tmp_path, "two", three)
+
+    # A later call starts nothing that has finished.
+    written = (tmp_path / "three.json").read_text()
+    (tmp_path / "three" / "file").unlink()
+    parts.carry_out(squared, {"three": three}, tmp_path, jobs=1)
+    assert (tmp_path / "three.json").read_text() == written
+    assert not (tmp_path / "three" / "file").exists()
