@@ -15,7 +15,7 @@ from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
 from vlp.models import decoder as decoders
-from vlp.models import heads, trunk_features
+from vlp.models import trunk_features
 from vlp.models.build import from_description
 from vlp.models.decoder import Decoder
 from vlp.models.embedding import embed

@@ -38,8 +38,8 @@ from vlp.fields import FIELDS
 from vlp.models import trunk_features
 from vlp.models.decoder import Decoder, check_towers, tokens_width
 from vlp.models.exact import Scaling
-from vlp.models.regions import Regions
 from vlp.models.modalities import Modalities
+from vlp.models.regions import Regions
 
 _LARGEST_LOG = 9.0  # |log(κ / init)| at most: e^9 = 8,100 times
 

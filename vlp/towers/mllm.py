@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from vlp.pretrained import packages
-from vlp.towers.huggingface import language_config, reason
+from vlp.pretrained import places
+from vlp.pretrained.configurations import reason
+from vlp.towers.huggingface import language_config
 
 SECTION = "vlp_image"  # of vision_cfg, what `described` gives
 # What a processor would do to a picture and the data have done; it lays out the patches.
@@ -72,9 +73,9 @@ def vision_cfg(options: Options) -> dict[str, Any]:
 def text_cfg(options: Options) -> dict[str, Any]:
     config = language_config(options.model).get_text_config()
     return {
-        "hf_model_name": options.model,
+        "hf_model_name": places.bare(options.model),
         "hf_model_pretrained": options.pretrained,
-        "hf_tokenizer_name": options.model,
+        "hf_tokenizer_name": places.bare(options.model),
         "context_length": options.context_length,
         "tokenizer_kwargs": {
             "clean": options.clean,
@@ -167,7 +168,7 @@ def _check_tokens(tokenizer: Any, name: str, prompt: str) -> None:
 def processor(name: str) -> Any:
     """transformers' processor of a model: its tokenizer, and how it lays out pictures."""
     language_config(name)  # says what is wrong with the folder or name
-    place = packages.local(name)
+    place = places.locate(name)
     # Of a folder whole: a relative name is another folder where the process stands elsewhere.
     whole = str(Path(place).resolve()) if Path(place).is_dir() else place
     return _processor(whole, name)
