@@ -105,7 +105,7 @@ def usable(
     assert all_done(results)  # all parts of the work are this call's
 
     usable_items: list[Named] = []
-    problems = []
+    problems: list[str] = []
     for chunk, result in zip(windows(named, SIZE), results, strict=True):
         problem_at = dict(result["problems"])
         usable_items += [pair for i, pair in enumerate(chunk) if i not in problem_at]

@@ -106,8 +106,11 @@ def drafted(target: Path, overwrite: bool, plan: str) -> Iterator[Draft | Stored
     """A draft that is published when the block ends well, removed where its input is unusable, and
     kept for the next call where it is interrupted.
     """
-    kind = StoredDraft if isinstance(target, StoredPath) else Draft
-    draft = kind(target, plan, overwrite)
+    draft: Draft | StoredDraft
+    if isinstance(target, StoredPath):
+        draft = StoredDraft(target, plan, overwrite)
+    else:
+        draft = Draft(target, plan, overwrite)
     try:
         yield draft
         draft.publish(overwrite)

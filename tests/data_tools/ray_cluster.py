@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.data_tools.ray_works import PATIENCE_S
 from tests.data_tools.tools import call
 from vlp.data_tools._run import cluster, work
 
@@ -50,6 +53,26 @@ class Nodes:
 
     def lose_second(self) -> None:
         self.cluster.remove_node(self.second, allow_graceful=False)
+
+    @contextmanager
+    def losing_second(self, folder: Path, marks: str, n: int) -> Iterator[None]:
+        """Around a call: once `folder` holds `n` files of such names the second node is lost; there
+        is another one afterwards.
+        """
+
+        def lose() -> None:
+            deadline = time.monotonic() + PATIENCE_S
+            while len(list(folder.glob(marks))) < n and time.monotonic() < deadline:
+                time.sleep(0.005)
+            self.lose_second()
+
+        thread = threading.Thread(target=lose)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()
+            self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
 
     def end(self) -> None:
         import ray

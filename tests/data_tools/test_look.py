@@ -22,7 +22,7 @@ from tests.data_tools.tools import call, read
 from tests.eval.material import tiny_open_clip
 from tests.eval.page_material import Reader
 from vlp.data.format import ShardWriter, index
-from vlp.data_tools import embed, reshard, sheet, stats
+from vlp.data_tools import embed, inspect, reshard, sheet, stats
 
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)>'
 CAPTIONS = [
@@ -131,6 +131,20 @@ def test_a_sheet_s_samples_are_its_seed_s(source: Path, tmp_path: Path) -> None:
     assert len(few) == 2
     with pytest.raises(ValueError, match=r"neither \.html nor \.png"):
         call(sheet, source, "--to", tmp_path / "a.pdf")
+
+
+@pytest.mark.parametrize("tool", [sheet, pytest.param(inspect, marks=pytest.mark.slow)])
+def test_a_look_by_processes_is_that_of_one(source: Path, tmp_path: Path, capsys, tool) -> None:
+    seen = []
+    for processes in (1, 2):
+        if tool is sheet:
+            call(tool, source, "--to", tmp_path / "a.html", "--processes", processes)
+            seen.append((tmp_path / "a.html").read_text())
+        else:
+            call(tool, source, "--json", tmp_path / "a.json", "--processes", processes)
+            told = json.loads((tmp_path / "a.json").read_text())
+            seen.append({name: told[name] for name in told if not name.endswith("_a_s")})
+    assert seen[0] == seen[1] and len(seen[0]) > 15
 
 
 def test_stats_count_what_a_loop_counts(source: Path, tmp_path: Path, capsys) -> None:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from tests.data.loopback_store import Store
 from tests.data.material import write_tar
 from tests.data.test_pack_shared import OPTIONS, photos  # noqa: F401  # a fixture
 from tests.data_tools.in_stores import content, forget_all
-from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined
+from tests.data_tools.ray_cluster import Nodes, contents, joined
 from vlp.cli import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -35,6 +34,15 @@ def running() -> Iterator[Nodes]:
         yield made
 
 
+def tar_and_table(photos: Path, folder: Path) -> list[Path]:  # noqa: F811
+    """Write the pictures as `photos.tar` and `photos.jsonl`; returns them."""
+    pictures = sorted(path for path in photos.iterdir() if path.suffix not in (".txt", ".json"))
+    write_tar(folder / "photos.tar", [(path.name, path.read_bytes()) for path in pictures])
+    rows = [{"image": path.name, "caption": path.name, "class": path.suffix} for path in pictures]
+    (folder / "photos.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return pictures
+
+
 def test_all_inputs_become_the_same_bytes_on_a_cluster(
     running: Nodes,
     tmp_path: Path,
@@ -44,16 +52,13 @@ def test_all_inputs_become_the_same_bytes_on_a_cluster(
 ) -> None:
     """With relative paths."""
     monkeypatch.chdir(tmp_path)
-    pictures = sorted(path for path in photos.iterdir() if path.suffix not in (".txt", ".json"))
-    write_tar(Path("photos.tar"), [(path.name, path.read_bytes()) for path in pictures])
-    rows = [{"image": path.name, "caption": path.name, "class": path.suffix} for path in pictures]
-    Path("table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pictures = tar_and_table(photos, Path())
     for path in pictures:
         copy = Path("classes", path.suffix[1:], path.name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
 
-    table = ["--captions", "table.jsonl", "--on-missing", "skip"]
+    table = ["--captions", "photos.jsonl", "--on-missing", "skip"]
     trials: list[tuple[str, list[Any]]] = [
         (photos.name, OPTIONS),
         (photos.name, ["--on-missing", "skip"]),
@@ -110,20 +115,11 @@ def test_a_lost_node_and_a_killed_call_cost_no_byte(
     n_lost = 0
     for kind, after in marks.items():
         made = tmp_path / f".{kind}.partial" / "_made" / kind
-
-        def lose(made: Path = made, after: int = after) -> None:
-            deadline = time.monotonic() + 200
-            while len(list(made.glob("*.json"))) < after and time.monotonic() < deadline:
-                time.sleep(0.005)
-            running.lose_second()
-
-        thread = threading.Thread(target=lose)
-        thread.start()
-        status = pack(photos, *OPTIONS, "--to", tmp_path / kind, "--ray", running.address)
-        thread.join()
-        running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+        with running.losing_second(made, "*.json", after):
+            options = [*OPTIONS, "--to", tmp_path / kind, "--ray", running.address]
+            assert pack(photos, *options) == 0
         n_lost += 1
-        assert status == 0 and contents(tmp_path / kind) == whole, kind
+        assert contents(tmp_path / kind) == whole, kind
 
         out, command = tmp_path / f"{kind} killed", "import sys, vlp.cli; sys.exit(vlp.cli.main())"
         made = tmp_path / f".{out.name}.partial" / "_made" / kind
@@ -151,11 +147,8 @@ def test_nodes_pack_out_of_a_store_into_one(
     """Nodes need see no folder of the machine of the call. What an earlier pack left stays until
     every picture is checked, and a call that is stopped goes on.
     """
-    pictures = sorted(path for path in photos.iterdir() if path.suffix not in (".txt", ".json"))
     root = server.root
-    write_tar(root / "photos.tar", [(path.name, path.read_bytes()) for path in pictures])
-    rows = [{"image": path.name, "caption": path.name} for path in pictures]
-    (root / "photos.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tar_and_table(photos, root)
     here = [root / "photos.tar", "--captions", root / "photos.jsonl", *OPTIONS]
     there = ["s3://bucket/photos.tar", "--captions", "s3://bucket/photos.jsonl", *OPTIONS]
     on_ray = ["--to", "s3://bucket/out", "--ray", running.address]

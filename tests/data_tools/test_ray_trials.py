@@ -228,19 +228,10 @@ def test_nodes_lost_at_several_moments_leave_the_same_bytes(running: Nodes, tmp_
         out = tmp_path / f"out{trial}"
         after = rng.randint(0, 80)
 
-        def lose(out: Path = out, after: int = after) -> None:
-            deadline = time.monotonic() + 200
-            while len(list(out.glob("0*_reshard.json"))) < after and time.monotonic() < deadline:
-                time.sleep(0.005)
-            running.lose_second()
-
-        thread = threading.Thread(target=lose)
-        thread.start()
-        call(reshard, source, *options, "--to", out, "--ray", running.address)
-        thread.join()
+        with running.losing_second(out, "0*_reshard.json", after):
+            call(reshard, source, *options, "--to", out, "--ray", running.address)
         n_lost += 1
         assert contents(out) == contents(tmp_path / "whole")
-        running.second = running.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
     assert n_lost == 4
 
 
