@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,15 @@ TEXTS = (
 def section(folder: Path, **text: object) -> dict[str, Any]:
     """The `model` section; the tokenizer and the text tower's description lie in `folder`."""
     tiny.tokenizer(folder, BEGIN)
-    text_cfg = {"context_length": 10, "vocab_size": len(tiny.WORDS) + 1, "width": 32, "heads": 2}
-    text_cfg |= {"layers": 1, "embed_cls": True, "hf_tokenizer_name": str(folder)} | text
-    unused = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8}
-    described = {"embed_dim": 32, "vision_cfg": unused, "text_cfg": text_cfg}
-    (folder / "text.json").write_text(json.dumps(described))
+    text_cfg: dict[str, Any] = {"embed_cls": True, "hf_tokenizer_name": str(folder)} | text
+    n_words = text_cfg.pop("vocab_size", len(tiny.WORDS) + 1)
+    text_tower = tiny.few_words(folder, n_words, 10, **text_cfg)
 
     image = {"name": "vit", "width": 32, "layers": 1, "head_width": 16, "patch_size": 8}
     image |= {"image_size": 16, "attentional_pool": "shared", "pool_queries": 4, "pool_heads": 2}
     return {
         "image_tower": image,
-        "text_tower": {"name": "open_clip", "architecture": str(folder / "text.json")},
+        "text_tower": text_tower,
         "embed_dim": 32,
         "decoder": {"layers": 1},
     }

@@ -5,7 +5,6 @@ reference.
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import open_clip
 import pytest
@@ -14,7 +13,7 @@ from open_clip.coca_model import CoCa
 from safetensors.torch import save_file
 
 from tests import ranks
-from tests.models.tiny import inputs, settings, tiny
+from tests.models.tiny import few_words, inputs, settings, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import config, losses
 from vlp.checks import check_needs
@@ -137,7 +136,7 @@ def test_architectures_of_open_clip_are_accepted():
     assert "causal text transformer" in refused["coca_roberta-ViT-B-32"]
 
 
-END = 499  # of a vocabulary of 500, which ranks send to one another in a moment
+END = 499  # of a vocabulary of 500
 
 
 def batch(rows=slice(None)):
@@ -153,7 +152,7 @@ def batch(rows=slice(None)):
     return dataclasses.replace(make_batch(rows), text=text[rows])
 
 
-def run(architecture, micro_batches=1, engine="ddp"):
+def run(text_tower, micro_batches=1, engine="ddp"):
     """A step of a CoCa of cascaded queries: gradients, weights and losses."""
     pool = {"attentional_pool": "cascade", "pool_queries": 4, "pool_heads": 2}
     return gradients_and_weights(
@@ -161,26 +160,21 @@ def run(architecture, micro_batches=1, engine="ddp"):
         batch=batch,
         engine=engine,
         towers={"image": pool},
-        text_tower={"name": "open_clip", "architecture": architecture},
+        text_tower=text_tower,
         decoder=config.Decoder(layers=1),
         objective={"infonce": {}, "siglip": {"weight": 0.3}, "captioning": {"weight": 2}},
     )
 
 
 @pytest.fixture(scope="module")
-def architecture(tmp_path_factory):
-    """A text tower with a class token and few words, as a file of open_clip's."""
-    text = {"context_length": LENGTH, "vocab_size": END + 1, "width": 32, "heads": 2, "layers": 1}
-    unused = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8}
-    described = {"vision_cfg": unused, "text_cfg": text | {"embed_cls": True}, "embed_dim": 32}
-    path = tmp_path_factory.mktemp("coca") / "text.json"
-    path.write_text(json.dumps(described))
-    return str(path)
+def text_tower(tmp_path_factory):
+    """With a class token, and few words."""
+    return few_words(tmp_path_factory.mktemp("coca"), END + 1, LENGTH, embed_cls=True)
 
 
 @pytest.fixture(scope="module")
-def reference(architecture):
-    gradients, weights, loss = run(architecture)
+def reference(text_tower):
+    gradients, weights, loss = run(text_tower)
     of_decoder = [name for name in gradients if name.startswith("text_decoder.")]
     of_pools = [name for name in gradients if "attn_pool" in name]
     assert len(of_decoder) > 20 and len(of_pools) > 10 and "text.cls_emb" in gradients
@@ -188,16 +182,16 @@ def reference(architecture):
     return gradients, weights, loss
 
 
-def test_micro_batches_change_nothing(reference, architecture):
-    gradients, weights, loss = run(architecture, 4)
+def test_micro_batches_change_nothing(reference, text_tower):
+    gradients, weights, loss = run(text_tower, 4)
     assert assert_close(gradients, reference[0], 1e-10) > 60
     assert_close(weights, reference[1], 1e-9)
     assert loss == pytest.approx(reference[2], rel=1e-12)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_ranks_change_nothing(reference, architecture, engine):
-    for gradients, weights, _ in ranks.run(2, run, architecture, 3, engine):
+def test_ranks_change_nothing(reference, text_tower, engine):
+    for gradients, weights, _ in ranks.run(2, run, text_tower, 3, engine):
         assert_close(gradients, reference[0], 1e-9)
         assert_close(weights, reference[1], 1e-9)
 

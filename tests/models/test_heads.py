@@ -10,7 +10,7 @@ from open_clip.transformer import MultimodalTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import ranks
-from tests.models.tiny import VIT, inputs, tiny
+from tests.models.tiny import VIT, few_words, inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights, make_batch
 from vlp import losses
 from vlp.export import folder
@@ -23,6 +23,7 @@ from vlp.models.load import load
 from vlp.types import Batch
 
 LENGTH = 10
+END = 499  # of a vocabulary of 500: ranks send all weights to one another
 HEADS = {
     "views": {"width": 24},
     "concepts": 5,
@@ -49,31 +50,36 @@ def rich_batch(rows=slice(None)):
         0, 256, (len(plain), 2, 3, 16, 16), dtype=torch.uint8, generator=generator
     )
     texts = torch.randint(1, 400, (len(plain), 2, LENGTH), generator=generator)
-    texts[..., -1] = 49407
+    texts[..., -1] = END
     concepts = torch.rand(len(plain), 5, generator=generator)
     return dataclasses.replace(
         make_batch(rows),
-        text=plain.text[rows, :LENGTH],
+        text=plain.text[rows, :LENGTH].clamp(max=END),
         image_views=images[rows],
         text_views=texts[rows],
         concept_targets=concepts[rows],
     )
 
 
-def run(micro_batches=1, engine="ddp"):
+@pytest.fixture(scope="module")
+def text_tower(tmp_path_factory):
+    return few_words(tmp_path_factory.mktemp("heads"), END + 1, LENGTH, layers=2)
+
+
+def run(text_tower, micro_batches=1, engine="ddp"):
     return gradients_and_weights(
         micro_batches,
         batch=rich_batch,
         engine=engine,
         heads=HEADS,
         objective=OBJECTIVE,
-        length=LENGTH,
+        text_tower=text_tower,
     )
 
 
 @pytest.fixture(scope="module")
-def reference():
-    gradients, weights, loss = run()
+def reference(text_tower):
+    gradients, weights, loss = run(text_tower)
     mine = {name for name in gradients if name.startswith("heads.")}
     assert len(mine) > 20 and {name.split(".")[1] for name in mine} == set(HEADS)
     assert all(any(gradients[name]) for name in mine)
@@ -89,25 +95,29 @@ def reference():
         ({}, 0),
     ],
 )
-def test_views_join_a_term_that_can_do_without_them(heads_of_run, n_learning):
+def test_views_join_a_term_that_can_do_without_them(heads_of_run, n_learning, text_tower):
     """`mv_infonce` takes image and text alone, and further views where they are embedded."""
     gradients, _, _ = gradients_and_weights(
-        2, batch=rich_batch, heads=heads_of_run, objective={"mv_infonce": {}}, length=LENGTH
+        2,
+        batch=rich_batch,
+        heads=heads_of_run,
+        objective={"mv_infonce": {}},
+        text_tower=text_tower,
     )
     of_heads = [name for name in gradients if name.startswith("heads.")]
     assert len(of_heads) == n_learning
     assert all(any(gradients[name]) for name in of_heads if "scaling" not in name)
 
 
-def test_micro_batches_change_nothing(reference):
-    gradients, weights, _ = run(3)
+def test_micro_batches_change_nothing(reference, text_tower):
+    gradients, weights, _ = run(text_tower, 3)
     assert assert_close(gradients, reference[0], 1e-10) > 40
     assert_close(weights, reference[1], 1e-9)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_ranks_change_nothing(reference, engine):
-    for gradients, weights, _ in ranks.run(2, run, 2, engine):
+def test_ranks_change_nothing(reference, text_tower, engine):
+    for gradients, weights, _ in ranks.run(2, run, text_tower, 2, engine):
         assert_close(gradients, reference[0], 1e-9)
         assert_close(weights, reference[1], 1e-9)
 

@@ -65,6 +65,22 @@ def inputs(model: DualEncoder, rows: int = 3, seed: int = 1) -> tuple[Tensor, Te
     return pixels, ids
 
 
+def few_words(folder: Path, vocabulary: int, length: int, **text: Any) -> dict[str, Any]:
+    """A text tower of open_clip's by a file in `folder`: few weights, which ranks send to one
+    another in a moment.
+    """
+    text_cfg = {"context_length": length, "vocab_size": vocabulary, "width": 32, "heads": 2}
+    unused = {"image_size": 16, "layers": 1, "width": 32, "patch_size": 8}
+    described = {
+        "embed_dim": 32,
+        "vision_cfg": unused,
+        "text_cfg": text_cfg | {"layers": 1} | text,
+    }
+    path = folder / "text.json"
+    path.write_text(json.dumps(described))
+    return {"name": "open_clip", "architecture": str(path)}
+
+
 def tokenizer(folder: Path, begin: str = "") -> Path:
     """A Hugging Face tokenizer of a dozen words, closing each text with </s>, and opening it with
     the token `begin`, if any.
