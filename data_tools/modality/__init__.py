@@ -46,7 +46,10 @@ EXAMPLE = """vlp data modality data/train --sound --seconds 10 --to data/train_a
 class Reader(Protocol):
     """Makes the rows of a sample from its members."""
 
-    shape: tuple[int, int]  # (T, F)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, F)"""
+        ...
 
     def members(self, of_sample: list[Member]) -> list[Member]:
         """Those that make the modality, in their order; none: the sample lacks it."""
