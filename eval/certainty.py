@@ -111,18 +111,18 @@ def of_queries(
             "certainty`"
         )
     of_image, of_text = encoder.certainty
-    saying = replace(
+    certain_encoder = replace(
         encoder,
         image=lambda pixels: _as_direction(of_image(pixels)),
         text=lambda captions: _as_direction(of_text(captions)),
         fingerprint=encoder.fingerprint and f"{encoder.fingerprint} certainty",
         width=None,
     )
-    found = {
-        "image": embed.images(saying, pictures, context),
-        "text": embed.texts(saying, texts, context),
+    directions = {
+        "image": embed.images(certain_encoder, pictures, context),
+        "text": embed.texts(certain_encoder, texts, context),
     }
-    return {side: values[:, 0] / values[:, 1] for side, values in found.items()}
+    return {side: values[:, 0] / values[:, 1] for side, values in directions.items()}
 
 
 def _as_direction(values: Tensor) -> Tensor:

@@ -55,12 +55,10 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data_tools.certainty import report
     from vlp.data_tools.certainty.fit import Training, fit
     from vlp.data_tools.mine.store import Store
-    from vlp.export.place import check_free
     from vlp.models import certainty
 
     training = Training.of(args)
-    folder = report.destination(args.to)
-    check_free(folder, overwrite=False)
+    folder = report.new_folder(args.to)
     store = Store(expand(args.source), args.embeddings)
     adapters, measured = fit(store, training)
 

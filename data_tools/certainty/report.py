@@ -11,11 +11,14 @@ from vlp.files import write_atomically
 WAYS = {"text_retrieval": "text of an image", "image_retrieval": "image of a text"}
 
 
-def destination(text: str) -> Path:
-    """The folder to write into, wherever it lies."""
-    from vlp.data import stored
+def new_folder(text: str) -> Path:
+    """The folder to write into, wherever it lies; ValueError where something is in it."""
+    from vlp.data.stored import destination
 
-    return stored.destination(text)
+    folder = destination(text)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--to {text} is a folder that is not empty; name another one")
+    return folder
 
 
 def write(folder: Path, source: str, measured: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def _instantiate(model_cfg: dict[str, Any]) -> open_clip.CustomTextCLIP:
     if is_one_model or is_ours:
         _put_ours(clip, model_cfg)
 
-    _check_two_pools(clip.visual)
+    _set_up_two_pools(clip.visual)
     if "multimodal_cfg" in model_cfg:
         clip.text_decoder = decoder.build(model_cfg, clip.visual, clip.text)
 
@@ -204,11 +204,13 @@ def _put_ours(clip: open_clip.CustomTextCLIP, model_cfg: dict[str, Any]) -> None
         ) from None
 
 
-def _check_two_pools(tower: Any) -> None:
-    """Refuse an attentional pool of two kinds of queries that would fail at the first picture:
-    open_clip's layers take patches and what the queries give to be of one width.
+def _set_up_two_pools(tower: Any) -> None:
+    """Let an attentional pool of two kinds of queries give features [rows, D]; ValueError for one
+    that would fail at the first picture: open_clip's layers take patches and what the queries give
+    to be of one width.
     """
-    if getattr(tower, "attn_pool_contrastive", None) is None:
+    pool = getattr(tower, "attn_pool_contrastive", None)
+    if pool is None:
         return
     width = tower.conv1.out_channels
     if width != tower.output_dim:
@@ -216,6 +218,9 @@ def _check_two_pools(tower: Any) -> None:
             f"attentional_pool {tower.attn_pool_type!r} needs an image tower as wide as the "
             f"embedding, found {width} and {tower.output_dim}; make them equal, or take shared"
         )
+
+    # The embedding's one query would keep a dimension of its own.
+    pool.register_forward_hook(lambda _, __, pooled: pooled.squeeze(1))
 
 
 def _check_unprojected(tower: TimmModel, model_cfg: dict[str, Any]) -> None:

@@ -89,11 +89,11 @@ class Adapters(nn.Module):
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
         """L of pairs, [rows, D] each."""
         total = image.new_zeros(())
-        for side, own, other in (("image", image, text), ("text", text, image)):
-            found = self.sides[side](own)
-            total = total + (found.mean - own).abs().mean()
-            total = total + OWN_WEIGHT * negative_log_likelihood(own, found).mean()
-            total = total + CROSS_WEIGHT * negative_log_likelihood(other, found).mean()
+        for side, rows, paired in (("image", image, text), ("text", text, image)):
+            distribution = self.sides[side](rows)
+            total = total + (distribution.mean - rows).abs().mean()
+            total = total + OWN_WEIGHT * negative_log_likelihood(rows, distribution).mean()
+            total = total + CROSS_WEIGHT * negative_log_likelihood(paired, distribution).mean()
         return total
 
     @torch.no_grad()
@@ -102,17 +102,21 @@ class Adapters(nn.Module):
         return -variance(self.sides[side](rows)).mean(1).log()
 
 
-def negative_log_likelihood(values: Tensor, found: Distribution) -> Tensor:
+def negative_log_likelihood(values: Tensor, distribution: Distribution) -> Tensor:
     """−log p of each number, of the shape of `values`."""
-    ratio = ((values - found.mean).abs() / found.scale).clamp(min=_TINY)
-    power = ratio**found.shape
-    return power - (found.shape / (2 * found.scale)).log() + torch.lgamma(1 / found.shape)
+    ratio = ((values - distribution.mean).abs() / distribution.scale).clamp(min=_TINY)
+    power = ratio**distribution.shape
+    return (
+        power
+        - (distribution.shape / (2 * distribution.scale)).log()
+        + torch.lgamma(1 / distribution.shape)
+    )
 
 
-def variance(found: Distribution) -> Tensor:
+def variance(distribution: Distribution) -> Tensor:
     """α² Γ(3/β)/Γ(1/β)."""
-    gammas = torch.lgamma(3 / found.shape) - torch.lgamma(1 / found.shape)
-    return found.scale**2 * gammas.exp()
+    gammas = torch.lgamma(3 / distribution.shape) - torch.lgamma(1 / distribution.shape)
+    return distribution.scale**2 * gammas.exp()
 
 
 def _inverse_softplus(value: float) -> float:
