@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    # Hub name, local folder, or package:NAME/FOLDER of an installed package: a roberta,
+    # local folder, Hub name, or package:NAME/FOLDER of an installed package: a roberta,
     # xlm-roberta, bert, mt5 or m2m_100 model
     model: str
     context_length: int = 77  # L
