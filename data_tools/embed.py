@@ -86,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.stored import destination
     from vlp.data_tools._run.shards import check_names, claim, jobs
 
+    if not (args.model or args.text_model):
+        option = "--text-model" if args.model is None else "--model"
+        raise ValueError(
+            f"{option} is empty; expected a model, such as a folder or hf-hub:USER/NAME"
+        )
     sources, pool, folder = expand(args.source), work.pool(args), destination(args.to)
     pool = pool.of_model(args.device)
 

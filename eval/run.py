@@ -229,6 +229,8 @@ def _context(options: argparse.Namespace) -> Context:
     cache = None
     if options.cache != "none":
         cache = Path(options.cache) if options.cache else cache_folder() / "embeddings"
+        if cache.is_file():
+            raise ValueError(f"--cache {cache} is a file; name a folder, or none to keep nothing")
 
     # What is not given keeps the default of Context.
     more: dict[str, Any] = {} if options.workers is None else {"workers": options.workers}

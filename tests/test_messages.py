@@ -202,6 +202,27 @@ REFUSALS = [
         "--data PATH images=x",
     ),
     ("eval {absent} --task zeroshot --data {brought}/zero", REFUSED, "no model", "absent"),
+    ("eval ViT-B-32:hf-hub:a/b --task zeroshot --data {classes}", REFUSED, "hf-hub:a/b alone"),
+    ("eval hf-hub: --task zeroshot --data {classes}", REFUSED, "no name of a repository"),
+    (
+        "eval {run} --task zeroshot --data {classes} --cache {text}",
+        REFUSED,
+        "text.txt is a file",
+        "none to keep nothing",
+    ),
+    ("export '' --to {absent}", REFUSED, "no model is named", "hf-hub:USER/NAME"),
+    ("push '' you/x", REFUSED, "no folder is named", "vlp export"),
+    ("push {text} you/x", REFUSED, "text.txt is a file", "vlp export"),
+    ("train {brought}/alias.yaml", REFUSED, "alias.yaml", "inside of what it names"),
+    ("train {good} init_from={brought}/empty.pt", REFUSED, "empty.pt is empty", "again"),
+    ("data embed {shards} --to {absent} --text-model ''", REFUSED, "--text-model is empty"),
+    ("data embed {shards} --to {absent} --model ''", REFUSED, "--model is empty"),
+    (
+        "data pack {photos} --captions {brought}/twice.json --to {absent}",
+        REFUSED,
+        "'a.png' stands twice",
+        "as a list",
+    ),
     ("data pack {brought}/lost.csv --to {absent}", REFUSED, "is a table", "--captions"),
     ("data pack {photos}/a.png --to {absent}", REFUSED, "is one picture", "--captions TABLE"),
     (
@@ -265,6 +286,9 @@ def bring(folder):
         "blank.txt": b"cat\n\ndog\n",
         "silent.json": b'{"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": '
         b'"b.png"}], "annotations": [{"image_id": 1, "caption": "one"}]}',
+        "alias.yaml": b"out: &loop [*loop]\n",
+        "empty.pt": b"",
+        "twice.json": b'{"a.png": "one", "a.png": "two"}',
         "sbu.json": b'{"image_urls": ["http://host/a.png", "http://host/far.png"], '
         b'"captions": ["one", "two"]}',
         "splits/train/cat/1.png": encoded(picture(1)),
@@ -298,7 +322,7 @@ def test_every_refusal_leads_out(world, capfd):
             wrong.append(f"{command}\n  status {status}, without {missing}: {text.strip()[-600:]}")
         n_refused += 1
     assert not wrong, "\n".join(wrong)
-    assert n_refused == len(REFUSALS) >= 67
+    assert n_refused == len(REFUSALS) >= 78
     assert not (world["folder"] / "new").exists()  # none of them left a trace
 
 

@@ -21,7 +21,7 @@ NO_OBJECTS = {
     "[]": "holds a list",
     "3": "holds a int",
     '{"a"': "is not JSON",
-    '{"model_cfg": {}, "files": [], "model_cfg": {}, "files": []}': "stands in it twice",
+    '{"model_cfg": {}, "files": [], "model_cfg": {}, "files": []}': "stands twice in one object",
     "{}": "vlp_export.json does not list|has no section 'model_cfg'",
 }
 # A key by its path, the value in its place (None: the key is gone), and a part of the message.

@@ -13,7 +13,7 @@ from vlp import faults
 from vlp.data import text
 from vlp.export.folder import export
 from vlp.models.load import load
-from vlp.towers.huggingface import language_config
+from vlp.towers.huggingface import Options, language_config, text_cfg
 
 CONFIG, PIXELS = "config.json", "preprocessor_config.json"
 # A file, the keys down to a value, the value in its place, and a part of the message.
@@ -87,6 +87,14 @@ def test_a_tower_without_words_is_refused(tmp_path):
             text.build(spec)
         n_refused += 1
     assert n_refused == 2
+
+
+@pytest.mark.parametrize("content", ["[3]", '{"a": 1}', '[{"type": 3}]', "["])
+def test_modules_of_sentence_transformers_that_are_none_are_refused(content, tmp_path):
+    folder = language_model(tmp_path / "bert")
+    (folder / "modules.json").write_text(content)
+    with pytest.raises(ValueError, match=r"modules\.json (of .* does not list|is not JSON)"):
+        text_cfg(Options(str(folder)))
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"model_type": 3}', '{"model_type": "no such"}'])

@@ -127,7 +127,10 @@ def read_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[schema.Path, s
     assert root is not None  # a mapping has nodes
     lines: dict[schema.Path, str] = {(): name}
     problems: list[Problem] = []
-    _mark(root, (), name, lines, problems)
+    try:
+        _mark(root, (), name, lines, problems)
+    except RecursionError:
+        raise _refusal(f"{name}: an alias (*name) stands inside of what it names") from None
     if problems:
         raise ConfigError(problems, lines)
     return values, lines

@@ -19,7 +19,7 @@ from vlp.export.pixels import levels_apart
 from vlp.export.place import save_weights, write_json
 from vlp.models import language, multimodal
 from vlp.models.dual_encoder import DualEncoder
-from vlp.pretrained import image_size, packages, references, weight_files
+from vlp.pretrained import image_size, packages, places, references, weight_files
 from vlp.towers import mllm
 from vlp.types import ON_WHITE
 
@@ -77,11 +77,13 @@ def write_open_clip(
     if model.text_spec.tokenizer != "clip" and not reference:
         from transformers import AutoTokenizer
 
-        source = packages.local(model.text_spec.tokenizer)
+        source = places.locate(model.text_spec.tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         tokenizer.save_pretrained(folder)
         if Path(source).is_dir():
             text["hf_tokenizer_name"] = "."  # open_clip takes the folder it loads from
+        else:
+            text["hf_tokenizer_name"] = source
 
     # transformers, which open_clip asks for the text tower, takes a path or a repository. A path
     # must be whole; `vlp push` writes the repository.
@@ -95,6 +97,8 @@ def write_open_clip(
             if not is_ours:
                 text["hf_model_name"] = str(home / references.TEXT_TOWER)
                 notes.append(usage.BY_PATH)
+        else:
+            text["hf_model_name"] = places.bare(text["hf_model_name"])
     if not image_size.is_default(model.visual):
         notes.append(
             "open_clip: builds this timm tower for the size that timm states, and cannot load its "

@@ -60,6 +60,8 @@ def push(
     repository that holds other files is left alone (PushError) unless `overwrite`, which replaces
     all of them; one that holds just these is left as it is.
     """
+    if not str(folder):
+        raise PushError("no folder is named; expected what vlp export wrote")
     hub, repository = HfApi(endpoint=endpoint), bare(repository)
     contents = _contents(Path(folder), repository, say)
     present = _present(hub, repository, private)
@@ -131,6 +133,8 @@ def _contents(
     The card, a tokenizer and a text tower that lie beside the model are named by the repository
     there.
     """
+    if folder.is_file():
+        raise PushError(f"{folder} is a file; expected the folder that vlp export wrote")
     if not folder.is_dir():
         raise PushError(f"no folder {folder}{near(folder)}; expected what vlp export wrote")
 

@@ -21,7 +21,7 @@ def any_json(path: Path) -> Any:
     """What JSON a file holds; a ValueError says what is wrong with it."""
     # Editors of Windows put a mark in front.
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unrepeated)
     except FileNotFoundError:
         raise ValueError(
             f"{path.parent} holds no {path.name}; it holds {listing(path.parent)}"
@@ -31,15 +31,19 @@ def any_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); export or download it again") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where it says a key twice, of which readers differ in which
-    counts.
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in an object of JSON: readers differ in which value counts."""
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON by its pairs, for `object_pairs_hook`; RepeatedKeyError for a key that
+    stands twice.
     """
     value = dict(pairs)
     if len(value) != len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in value if names.count(name) > 1)
-        raise ValueError(f"the key {repeated!r} stands in it twice")
+        raise RepeatedKeyError(f"the key {repeated!r} stands twice in one object")
     return value
 
 

@@ -4,6 +4,7 @@ weights, never code.
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -130,7 +131,8 @@ def in_cache(repository: str, kind: Kind) -> bool:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if kind == "dataset":
+    # An evaluation set is read without the package.
+    if kind == "dataset" and importlib.util.find_spec("datasets") is not None:
         import datasets
 
         # where it keeps the tables that it made of a repository

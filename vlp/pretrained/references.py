@@ -25,7 +25,16 @@ from typing import Any, Literal
 
 from vlp.pretrained import clip_description, hub
 from vlp.pretrained.folders import listing, read_json
-from vlp.pretrained.places import FILES, HUB, bare, is_path, near, of_page, on_hub
+from vlp.pretrained.places import (
+    FILES,
+    HUB,
+    bare,
+    is_path,
+    may_be_repository,
+    near,
+    of_page,
+    on_hub,
+)
 from vlp.pretrained.runs import AT_BEST, CheckpointError, best
 from vlp.privacy import scrubbed
 from vlp.schema import did_you_mean
@@ -84,7 +93,13 @@ def resolve(reference: str | Path | Reference) -> Reference:
     if isinstance(reference, Reference):
         return reference
     text = str(reference)
+    if not text:
+        raise ValueError(f"no model is named; expected {_WORKING}")
     if on_hub(text):
+        if not may_be_repository(bare(text)):
+            raise ValueError(
+                f"{bare(text)!r} is no name of a repository; expected hf-hub:USER/NAME"
+            )
         return in_folder(text, hub.snapshot(bare(text)))
 
     # A folder may be called so; then it is meant.
@@ -326,6 +341,11 @@ def _with_weights(text: str, architecture: str, weights: str) -> Reference:
         raise ValueError(
             f"no model {text!r}: open_clip knows no architecture {architecture!r}{hint}. "
             f"What works: {_WORKING}"
+        )
+
+    if on_hub(weights):
+        raise ValueError(
+            f"{text} names a repository, which says its architecture itself; write {weights} alone"
         )
 
     # A file comes before a tag of the same name: it is what the user has.

@@ -250,6 +250,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file, or of the files that an index names."""
     if path.suffix == ".json":
         return _indexed_tensors(path)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{path} is empty, expected a file of weights; copy or download it again")
 
     try:
         if path.suffix == ".safetensors":

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    # Hub name, local folder, or package:NAME/FOLDER of an installed package: a roberta,
+    # local folder, Hub name, or package:NAME/FOLDER of an installed package: a roberta,
     # xlm-roberta, bert, mt5 or m2m_100 model
     model: str
     context_length: int = 77  # L
@@ -51,9 +51,9 @@ def text_cfg(options: Options) -> dict[str, Any]:
         _check_tokenizer(options.tokenizer)
 
     return {
-        "hf_model_name": places.bare(options.model),
+        "hf_model_name": options.model,
         "hf_model_pretrained": options.pretrained,
-        "hf_tokenizer_name": places.bare(tokenizer),
+        "hf_tokenizer_name": tokenizer,
         "hf_proj_type": None if options.proj == "none" else options.proj,
         "hf_pooler_type": pooler,
         "context_length": options.context_length,
@@ -109,11 +109,22 @@ def _stated_pooler(model: str) -> str | None:
     it has no such files.
     """
     modules = _json_of(model, "modules.json") or []
-    folders = [module["path"] for module in modules if module["type"].endswith(".Pooling")]
+    try:
+        folders = [module["path"] for module in modules if module["type"].endswith(".Pooling")]
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(
+            f"modules.json of {model!r} does not list modules with type and path; download the "
+            "model again, or write pooler: to choose one"
+        ) from None
     if len(folders) != 1:
         return None
 
     stated = _json_of(model, f"{folders[0]}/config.json") or {}
+    if not isinstance(stated, dict):
+        raise ValueError(
+            f"{folders[0]}/config.json of {model!r} is no object; download the model again, or "
+            "write pooler: to choose one"
+        )
     poolings = stated.get("pooling_mode", [])
     if isinstance(poolings, str):
         poolings = [poolings]

@@ -33,7 +33,7 @@ class Adaptor:
 
 @dataclass(frozen=True)
 class Options:
-    # Hub name, local folder, or package:NAME/FOLDER of an installed package: a decoder-only model
+    # local folder, Hub name, or package:NAME/FOLDER of an installed package: a decoder-only model
     # with its tokenizer
     model: str
     # where a caption is read: at its last token; as the mean of its tokens, without the prompt's;

@@ -56,7 +56,7 @@ _FIELDS = (
 class Options:
     """Which data set, and which of its columns matter."""
 
-    path: str  # user/name on the Hub, or a folder
+    path: str  # a folder, or user/name (hf-hub:user/name) on the Hub
     split: str = "train"  # also slices, as `datasets` reads them: train[:10%]
     config: str = ""  # the data set's configuration (subset), where it has several
     revision: str = ""  # branch, tag or commit on the Hub

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from vlp.data.tables.columns import CAPTION_COLUMNS, IMAGE_COLUMNS
 from vlp.data.tables.values import jsonable
+from vlp.pretrained.folders import RepeatedKeyError, unrepeated
 
 Rows = list[tuple[int, dict[str, Any]]]
 
@@ -48,7 +49,7 @@ def parse_json(text: str, path: Path, by_line: bool) -> Parsed:
             return rows_of(whole(text, path), path)
 
     try:
-        value = json.loads(text, strict=False)
+        value = _loads(text)
     except (ValueError, RecursionError):
         first_line = text.strip().partition("\n")[0]
         if _is_mapping(first_line):
@@ -60,7 +61,11 @@ def parse_json(text: str, path: Path, by_line: bool) -> Parsed:
 def whole(text: str, path: Path) -> Any:
     """The value of a JSON file; raises ValueError with line and column of the mistake."""
     try:
-        return json.loads(text, strict=False)
+        return _loads(text)
+    except RepeatedKeyError as error:
+        raise ValueError(
+            f"{path}: {error}, and one of its values would be lost; write them as a list"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
@@ -69,9 +74,14 @@ def whole(text: str, path: Path) -> Any:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
 
 
+def _loads(text: str) -> Any:
+    """JSON as writers of captions have it, with line breaks in texts, but no key twice."""
+    return json.loads(text, strict=False, object_pairs_hook=unrepeated)
+
+
 def _is_mapping(line: str) -> bool:
     try:
-        return isinstance(json.loads(line, strict=False), dict)
+        return isinstance(_loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -84,7 +94,7 @@ def _lines(text: str, path: Path) -> Rows:
             continue
         shown = repr(line.strip()[:60])
         try:
-            value = json.loads(line, strict=False)
+            value = _loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)
             raise ValueError(
