@@ -9,7 +9,7 @@ folder with .tar files          shards as `vlp data pack` and img2dataset write 
                                 or captions)
 folder with .parquet files      a Hugging Face image data set; class names from its ClassLabel
 folder or tar of images         key.jpg with its captions in key.txt, key.json or key.caption, at
-                                any depth
+                                any depth, or where vlp.data.loose_texts finds them
 folder or tar of folders        one folder of images a class, where no text lies beside an image
 table.csv, .jsonl, .json, …     names of images with captions or classes, whatever vlp.data.tables
                                 reads: COCO's captions_*.json and Karpathy's dataset_*.json too; the

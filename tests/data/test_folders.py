@@ -103,8 +103,10 @@ def test_pictures_without_a_text_among_pairs_are_refused_or_counted(tmp_path, ca
 
 def test_texts_that_hold_no_caption_do_not_make_folders_classes(tmp_path):
     root = put(put(tmp_path, "cat/1.png", "dog/1.png"), "cat/1.json", data=b'{"shapes": []}')
+    put(root, "texts/1.txt", data=b"a text")
     with pytest.raises(
-        ValueError, match=r"1 of 2 images have a text beside them, none a caption(.|\n)*keys shapes"
+        ValueError,
+        match=r"1 of 2 images have a text .*none a caption(.|\n)*keys shapes; found 1 \.txt ",
     ):
         read_tree(Archive(root))
 

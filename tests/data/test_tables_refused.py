@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.data.table_layouts import LAYOUTS, pairs_of, write
 from vlp.data.tables import TableOptions, items
@@ -213,3 +215,10 @@ def test_columns_that_were_never_named_lead_to_no_header_option(tmp_path):
     assert "--header" not in str(refusal.value)
     with pytest.raises(ValueError, match=r"Or of classes: --class-column NAME \(configuration"):
         items(write(tmp_path, "t.csv", "image,x\na.jpg,one\n"), TableOptions())
+
+
+def test_a_parquet_file_without_rows_says_so(tmp_path):
+    names = pyarrow.array([], pyarrow.string())
+    parquet.write_table(pyarrow.table({"image": names, "text": names}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet has no rows$"):
+        items(tmp_path / "t.parquet", TableOptions())

@@ -18,6 +18,7 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from itertools import chain
 from typing import NamedTuple
 
 Text = tuple[str, str]  # key and kind of a text, which lies there without a picture
@@ -97,16 +98,21 @@ def _by_folder(pictures: Mapping[str, Set[str]]) -> Callable[[str], Iterable[str
     # A name of which one folder may be any other: found at once among a million.
     folders = {_folder(picture) for picture in pictures}
     with_texts = {_folder(picture) for picture, kinds in pictures.items() if kinds}
-    by_open_name = defaultdict(list)
+    # More than two of a name tell no more than two: a text that fits both is of none.
+    by_open_name: dict[tuple[str | None, ...], list[str]] = defaultdict(list)
     for picture in pictures:
-        if _folder(picture) not in with_texts:
-            for name in _open_names(picture):
+        for name in _open_names(picture):
+            if len(by_open_name[name]) < 2:
                 by_open_name[name].append(picture)
 
-    def candidates(text: str) -> Iterator[str]:
-        if _folder(text) not in folders:
-            for name in _open_names(text):
-                yield from by_open_name.get(name, ())
+    def candidates(text: str) -> Iterable[str]:
+        if _folder(text) in folders:
+            return ()
+        # A picture that has a text makes the choice between it and another no clearer.
+        names = _open_names(text)
+        fitting = list(chain.from_iterable(by_open_name.get(name, ()) for name in names))
+        is_certain = len(fitting) == 1 and _folder(fitting[0]) not in with_texts
+        return fitting if is_certain else ()
 
     return candidates
 

@@ -186,20 +186,21 @@ def _pairs(
             fault = f"cannot be used: {'; '.join(unread)}"
         problems.append(f"the text beside {name!r} {fault}")
 
-    if not items:
-        keys = ", ".join(sorted(json_keys)[:12])
-        there = f"; the JSON files have the keys {keys}" if keys else ""
-        raise ValueError(
-            f"{archive.path}: {len(texts)} of {len(archive.names)} images have a text beside them, "
-            f"none a caption ({problems[0]}){there}. "
-            "Where folders are the classes, move those texts away"
-        )
-
     # What no picture takes is told: its name may be mistyped.
     used_texts: set[str] = set()
     for beside in texts.values():
         used_texts.update(beside.values())
     _leave_out_texts(archive, sorted(archive.texts.keys() - used_texts))
+
+    if not items:
+        keys = ", ".join(sorted(json_keys)[:12])
+        there = f"; the JSON files have the keys {keys}" if keys else ""
+        raise ValueError(
+            f"{archive.path}: {len(texts)} of {len(archive.names)} images have a text beside them, "
+            f"none a caption ({problems[0]}){there}{_found_instead(archive)}. "
+            "Where folders are the classes, move those texts away"
+        )
+
     notes = []
     if n_of_several_lines:
         notes.append(

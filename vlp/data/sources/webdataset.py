@@ -1,7 +1,7 @@
 """A webdataset stream: `{name: webdataset, urls: "pipe:aws s3 cp s3://b/{000..199}.tar -", samples:
 1000000}`.
 
-Either `urls`, read as webdataset reads them, or `pipeline: package.module:function`, your own:
+Either `urls`, opened as webdataset opens them, or `pipeline: package.module:function`, your own:
 
     def function(part: int, parts: int) -> Iterable[dict]:  # samples before any decoding
         shards = wds.SimpleShardList(URLS[part::parts])
@@ -78,7 +78,8 @@ class Options(Texts):
     """Which stream, how long a pass over it is, and in how many parts it is read."""
 
     samples: int  # of a pass: an epoch
-    # With braces, several joined by ::, `pipe:` as webdataset knows it.
+    # A folder, tars with braces or stars, several joined by ::, `pipe:` and addresses as webdataset
+    # knows them.
     urls: str = ""
     pipeline: str = ""  # package.module:function
     parts: int = 1  # streams that are read beside one another

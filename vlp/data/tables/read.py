@@ -82,6 +82,8 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
         # Says what is wrong with a path, which pyarrow would in its own words.
         files.load(path)
         rows, notes = parse_parquet(path)
+        if not rows:
+            raise ValueError(f"{path} has no rows")
         return Table(
             path, _columns_of(rows), rows, by_line=False, textual=False, problems=[], notes=notes
         )
