@@ -171,8 +171,9 @@ def show(out: Path, arms: dict[str, Any], args: argparse.Namespace) -> None:
         "with 95 % of a bootstrap paired over items, each with its mean over the seeds; retrieval "
         "among 300 pictures, 560 pictures of 56 classes zero-shot. Same towers (open_clip's), "
         "first weights, pairs, order, AdamW (without weight decay), warm-up, cosine, clipping and "
-        f"float32. {curves(of_arms)} CPU seconds of training on one thread; open_clip's trainer "
-        "reads pictures as files, ours from shards, and ours cuts padding off texts. Trained at "
+        f"float32. {curves(of_arms)} CPU seconds of training on one thread of a shared "
+        "machine; open_clip's trainer reads pictures as files, ours from shards, and ours cuts "
+        "padding off texts. Trained at "
         f"{parts.commits(list(records.values()))}."
     )
     report.publish("beside_open_clip", "Beside open_clip's trainer", rows, args, notes)

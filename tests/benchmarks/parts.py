@@ -9,10 +9,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,7 @@ def carry_out(work: Work, parts: dict[str, Settings], out: Path, jobs: int) -> N
     os.environ["OMP_NUM_THREADS"] = "1"
     spawn = multiprocessing.get_context("spawn")
     failures = []
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_end_with_parent) as pool:
         started = {pool.submit(_carry_out, work, name, parts[name], out): name for name in missing}
         for future in as_completed(started):
             error = future.exception()
@@ -56,6 +58,21 @@ def carry_out(work: Work, parts: dict[str, Settings], out: Path, jobs: int) -> N
                 print(f"{started[future]}: {future.result():.0f} CPU s", flush=True)
     if failures:
         raise RuntimeError("\n".join(failures))
+
+
+def _end_with_parent() -> None:
+    """Let this process end where the one that started it is killed; it would go on with the next
+    part, beside a later call's.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _carry_out(work: Work, name: str, settings: Settings, out: Path) -> float:

@@ -1,6 +1,10 @@
 """Benchmarks in parts go on where they stopped, and lose nothing to a part that fails."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -39,3 +43,34 @@ def test_finished_parts_are_kept_and_failed_ones_named(tmp_path):
     parts.carry_out(squared, {"three": three}, tmp_path, jobs=1)
     assert (tmp_path / "three.json").read_text() == written
     assert not (tmp_path / "three" / "file").exists()
+
+
+SLOW = """
+import time
+from pathlib import Path
+from tests.benchmarks import parts
+
+def pause(settings, folder):
+    (folder / "began").write_text("")
+    time.sleep(settings["seconds"])
+    return {}
+
+if __name__ == "__main__":
+    waiting = {name: {"seconds": 15} for name in ("first", "second")}
+    parts.carry_out(pause, waiting, Path("out").resolve(), jobs=1)
+"""
+
+
+def test_a_part_ends_with_the_call_that_is_killed(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    environment = os.environ | {"PYTHONPATH": str(parts.report.ROOT)}
+    command = [sys.executable, "slow.py"]
+    call = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    while not (tmp_path / "out/first/began").exists():
+        assert call.poll() is None
+        time.sleep(0.05)
+    call.kill()
+
+    # The output is at its end when the last process that may write to it has ended.
+    call.communicate(timeout=10)
+    assert not (tmp_path / "out/first.json").exists()
