@@ -19,9 +19,9 @@ Relations:
 - `filip` compares the tokens of all samples; its cost is the square of the batch
 
 Papers:
-- FSC-CLIP (arXiv 2410.05210), whose release takes patches that are no unit rows: `objective:
-  {infonce: {}, hard_negatives: {form: own, focal: 2, smoothing: 0.02, weight: 0.5}, fsc: {weight:
-  0.2}}`
+- FSC-CLIP (arXiv 2410.05210), whose release takes patches that are no unit rows:
+  `objective: {infonce: {}, hard_negatives: {form: own, focal: 2, smoothing: 0.02, weight: 0.5},
+  fsc: {weight: 0.2}}`
 
 Needs: image_tokens, text_tokens, text_tokens_valid, negatives, negatives_valid, negative_tokens,
 negative_tokens_valid, scale

@@ -114,9 +114,11 @@ def token_mask(tower: Any, ids: Tensor) -> Tensor:
 
 def _attends_to_pool(tower: TimmModel) -> bool:
     """Whether what is pooled depends on places together, in timm's trunk or open_clip's head."""
-    from timm import layers
+    from timm.layers.attention_pool import AttentionPoolLatent
+    from timm.layers.attention_pool2d import AttentionPool2d as AttentionOfCells
+    from timm.layers.attention_pool2d import RotAttentionPool2d
 
-    pools = (layers.AttentionPool2d, layers.RotAttentionPool2d, layers.AttentionPoolLatent)
+    pools = (AttentionOfCells, RotAttentionPool2d, AttentionPoolLatent)
     return any(isinstance(module, pools) for module in tower.modules())
 
 
