@@ -56,12 +56,14 @@ def apart(model: DualEncoder, coca: CoCa) -> tuple[float, float, float]:
     pixels, ids = inputs(model)
     ours = model(pixels, ids, pairs=len(ids))
     output = coca(model.pixels(pixels), ids)
+    assert ours.image.shape == (len(pixels), model.embed_dim)
     labels = output["labels"].unsqueeze(2)
     nll = -output["logits"].log_softmax(2).gather(2, labels).squeeze(2)
     return tuple(
         (one - other).abs().max().item()
         for one, other in (
-            (ours.image, output["image_features"]),
+            # open_clip's pool of one query keeps a dimension for it.
+            (ours.image, output["image_features"].reshape(ours.image.shape)),
             (ours.text, output["text_features"]),
             (ours.caption_nll, nll),
         )
