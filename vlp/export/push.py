@@ -62,7 +62,8 @@ def push(
     """
     if not str(folder):
         raise PushError("no folder is named; expected what vlp export wrote")
-    hub, repository = HfApi(endpoint=endpoint), bare(repository)
+    hub = HfApi(endpoint=endpoint)
+    repository = bare(repository)
     contents = _contents(Path(folder), repository, say)
     present = _present(hub, repository, private)
 
@@ -160,11 +161,12 @@ def _contents(
     if others:
         say(f"left out, because no export wrote them: {', '.join(others)}")
 
-    # What loads by this folder's name loads by the repository's there.
     # Whoever downloads it could not read it either.
     for name in names:
         if name.endswith(".json"):
             any_json(folder / name)
+
+    # What loads by this folder's name loads by the repository's there.
     title = read_json(folder / MANIFEST).get("name")
     if not isinstance(title, str):
         raise PushError(
