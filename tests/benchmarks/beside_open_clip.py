@@ -167,9 +167,10 @@ def show(out: Path, arms: dict[str, Any], args: argparse.Namespace) -> None:
     n_seen = batches_of(records) * config.load(RECIPE).train.batch
     notes = (
         f"Mean ± standard deviation over seeds, {n_seen:,} samples seen. Loss: the mean of the "
-        f"first {FIRST} and of the last {LAST} steps. Distances from open_clip's trainer in points "
-        "with 95 % of a bootstrap paired over items, each with its mean over the seeds; retrieval "
-        "among 300 pictures, 560 pictures of 56 classes zero-shot. Same towers (open_clip's), "
+        f"first {FIRST} and of the last {LAST} steps, of all terms of an arm. Distances from "
+        "open_clip's trainer in points with 95 % of a bootstrap paired over items, each with its "
+        "mean over the seeds; retrieval among 300 pictures, 560 pictures of 56 classes zero-shot. "
+        "Same towers (open_clip's), "
         "first weights, pairs, order, AdamW (without weight decay), warm-up, cosine, clipping and "
         f"float32. {curves(of_arms)} CPU seconds of training on one thread of a shared "
         "machine; open_clip's trainer reads pictures as files, ours from shards, and ours cuts "
