@@ -86,10 +86,18 @@ def cell(value: Any) -> str:
 
 
 def command() -> str:
-    """As a reader of the repository would type it."""
+    """As a reader of the repository would type it: where this machine keeps files is left out."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    return " ".join(["python", str(name), *(a for a in sys.argv[1:] if a != "--publish")])
+
+    words = [str(name)]
+    before = ""
+    for word in sys.argv[1:]:
+        is_place = word in ("--out", "--json") or before in ("--out", "--json")
+        if word != "--publish" and not is_place:
+            words.append(word)
+        before = word
+    return " ".join(["python", *words])
 
 
 def hardware() -> str:

@@ -1,6 +1,8 @@
 """The helper that publishes benchmark tables."""
 
-from tests.benchmarks.report import replace_section, table
+import sys
+
+from tests.benchmarks.report import ROOT, command, replace_section, table
 
 
 def test_sections_are_replaced_where_they_are_and_appended_where_not():
@@ -13,6 +15,23 @@ def test_sections_are_replaced_where_they_are_and_appended_where_not():
     changed = replace_section(document, "loss", "third\nline")
     assert changed == document.replace("first", "third\nline")
     assert replace_section(changed, "loss", "third\nline") == changed
+
+
+def test_a_command_names_no_place_of_the_machine(monkeypatch):
+    words = [
+        "--tables",
+        "a",
+        "b",
+        "--out",
+        "/tmp/x",
+        "--publish",
+        "--json",
+        "y.json",
+        "--jobs",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "tests/benchmarks/loss.py"), *words])
+    assert command() == "python tests/benchmarks/loss.py --tables a b --jobs 2"
 
 
 def test_tables():
