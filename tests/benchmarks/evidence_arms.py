@@ -40,7 +40,6 @@ SMALL_OBJECTIVES = {  # name in the tables, YAML, what the published objective w
 
 ARMS = {
     "infonce": Arm("{infonce: {}}"),
-    "counting": Arm("{infonce: {}, counting: {}}"),
     "cua": Arm("{infonce: {}, uniformity: {}, alignment: {}}"),
     "cuaxu": Arm("{infonce: {}, uniformity: {}, alignment: {}, cross_uniformity: {}}"),
     "negclip": Arm("{hard_negatives: {form: negclip}}"),
@@ -48,7 +47,6 @@ ARMS = {
     "n64": Arm("{infonce: {}}", ("pairwise.topology=local",), ranks=4),
     "n32": Arm("{infonce: {}}", ("pairwise.topology=local",), ranks=8),
     "text": Arm("{infonce: {}, hard_negatives: {form: text}}", ("teacher.ema=0.99",)),
-    "counting_scaled": Arm("{infonce: {}, counting: {logits: scaled}}"),
 }
 ARMS |= {
     f"{name}_{batch}": Arm(
@@ -149,29 +147,6 @@ class Table:
 
 
 TABLES = {
-    "evidence_counting": Table(
-        "Counting: the number word among nine",
-        {
-            "infonce": "InfoNCE",
-            "counting": "InfoNCE + counting",
-            "counting_scaled": "InfoNCE + counting, scaled logits",
-        },
-        {
-            "counting, %": PROOFS["counting, %"],
-            "against each number, %": ("negatives", "acc_replace_number"),
-            **GUARDS,
-        },
-        "Accuracy of a caption against itself with the eight other numbers from two to ten, on "
-        "pictures of descriptions that "
-        "training does not show, a third of them with a pair of number and shape that it never "
-        "shows. Training shows 1,872 "
-        "counting pairs; on a batch after InfoNCE alone, counting's gradient is .4 times InfoNCE's "
-        "with raw logits, 4 times it "
-        "with scaled ones. Either way its loss stays near ln 2 (.68 over the second half): eight "
-        "pairs a step do not teach numbers "
-        "in 234 steps, and with scaled logits they slow InfoNCE, whose loss is 2.2 there and 1.5 "
-        "alone.",
-    ),
     "evidence_negatives": Table(
         "Hard negatives: attributes, relations and word order",
         {
