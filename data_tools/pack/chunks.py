@@ -56,11 +56,18 @@ class Inputs:
         return place._replace(path=self.address) if self.address else place
 
 
-def read(place: Place) -> bytes:
-    """The bytes of a picture; of a file in a store, out of a copy that is fetched once."""
+def here(place: Place) -> Place:
+    """A place on this machine; of a file in a store that in a copy, which is fetched once. Raises
+    OSError where the store fails.
+    """
     if stores.is_address(place.path):
         place = place._replace(path=os.fspath(stored.source(place.path)))
-    return place.read()
+    return place
+
+
+def read(place: Place) -> bytes:
+    """The bytes of a picture."""
+    return here(place).read()
 
 
 class Source(NamedTuple):
@@ -194,8 +201,10 @@ class Check:
         """Why a picture cannot be used; empty where it can."""
         from vlp.data.picture import array
 
+        # A store that fails says nothing of the picture: the mark would leave it out for good.
+        place = here(source.place)
         try:
-            data = read(source.place)
+            data = place.read()
             # Of a JPEG every byte is read all the same, in a third of the time.
             array(data, shrink=8)
             self.pictures.refuse(data)
