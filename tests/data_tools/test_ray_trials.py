@@ -119,7 +119,7 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
         (stats, source, []),
         (counting, source, []),
         (certainty, twin, ["--embeddings", rows, "--epochs", 2, *cpu]),
-        (modality, sounds, ["--sound", "--seconds", 1]),
+        (modality, sounds, ["--sound", "--seconds", 0.5]),
         (reshard, source, ["--samples-per-shard", 4, "--renumber"]),
         (reshard, source, ["--samples-per-shard", 5, "--shuffle", 0]),
     ]
