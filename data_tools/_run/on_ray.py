@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vlp import log
@@ -51,7 +52,10 @@ def finished(
     on_gpu = device in ("auto", "cuda") and cluster.has_gpus()
     if device == "auto" and not on_gpu:
         log.warn("no node of the cluster has a GPU; what would run on one runs on CPUs")
-    _, paths = nodes.pickled(items)
+    paths: list[Path] = []
+    # One by one: all captions of a pack, as bytes, would take its memory twice.
+    for item in items:
+        paths += nodes.pickled(item)[1]
     work, paths_of_work = nodes.pickled(do)
     with nodes.call([*paths, *paths_of_work]) as call:
         options = {"num_cpus": 1, "num_gpus": int(on_gpu), "scheduling_strategy": "SPREAD"}

@@ -12,6 +12,7 @@ correlation of certainty and R@1 over ten bins, 1 where R@1 rises with certainty
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from vlp.data_tools._run import work
 
@@ -47,6 +48,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="auto", help="auto: a GPU where there is one (default: %(default)s)")
+    work.ray_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,11 +61,13 @@ def run(args: argparse.Namespace) -> int:
 
     training = Training.of(args)
     folder = report.new_folder(args.to)
+    pool = work.Pool(ray=work.on_cluster(args)).of_model(args.device)
     store = Store(expand(args.source), args.embeddings)
-    adapters, measured = fit(store, training)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    certainty.save(adapters, folder / "adapter.safetensors")
-    report.write(folder, args.source, measured)
-    print(report.text(folder, measured))
+    # One job: every step goes on from the one before.
+    for _, (adapters, measured) in pool.finished(partial(fit, training=training), [store]):
+        folder.mkdir(parents=True, exist_ok=True)
+        certainty.save(adapters, folder / "adapter.safetensors")
+        report.write(folder, args.source, measured)
+        print(report.text(folder, measured))
     return 0

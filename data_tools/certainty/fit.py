@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from vlp.data_tools._run.progress import say
 from vlp.data_tools.mine.store import Store
 from vlp.eval import certainty as curves
 from vlp.eval import metrics
+from vlp.joining import local_device
 from vlp.models.certainty import SIDES, Adapters, Form
 from vlp.seeds import derive
 
@@ -33,7 +34,7 @@ class Training:
     dropout: float
     held_out: float
     seed: int
-    device: str
+    device: str  # by the option's name
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "hidden", "layers"):
@@ -49,11 +50,7 @@ class Training:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Training:
         """By the options of the same names."""
-        device = args.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        names = ("epochs", "batch", "lr", "hidden", "layers", "dropout", "held_out", "seed")
-        return cls(**{name: getattr(args, name) for name in names}, device=device)
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 def fit(store: Store, training: Training) -> tuple[Adapters, dict[str, Any]]:
@@ -71,8 +68,10 @@ def fit(store: Store, training: Training) -> tuple[Adapters, dict[str, Any]]:
         model=teacher.model, weights=teacher.weights,
     )  # fmt: skip
     torch.manual_seed(derive(training.seed, "certainty"))
-    adapters = Adapters(form).to(training.device)
-    losses = _train(adapters, store, trained, training)
+    # Found here: on a cluster another machine trains than that of the call.
+    device = local_device(training.device, shared=True)
+    adapters = Adapters(form).to(device)
+    losses = _train(adapters, store, trained, training, device)
 
     adapters = adapters.cpu().eval()
     measured = {"model": teacher.model, "trained": len(trained), "held_out": len(held_out)}
@@ -98,7 +97,7 @@ def _pairs(store: Store) -> np.ndarray:
 
 
 def _train(
-    adapters: Adapters, store: Store, numbers: np.ndarray, training: Training
+    adapters: Adapters, store: Store, numbers: np.ndarray, training: Training, device: str
 ) -> list[float]:
     """Adam over whole epochs; returns the mean loss of each."""
     optimizer = torch.optim.Adam(adapters.parameters(), training.lr)
@@ -112,7 +111,7 @@ def _train(
 
         total = 0.0
         for part in np.array_split(order, n_steps):
-            image, text = (_rows(store, part, side).to(training.device) for side in SIDES)
+            image, text = (_rows(store, part, side).to(device) for side in SIDES)
             loss = adapters.loss(image, text)
             optimizer.zero_grad()
             loss.backward()

@@ -5,10 +5,12 @@ Below the draft's folder of work (`Draft.made`):
 
     checked/00000.json    mark of a chunk of all pictures: {"problems": [[place in it, text], …]}
     encoded/00000.made    the new pictures of a chunk of the usable ones, in the order of the shards
-    encoded/00000.rows    JSON: where each of its pictures lies now, there or still in the input
+    encoded/00000.rows    JSON: where each of its pictures lies there, null for one that stays as it
+                          came; then its extension and numbers
     encoded/00000.json    mark
 
-A picture that stays as it came is not copied into a chunk.
+A picture that stays as it came is not copied into a chunk, nor is its place noted: the call that
+goes on may see the input under another name.
 """
 
 from __future__ import annotations
@@ -54,11 +56,18 @@ class Inputs:
         return place._replace(path=self.address) if self.address else place
 
 
-def read(place: Place) -> bytes:
-    """The bytes of a picture; of a file in a store, out of a copy that is fetched once."""
+def here(place: Place) -> Place:
+    """A place on this machine; of a file in a store that in a copy, which is fetched once. Raises
+    OSError where the store fails.
+    """
     if stores.is_address(place.path):
         place = place._replace(path=os.fspath(stored.source(place.path)))
-    return place.read()
+    return place
+
+
+def read(place: Place) -> bytes:
+    """The bytes of a picture."""
+    return here(place).read()
 
 
 class Source(NamedTuple):
@@ -131,22 +140,24 @@ class Encoded:
     size: int  # pictures of a chunk, but for the last
 
     @contextmanager
-    def rows(self, start: int, stop: int) -> Iterator[Iterator[Row]]:
-        """Those from the `start`-th to before the `stop`-th, which lie where their rows say while
-        the block runs.
+    def rows(self, start: int, places: Sequence[Place]) -> Iterator[Iterator[Row]]:
+        """Those from the `start`-th on, which lie where their rows say while the block runs.
+        `places`: of the same pictures in the input.
         """
         if not isinstance(self.folder, StoredPath):
-            yield self._rows(start, stop, self.folder)
+            yield self._rows(start, places, self.folder)
             return
 
         # Copies of this process alone, which go with it: there would soon be those of all chunks.
         scratch = self.folder.local()
         scratch.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=scratch) as copies:
-            yield self._rows(start, stop, Path(copies))
+            yield self._rows(start, places, Path(copies))
 
-    def _rows(self, start: int, stop: int, here: Path) -> Iterator[Row]:
+    def _rows(self, start: int, places: Sequence[Place], here: Path) -> Iterator[Row]:
         """`here`: the folder to read from, with copies of what lies in a store."""
+        stop = start + len(places)
+        in_input = iter(places)
         for number in range(start // self.size, -(-stop // self.size)):
             made = here / f"{number:05d}.made"
             if here != self.folder:
@@ -154,8 +165,11 @@ class Encoded:
 
             rows = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
             first = number * self.size
-            for (path, *span), extension, numbers in rows[max(start - first, 0) : stop - first]:
-                yield Row(Place(path or str(made), *span), extension, numbers)
+            for span, extension, numbers in rows[max(start - first, 0) : stop - first]:
+                place = next(in_input)
+                if span is not None:
+                    place = Place(str(made), *span)
+                yield Row(place, extension, numbers)
 
 
 def _jobs(named: Sequence[Named], inputs: Inputs, marks: Path) -> list[Job]:
@@ -187,8 +201,10 @@ class Check:
         """Why a picture cannot be used; empty where it can."""
         from vlp.data.picture import array
 
+        # A store that fails says nothing of the picture: the mark would leave it out for good.
+        place = here(source.place)
         try:
-            data = read(source.place)
+            data = place.read()
             # Of a JPEG every byte is read all the same, in a third of the time.
             array(data, shrink=8)
             self.pictures.refuse(data)
@@ -207,20 +223,20 @@ class Encode:
 
     def __call__(self, chunk: Chunk) -> Result:
         path = self.folder / f"{chunk.number:05d}.made"
-        rows: list[Row] = []
+        rows: list[tuple[tuple[int, int] | None, str, dict[str, int]]] = []
         with (
             replacing(path) as temporary,
             open(temporary, "wb") as file,
             ThreadPoolExecutor(self.n_threads) as threads,
         ):
             for sources in windows(chunk.sources, _AHEAD):
-                for source, written in zip(sources, threads.map(self._written, sources)):
-                    place = source.place
+                for written in threads.map(self._written, sources):
+                    span = None
                     # Only what is encoded has an extension of its own.
                     if written.extension:
-                        place = Place("", file.tell(), len(written.data))
+                        span = (file.tell(), len(written.data))
                         file.write(written.data)
-                    rows.append(Row(place, written.extension, written.numbers))
+                    rows.append((span, written.extension, written.numbers))
 
         write_atomically(path.with_suffix(".rows"), json.dumps(rows).encode())
         return {"counts": {"samples read": len(rows)}}

@@ -42,7 +42,7 @@ class StoredDraft:
 
     def finished(self) -> list[Path]:
         """The shards in it, once those of an earlier pack are gone."""
-        return list(self.folder.glob("*.tar")) if self._cleared.is_file() else []
+        return list(self.folder.rglob("*.tar")) if self._cleared.is_file() else []
 
     def n_marks(self) -> int:
         """How many pieces of the work are done."""

@@ -194,7 +194,7 @@ class WriteShard:
         """The pictures of a shard in order."""
         if self.encoded is None:
             return nullcontext(chunks.Row(place, "", {}) for place in part.places)
-        return self.encoded.rows(part.start, part.start + len(part.named))
+        return self.encoded.rows(part.start, part.places)
 
     def _add(self, writer: ShardWriter, pair: Named, row: chunks.Row, image: bytes) -> None:
         """Write one sample; a ValueError names its image."""

@@ -109,6 +109,29 @@ def test_encoded_images_of_other_settings_stay_unless_overwriting_is_asked_for(
     assert pack(photos, "--to", tmp_path / "out", *other, "--overwrite") == 0
 
 
+def test_a_call_goes_on_where_its_input_has_another_name(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that was moved, or is named from another one: also of what stays as it came."""
+    from vlp.data_tools.pack.write import WriteShard
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    assert pack(photos, "--to", tmp_path / "whole", *OPTIONS) == 0
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patches:
+        patches.setattr(WriteShard, "__call__", interrupted)
+        assert pack(photos.name, "--to", tmp_path / "out", *OPTIONS) == 128 + signal.SIGINT
+    rows = sorted((tmp_path / ".out.partial" / "_made" / "encoded").glob("*.rows"))
+    is_encoded = [bool(row[1]) for path in rows for row in json.loads(path.read_bytes())]
+    assert 0 < sum(is_encoded) < len(is_encoded) == 26
+
+    photos.rename(tmp_path / "moved")
+    assert pack("moved", "--to", tmp_path / "out", *OPTIONS) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_work_is_kept_where_the_cluster_fails_and_not_the_input(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from tests.data_tools import ray_works
 from tests.data_tools.ray_cluster import ON_RAY, Nodes, jobs, joined, lives, same_on_ray
 from tests.data_tools.test_work import EndsAtThird, write
 from tests.data_tools.tools import call
-from vlp.cli import _ended_by_signals
+from vlp.cli import _data, _ended_by_signals
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import scenes, stats
 from vlp.data_tools._run import cluster, nodes, on_ray, work
@@ -49,6 +49,18 @@ def test_a_tool_writes_the_same_bytes_on_a_cluster(
     # All that Ray has to say is said elsewhere.
     told = capfd.readouterr()
     assert "ray" not in (told.out + told.err).lower().replace("/--ray", "")
+
+
+def test_every_tool_runs_on_a_cluster_and_the_guide_says_how() -> None:
+    parser = argparse.ArgumentParser()
+    _data(parser)
+    [tools] = [action for action in parser._actions if action.choices]
+    told = (Path(__file__).parents[2] / "docs" / "guides" / "ray.md").read_text()
+    table = told.partition("| tool | on Ray |")[2].partition("\n\n")[0]
+    for name, tool in tools.choices.items():
+        assert "--ray" in tool.format_help(), name
+        assert f"`{name}`" in table, name
+    assert len(tools.choices) >= 19
 
 
 def test_a_process_is_given_a_gpu_and_many_items(

@@ -30,6 +30,8 @@ from tests.data_tools.mining import write as write_twins
 from tests.data_tools.nouns import write_wordnet
 from tests.data_tools.ray_cluster import STORE, Nodes, contents, joined, lives, same_on_ray
 from tests.data_tools.test_filter_scores import network, write_head
+from tests.data_tools.test_modality import shard as sounding
+from tests.data_tools.test_modality import sound
 from tests.data_tools.test_models import detector  # noqa: F401  # a fixture
 from tests.data_tools.test_work import write
 from tests.data_tools.tools import CAPTIONS, call
@@ -38,11 +40,13 @@ from vlp.data import stores
 from vlp.data.format import ShardWriter
 from vlp.data_tools import (
     balance,
+    certainty,
     concepts,
     counting,
     dedup,
     embed,
     mine,
+    modality,
     negatives,
     reshard,
     rewrite,
@@ -82,6 +86,8 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     source, twin = pictured(Path("in")), write_twins(Path("twins"))
+    Path("sounds").mkdir()
+    sounds = sounding(Path("sounds"), {"a": [("wav", sound(440))], "b": []})
     rows = store(Path("rows"), *twins())
     clip = tiny_open_clip(Path("clip"))
     head = write_head(Path("head.pth"), network("linear", 2 * N).state_dict())
@@ -112,6 +118,8 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
         (concepts, source, ["--wordnet", write_wordnet(Path("wordnet")), "--min-count", 1]),
         (stats, source, []),
         (counting, source, []),
+        (certainty, twin, ["--embeddings", rows, "--epochs", 2, *cpu]),
+        (modality, sounds, ["--sound", "--seconds", 0.5]),
         (reshard, source, ["--samples-per-shard", 4, "--renumber"]),
         (reshard, source, ["--samples-per-shard", 5, "--shuffle", 0]),
     ]
@@ -133,7 +141,7 @@ def test_every_tool_writes_the_same_bytes_on_a_cluster(
     seen = ["--detector", detector, "--threshold", 0.01]
     with pytest.raises(ValueError, match="no caption in in counts anything"):
         call(counting, source, "--to", "seen", *seen, "--ray", running.address)
-    assert len(trials) == 22
+    assert len(trials) == 24
 
 
 def test_a_cluster_reads_and_writes_a_store(

@@ -7,6 +7,7 @@ import errno
 import importlib
 import os
 import shutil
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -14,6 +15,7 @@ import pytest
 import s3fs
 
 from tests.data.loopback_store import Store
+from tests.data.material import encoded, picture, write_tar
 from tests.data.plain_store import Plain
 from tests.data_tools.in_stores import (
     FILTER,
@@ -25,7 +27,10 @@ from tests.data_tools.in_stores import (
 from tests.loopback_hub import TOKEN, loopback_hub
 from vlp.cli import main
 from vlp.data import stored, stores
+from vlp.data.archives import Place
 from vlp.data.paths import expand
+from vlp.data_tools.pack.chunks import Check, Chunk, Source
+from vlp.data_tools.pack.pictures import Pictures
 from vlp.files import write_atomically
 
 # ---- what is refused
@@ -200,3 +205,23 @@ def test_the_hub_is_read_and_written(server, tmp_path):
                     place.parent.mkdir(parents=True, exist_ok=True)
                     place.write_bytes(data)
             assert content(tmp_path / "of_hub" / folder) == here
+
+
+def test_a_store_that_fails_is_not_taken_for_a_picture_that_is_broken(server, monkeypatch):
+    """A chunk's mark would leave all its pictures out, for good."""
+    data = encoded(picture(0))
+    write_tar(server.root / "photos.tar", [("broken.png", data[:60]), ("whole.png", data)])
+    with tarfile.open(server.root / "photos.tar") as tar:
+        sources = [
+            Source(member.name, Place("s3://bucket/photos.tar", member.offset_data, member.size))
+            for member in tar
+        ]
+    check = Check(Pictures(0, "keep", 90, False), 2)
+    chunk = Chunk(0, sources, Path())
+
+    server.refused_from = len(server.requests)
+    with pytest.raises(OSError, match=r"photos\.tar"):
+        check(chunk)
+    server.refused_from = None
+    forget_all(monkeypatch)
+    assert [i for i, _ in check(chunk)["problems"]] == [0]

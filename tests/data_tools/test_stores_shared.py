@@ -25,6 +25,7 @@ from vlp.data.stored import StoredPath
 from vlp.data_tools._run import writers
 from vlp.data_tools._run.kept import Kept
 from vlp.data_tools._run.writers import writing
+from vlp.data_tools.pack.stored_draft import StoredDraft
 from vlp.files import write_atomically
 from vlp.locks import InUse
 
@@ -264,3 +265,15 @@ def test_a_stopped_pack_neither_leaves_earlier_shards_nor_sends_earlier_input(
     there = content(server.root / "made" / "out")
     there.pop(".writer-1-of-1.json", None)
     assert there == content(tmp_path / method)
+
+
+def test_unfinished_shards_of_any_layout_are_counted(server):
+    target = stored.destination("s3://bucket/pack")
+    draft = StoredDraft(target, "of these settings", overwrite=False)
+    draft.make_room()
+    # clip_benchmark's lie in the split's folder.
+    for path in (target / "00000.tar", target / "test" / "0.tar"):
+        write_atomically(path, b"a shard")
+    assert len(draft.finished()) == 2
+    draft.discard()
+    assert content(server.root / "pack") == {}
