@@ -121,5 +121,9 @@ def _counted(model: DualEncoder, encode: Callable[[Tensor], Tensor], rows: Tenso
     with FlopCounterMode(display=False) as counter:
         embeddings = encode(rows)
         if embeddings.requires_grad:
-            torch.autograd.grad(embeddings.sum(), trained, allow_unused=True)
+            # Not autograd.grad: the counter's hooks fail there on modules that read a parameter, as
+            # CoCa's attentional pools do.
+            embeddings.sum().backward()
+    for parameter in trained:
+        parameter.grad = None
     return float(counter.get_total_flops())
