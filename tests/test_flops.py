@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.eval import coca
 from tests.models.tiny import language_model, tiny
 from tests.test_step import NEGATIVES, make_batch, make_training, negatives_batch, own_rows
 from vlp import flops, passes
@@ -34,6 +35,17 @@ def test_what_is_locked_has_no_backward_pass():
     locked = flops.of_towers(model)
     assert 2.8 < whole.picture / locked.picture < 3.1
     assert locked.token == whole.token
+
+
+@pytest.mark.parametrize("pool", ["shared", "cascade"])
+def test_queries_of_an_attentional_pool_are_counted(pool, tmp_path):
+    """Whose layers read parameters, which torch's counter takes for inputs."""
+    towers = coca.section(tmp_path)
+    towers["image_tower"]["attentional_pool"] = pool
+    model = tiny(**towers)
+    counted = flops.of_towers(model)
+    assert counted.picture > multiply_adds(32, 5, 1) and counted.token > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_counting_moves_neither_weights_nor_random_numbers(tmp_path):

@@ -83,8 +83,12 @@ def of_towers(model: DualEncoder) -> TowerFlops:
     """
     # Shapes without values: nothing is computed, whatever the model's size.
     shapes = skeleton(model).to("meta")
-    pixels = torch.empty(1, 3, *model.image_spec.size, device="meta")
-    picture = _counted(shapes, shapes.encode_image, pixels)
+    pixels = torch.zeros(1, 3, *model.image_spec.size)
+    try:
+        picture = _counted(shapes, shapes.encode_image, pixels.to("meta"))
+    except RuntimeError:
+        # Multimodal language models look at values as well: where a picture stands in its prompt.
+        picture = _counted_in_evaluation(model, model.encode_image, pixels)
 
     length = model.text_spec.context_length
     # Training reads stored rows, and the language model may not even be here.
@@ -95,16 +99,18 @@ def of_towers(model: DualEncoder) -> TowerFlops:
         text = _counted(shapes, shapes.encode_text, ids.to("meta"))
     except RuntimeError:
         # Towers of transformers look at the values of their masks, so one text is embedded.
-        text = _counted_in_evaluation(model, ids)
+        text = _counted_in_evaluation(model, model.encode_text, ids)
     return TowerFlops(picture, text / length)
 
 
-def _counted_in_evaluation(model: DualEncoder, ids: Tensor) -> float:
-    """FLOPs of texts that are really embedded, without dropout, which would draw numbers."""
+def _counted_in_evaluation(
+    model: DualEncoder, encode: Callable[[Tensor], Tensor], rows: Tensor
+) -> float:
+    """FLOPs of rows that are really embedded, without dropout, which would draw numbers."""
     was_training = model.training
     model.eval()
     try:
-        return _counted(model, model.encode_text, ids)
+        return _counted(model, encode, rows)
     finally:
         model.train(was_training)
 
@@ -115,5 +121,9 @@ def _counted(model: DualEncoder, encode: Callable[[Tensor], Tensor], rows: Tenso
     with FlopCounterMode(display=False) as counter:
         embeddings = encode(rows)
         if embeddings.requires_grad:
-            torch.autograd.grad(embeddings.sum(), trained, allow_unused=True)
+            # Not autograd.grad: the counter's hooks fail there on modules that read a parameter, as
+            # CoCa's attentional pools do.
+            embeddings.sum().backward()
+    for parameter in trained:
+        parameter.grad = None
     return float(counter.get_total_flops())

@@ -102,7 +102,8 @@ def read(places: Sequence[str]) -> list[Arm]:
         raise ValueError(f"--compare got {len(places)} arm; give the first and what to compare")
     arms = []
     for place in places:
-        name, equals, path = place.rpartition("=")
+        # The first one: folders are named by their settings, as in lr=0.1.
+        name, equals, path = place.partition("=")
         if not equals or Path(place).exists():
             name, path = Path(place).resolve().name, place
         arms.append(Arm(name, [open_results(str(file)) for file in _results_at(Path(path))]))

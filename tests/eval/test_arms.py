@@ -89,6 +89,13 @@ def test_what_cannot_be_compared_is_said(places, said, tmp_path, monkeypatch):
         arms.read(places)
 
 
+def test_a_folder_may_be_named_by_its_settings(tmp_path):
+    write(tmp_path / "lr=0.1", drawn(0.5, 0))
+    write(tmp_path / "lr=0.2", drawn(0.6, 0))
+    read = arms.read([str(tmp_path / "lr=0.1"), f"faster={tmp_path / 'lr=0.2'}"])
+    assert [arm.name for arm in read] == ["lr=0.1", "faster"]
+
+
 def test_a_run_leaves_outcomes_that_the_command_pairs(scenes, tmp_path, capsys):
     settings = {
         **material.OUR_CONFIG,

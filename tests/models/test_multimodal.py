@@ -15,9 +15,9 @@ from PIL import Image
 from tests import ranks
 from tests.models import languages
 from tests.models.multimodals import FAMILIES, PROMPTS, SIZE, multimodal_model, tower
-from tests.models.tiny import inputs, settings, tiny
+from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
 from tests.test_step import ROWS, assert_close, gradients_and_weights, make_batch
-from vlp import checkpoint
+from vlp import checkpoint, flops
 from vlp.data import text as tokenizers
 from vlp.data.prompted import PADDING
 from vlp.eval import models
@@ -171,7 +171,30 @@ def test_it_loads_again_without_its_source(folders, family, tmp_path, monkeypatc
     torch.testing.assert_close(images, expected[1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_adapter_learns(folders, family):
+    """Not one of a layer whose outputs LLaVA drops: DDP would wait for its gradient."""
+    model = tiny(**tower(folders[family], lora={"r": 2})).train()
+    features = model(*inputs(model))
+    (features.scale * (features.image * features.text).sum()).backward()
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(learning) > 20
+    assert [name for name, p in learning.items() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_counted_of_values_where_shapes_do_not_do(folders, family):
+    model = tiny(**tower(folders[family])).train()
+    counted = flops.of_towers(model)
+    # Six products a weight that a token passes, at the least.
+    n_weights = sum(p.numel() for p in model.visual.model.language_model.layers.parameters())
+    assert counted.picture > 6 * n_weights * len(model.visual.ids)
+    assert counted.token > 6 * n_weights and model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 BAD = {
+    "a size that its vision tower does not read": ({"image_size": 64}, "picture of 64 pixels.*set"),
     "no place for the picture": ({"prompt_image": "a photo"}, "expected one {} where the picture"),
     "no place for the caption": ({"prompt_text": "{} {}"}, "expected one {} where the caption"),
     "words that it does not know": ({"prompt_image": "{} zebra"}, "does not know 'zebra'"),
@@ -187,6 +210,18 @@ def test_what_cannot_be_is_refused(folders, case):
     section["image_tower"] |= options
     with pytest.raises(ValueError, match=said):
         tiny(**section)
+
+
+@pytest.mark.parametrize("side", ["image", "text", "both"])
+def test_another_tower_beside_it_is_refused(folders, side):
+    one_model = tower(folders["llava"])["image_tower"]
+    beside = {
+        "image": {"image_tower": one_model, "text_tower": TEXT},
+        "text": {"image_tower": VIT, "text_tower": one_model},
+        "both": {"image_tower": one_model, "text_tower": one_model},
+    }
+    with pytest.raises(ValueError, match=r"is one model for pictures and texts.*text_tower: null"):
+        tiny(**beside[side])
 
 
 def test_a_language_model_alone_is_refused(tmp_path):

@@ -24,6 +24,8 @@ def assemble(model: Model) -> tuple[dict[str, Any], dict[str, Any]]:
     image = model.image_tower
     text = model.text_tower or image
     _require(image, "vision_cfg", "image tower")
+    if model.text_tower is not None:
+        _refuse_one_model(image, text)
     if model.text_tower is None and not hasattr(image.module, "text_cfg"):
         raise ValueError(
             f"image_tower {image.name!r} brings no text tower; add text_tower: one of "
@@ -237,6 +239,18 @@ def _section(tower: Plugin, name: str) -> dict[str, Any]:
 def _require(tower: Plugin, function: str, role: str) -> None:
     if not hasattr(tower.module, function):
         raise ValueError(f"{tower.name!r} cannot be the {role}; expected one of {_able(function)}")
+
+
+def _refuse_one_model(image: Plugin, text: Plugin) -> None:
+    """Refuse one model as both towers beside another tower, on either side: its weights would be in
+    the model twice, or would be another model's.
+    """
+    for tower, side in ((image, "image_tower"), (text, "text_tower")):
+        if getattr(tower.module, "BOTH_TOWERS", False):
+            raise ValueError(
+                f"{side} {tower.name!r} is one model for pictures and texts; set image_tower to it "
+                "and leave text_tower out (text_tower: null)"
+            )
 
 
 def _able(function: str) -> list[str]:

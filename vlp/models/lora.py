@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vlp.models.attention import use_linear_layers
 from vlp.models.batch_norm import batch_norms
 from vlp.models.layer_groups import trunk_of
+from vlp.models.multimodal import ImageTower
 
 
 def check_installed() -> None:
@@ -44,7 +45,11 @@ def adapt(
     trunk = trunk_of(tower)
     whole = set() if learns is None else set(learns.modules())
     called = _called(tower, trunk, example)
-    layers = [layer for layer in called if trunk.get_submodule(layer) not in whole]
+    # LLaVA calls a layer whose outputs it drops: DDP would wait for its adapters' gradients.
+    unread = tower.unread if isinstance(tower, ImageTower) else frozenset()
+    layers = [
+        layer for layer in called if trunk.get_submodule(layer) not in whole and layer not in unread
+    ]
     targets = _chosen(layers, options.targets, name)
 
     # Names as they are: peft would take a list for endings.

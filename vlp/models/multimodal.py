@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlp.models import language
+from vlp.pretrained.configurations import reason
 from vlp.towers.huggingface import language_config
 from vlp.towers.mllm import DONE_BY_DATA, SECTION, processor
 
@@ -46,7 +47,8 @@ class ImageTower(nn.Module):
         self.register_buffer("ids", torch.tensor(section["ids"]), persistent=False)
         kinds = section["kinds"]
         self.register_buffer("kinds", kinds and torch.tensor(kinds), persistent=False)
-        self._freeze_unread()
+        # Linear layers of the model, by name, that no picture's feature depends on.
+        self.unread = self._freeze_unread()
 
     def forward(self, pixels: Tensor) -> Tensor:
         ids = self.ids.expand(len(pixels), -1)
@@ -75,15 +77,30 @@ class ImageTower(nn.Module):
         else:
             self.model.gradient_checkpointing_disable()
 
-    def _freeze_unread(self) -> None:
+    def _freeze_unread(self) -> frozenset[str]:
         """Lock parameters that no picture's feature depends on, such as the last norm of LLaVA's
-        vision tower, which reads the layer before: DDP would wait for their gradients.
+        vision tower, which reads the layer before: DDP would wait for their gradients. Returns the
+        names of the linear layers among them, which adapters leave out.
+
+        ValueError for a size of pictures that the model does not read.
         """
-        with torch.enable_grad():
-            feature = self(torch.zeros(1, 3, self.image_size, self.image_size))
-        read = _leaves(feature)
+        black = torch.zeros(1, 3, self.image_size, self.image_size)
+        try:
+            with torch.enable_grad():
+                read = _leaves(self(black))
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"the model cannot read a picture of {self.image_size} pixels: {reason(error)}; "
+                "set image_tower.image_size to what its vision tower was made for"
+            ) from None
+
         for parameter in self.parameters():
             parameter.requires_grad_(parameter in read)
+        return frozenset(
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and module.weight not in read
+        )
 
 
 def _leaves(output: Tensor) -> set[Tensor]:

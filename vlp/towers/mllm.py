@@ -17,6 +17,7 @@ from vlp.pretrained import places
 from vlp.pretrained.configurations import reason
 from vlp.towers.huggingface import language_config
 
+BOTH_TOWERS = True  # no other tower stands beside it
 SECTION = "vlp_image"  # of vision_cfg, what `described` gives
 # What a processor would do to a picture and the data have done; it lays out the patches.
 DONE_BY_DATA = (
