@@ -204,8 +204,11 @@ def test_boxes_of_a_detector_are_no_captions(tmp_path, capsys):
         (root / name).write_bytes(data)
     with pytest.raises(ValueError, match=r"cannot be used: a \.txt of boxes"):
         folder.open(folder.Options(path=str(root)), Captions())
+    path = write_tar(tmp_path / "0.tar", members)
     with pytest.raises(ValueError, match=r"nobody reads 1 × a \.txt of boxes"):
-        trained(write_tar(tmp_path / "0.tar", members))
+        trained(path)
+    with pytest.raises(ValueError, match=r"no caption among the members .*; a \.txt of boxes"):
+        streamed(path, 1)
 
     # Beside a caption they cost nothing, and are counted.
     members += [("images/1.json", content("a dog.json"))]
