@@ -154,6 +154,8 @@ REFUSED = [
     (["1.jpg", "texts/1.txt"], r"as texts/1\.txt for 1\.jpg", r"tar: texts/1\): call each text as"),
     (["c/1.jpg", "d/1.jpg", "t/1.txt"], r"as t/1\.txt for d/1\.jpg", r"1 keys have no image"),
     (["c/1.jpg", "d/2.jpg", "d/3.jpg", "n/2.txt"], r"as n/2\.txt", r"1 keys have no image"),
+    (["c/1.jpg", "d/2.jpg", "t/1.txt", "t/2.txt"], r"as t/1\.txt", r"2 keys have no image"),
+    (["i/1.jpg", "Licenses/1.txt"], r"as Licenses/1\.txt for i/1", r"1 keys have no image"),
     (["IMG.jpg", "img.jpg", "Img.txt"], r"Img\.txt", r"1 keys have no image"),
     (["c/1.jpg", "c/1.txt", "d/1.jpg", "t/1.txt"], r"t/1\.txt", r"1 keys have no image"),
     (["a/1.jpg", "b/2.jpg", "b/2.txt", "c/1.txt", "c/3.jpg"], "c/1.txt", r"1 keys have no image"),
