@@ -76,7 +76,7 @@ def owners(pictures: Mapping[str, Set[str]], texts: Iterable[Text]) -> dict[Text
 def _of_one_folder(single: Mapping[Text, str]) -> dict[Text, str]:
     """Those whose text lies in a folder that has the texts of one folder of pictures only."""
     # The folders of classes would all find theirs in one folder of notes.
-    picture_folders = defaultdict(set)
+    picture_folders: dict[str, set[str]] = defaultdict(set)
     for (picture, _), text in single.items():
         picture_folders[_folder(text)].add(_folder(picture))
     return {
