@@ -34,6 +34,7 @@ REFUSALS = [
     # the command line
     ("trian demo", USAGE, "'trian'", "did you mean 'train'"),
     ("data pak x", USAGE, "'pak'", "did you mean 'pack'"),
+    ("eval ~nobody-here/run --task retrieval --data x", 1, "no user", "write the path in full"),
     ("train demo --out x", USAGE, "--out x", "without dashes: out=x"),
     ("train demo --out=x", USAGE, "--out=x", "without dashes: out=x"),
     ("train demo --train.batch 64", USAGE, "train.batch=64"),

@@ -91,6 +91,9 @@ def message(error: Exception) -> str | None:
 
         return no_shared_memory()
 
+    if isinstance(error, RuntimeError) and _says(error, "home directory"):
+        return "a path begins with ~NAME, and this machine has no user NAME; write the path in full"
+
     if isinstance(error, RuntimeError) and _says(error, "Timed out waiting", "Timed out after"):
         return (
             f"another rank did not come to an exchange in time ({_text(error)[:200]}); "

@@ -80,11 +80,18 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoFeatureExtractor, AutoModel
 
     from vlp.joining import local_device
-    from vlp.towers.huggingface import reason
+    from vlp.pretrained import places
+    from vlp.pretrained.configurations import reason
+
+    # No Hub is asked about a mistyped path.
+    try:
+        place = places.locate(model)
+    except ValueError as error:
+        raise ValueError(f"no model of sounds at {model!r}: {error}") from None
 
     try:
-        extractor = AutoFeatureExtractor.from_pretrained(model, trust_remote_code=False)
-        loaded = AutoModel.from_pretrained(model, trust_remote_code=False)
+        extractor = AutoFeatureExtractor.from_pretrained(place, trust_remote_code=False)
+        loaded = AutoModel.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers', safetensors' and torch's own kinds
         raise ValueError(f"transformers cannot load {model}: {reason(error)}") from error
     if not hasattr(extractor, "sampling_rate"):

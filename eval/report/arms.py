@@ -201,7 +201,7 @@ def page(arms: list[Arm], scores: list[Score]) -> str:
         f"Distances are from {arms[0].name}, paired over what was evaluated, with 95 % of a "
         "bootstrap over it; bold where that leaves 0 out. Deviations are over seeds."
     )
-    sections = []
+    sections: list[Html] = []
     for label in dict.fromkeys(score.label for score in scores):
         of_task = [score for score in scores if score.label == label]
         tables = [_table(score) for score in of_task]

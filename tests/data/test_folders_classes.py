@@ -201,6 +201,13 @@ def test_numbers_and_single_classes_are_taken_and_said(tmp_path, capsys):
     assert any("names are numbers" in line for line in loader_of(data, 2).problems())
 
 
+def test_one_folder_beside_a_json_is_no_class(tmp_path):
+    root = put(tmp_path, "images/1.png", "images/2.png")
+    put(root, "llava_mix.json", data=b'[{"image": "1.png", "caption": "a dog"}]')
+    with pytest.raises(ValueError, match=r"one class without captions; found llava_mix\.json"):
+        read_tree(Archive(root))
+
+
 def test_folders_that_spell_one_class_are_one_class(tmp_path):
     decomposed = unicodedata.normalize("NFD", "café_noir")
     tree = read_tree(Archive(put(tmp_path, f"{decomposed}/1.png", "café noir/1.png", "tea /1.png")))

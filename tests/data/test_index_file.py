@@ -23,6 +23,7 @@ from tests.data.material import data_of, encoded, loader_of, picture, write_shar
 from vlp.config import Captions
 from vlp.data import index as index_module
 from vlp.data import index_file
+from vlp.data.captions import form_of
 from vlp.data.format import ShardWriter
 from vlp.data.index import index
 from vlp.data.index_file import NAME, open_index, parse_index, save_index
@@ -33,6 +34,7 @@ from vlp.data.sources.remote import Options as RemoteOptions
 from vlp.data.sources.remote import open as open_remote
 from vlp.data.sources.shards import Options, Shards
 from vlp.data.sources.shards import open as open_shards
+from vlp.data.summary import summarize
 
 # Of constant bytes: what earlier versions kept of it is written down here.
 PIXEL = base64.b64decode(
@@ -383,6 +385,8 @@ def test_an_index_by_a_reader_that_passed_texts_over_is_made_anew(tmp_path):
     # As the reader before wrote it: the first tar without its caption.
     for shard in shards:
         shard.reader = 0
+    shards[0].left_out = {"members .txt ": 1}
+    assert shards[0].is_outdated() and not shards[1].is_outdated()
     shards[0].left_out = {"members .caption": 1}
     shards[0].rows, shards[0].forms = shards[0].rows[: ROW.size], [{}]
     save_index(tmp_path / NAME, {shard.name: shard for shard in shards})
@@ -391,3 +395,20 @@ def test_an_index_by_a_reader_that_passed_texts_over_is_made_anew(tmp_path):
     again = index(paths)
     assert again[0].reader == READER and again[0].left_out == {} and again[0].forms[0]
     assert again[1].reader == 0, "others are not read again"
+
+
+def test_a_caption_of_an_earlier_reader_that_is_none_is_told(tmp_path):
+    boxes = ("0.png", encoded(picture(0))), ("0.txt", b"0 0.5 0.5 0.25 0.125")
+    path = write_tar(tmp_path / "0.tar", boxes)
+    shards = index([path])
+    shards[0].reader, shards[0].left_out = 0, {}
+    # As if the boxes were a caption.
+    shards[0].forms = [form_of({}, "0 0.5 0.5 0.25 0.125")]
+    summarize(shards[0])
+    save_index(tmp_path / NAME, {shard.name: shard for shard in shards})
+
+    source = open_shards(Options(str(tmp_path)), Captions())
+    with pytest.raises(
+        ValueError, match=r"no caption any more \(a \.txt of boxes\); remove the ind"
+    ):
+        source[0]

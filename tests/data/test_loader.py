@@ -239,6 +239,15 @@ def replace_unseen(path: Path, data: bytes) -> None:
     assert (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
 
 
+def test_a_resumed_run_whose_samples_are_counted_otherwise_is_told_of_its_version(tmp_path):
+    """As where captions stand under a title, which earlier versions did not read."""
+    data = data_of(foreign_shards(tmp_path))
+    state = loader_of(data, 4).state_dict()
+    state["samples"] -= 1
+    with pytest.raises(DataError, match=r"samples was 11, is 12; .*that version continues"):
+        loader_of(data, 4).load_state_dict(state)
+
+
 @pytest.mark.parametrize("change", ["text", "picture", "exchanged"])
 def test_a_resumed_run_on_shards_of_other_content_is_refused_with_the_shard(tmp_path, change):
     folder = foreign_shards(tmp_path)

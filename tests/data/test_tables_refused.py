@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pyarrow
 import pytest
@@ -222,3 +223,12 @@ def test_a_parquet_file_without_rows_says_so(tmp_path):
     parquet.write_table(pyarrow.table({"image": names, "text": names}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"t\.parquet has no rows$"):
         items(tmp_path / "t.parquet", TableOptions())
+
+
+def test_an_image_that_stands_twice_among_many_is_found_soon(tmp_path):
+    rows = ", ".join(f'"{i}.jpg": "a text"' for i in [*range(20_000), 19_999])
+    path = write(tmp_path, "t.json", f"{{{rows}}}")
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"the key '19999\.jpg' stands twice"):
+        items(path, TableOptions())
+    assert time.process_time() - started < 2

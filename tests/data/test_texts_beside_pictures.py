@@ -154,6 +154,8 @@ REFUSED = [
     (["1.jpg", "texts/1.txt"], r"as texts/1\.txt for 1\.jpg", r"tar: texts/1\): call each text as"),
     (["c/1.jpg", "d/1.jpg", "t/1.txt"], r"as t/1\.txt for d/1\.jpg", r"1 keys have no image"),
     (["c/1.jpg", "d/2.jpg", "d/3.jpg", "n/2.txt"], r"as n/2\.txt", r"1 keys have no image"),
+    (["c/1.jpg", "d/2.jpg", "t/1.txt", "t/2.txt"], r"as t/1\.txt", r"2 keys have no image"),
+    (["i/1.jpg", "Licenses/1.txt"], r"as Licenses/1\.txt for i/1", r"1 keys have no image"),
     (["IMG.jpg", "img.jpg", "Img.txt"], r"Img\.txt", r"1 keys have no image"),
     (["c/1.jpg", "c/1.txt", "d/1.jpg", "t/1.txt"], r"t/1\.txt", r"1 keys have no image"),
     (["a/1.jpg", "b/2.jpg", "b/2.txt", "c/1.txt", "c/3.jpg"], "c/1.txt", r"1 keys have no image"),
@@ -204,16 +206,52 @@ def test_boxes_of_a_detector_are_no_captions(tmp_path, capsys):
         (root / name).write_bytes(data)
     with pytest.raises(ValueError, match=r"cannot be used: a \.txt of boxes"):
         folder.open(folder.Options(path=str(root)), Captions())
+    path = write_tar(tmp_path / "0.tar", members)
     with pytest.raises(ValueError, match=r"nobody reads 1 × a \.txt of boxes"):
-        trained(write_tar(tmp_path / "0.tar", members))
+        trained(path)
+    with pytest.raises(ValueError, match=r"no caption among the members .*; a \.txt of boxes"):
+        streamed(path, 1)
 
     # Beside a caption they cost nothing, and are counted.
     members += [("images/1.json", content("a dog.json"))]
     path = write_tar(tmp_path / "1.tar", [*members[:1], ("images/1.txt", boxes), members[2]])
     assert trained(path) == {"images/1": "a dog.json"}
     assert call(validate, path) == 0 and "1 × a .txt of boxes" in capsys.readouterr().out
-    for text in (b"3 dogs, 2 cats", b"1 2 3 4 5", b"0.5 0.5 0.25 0.125", b"7 0.5 0.5 0.25 0.125 m"):
-        assert read_texts({"txt": text}).captions == (text.decode(),)
+
+
+NO_CAPTIONS = [
+    ("boxes", "0 0.5 0.5 0.25 0.125 0.93"),
+    ("boxes", "0.0 -0.01 0.5 0.25 1.02"),
+    ("boxes", "0 0.5 0.5 0.25 0.125\r\n\r\n 1 0.5 0.5 0.25 0.125\r\n"),
+    ("boxes", "dog 0.5 0.5 0.25 0.125\ncat 0.5 0.5 0.25 0.125"),
+    ("boxes", "0 120 45 200 300\n3 10 10 50 80"),
+    ("boxes", "Car 0.00 0 -1.58 587.01 173.33 614.12 200.12 1.65 1.67 3.64 -0.65 1.71 46.70 -1.59"),
+    (
+        "boxes",
+        "imagesource:GoogleEarth\ngsd:0.1\n2753.0 2408.0 2861.0 2385.0 2888 24 28 25 plane 0",
+    ),
+    (
+        "boxes",
+        "377,117,463,117,465,130,378,130,Genaxis Theatre\n493,115,519,115,519,131,493,131,[06]",
+    ),
+    ("boxes", '38, 43, 920, 215, "Tiredness"'),
+    ("subtitles", "WEBVTT\n\n00:00.000 --> 00:02.000\nhello"),
+    ("subtitles", "1\n00:00:00,000 --> 00:00:02,000\nhello"),
+]
+CAPTIONS = [
+    *("3 dogs, 2 cats", "1 2 3 4 5", "0.5 0.5 0.25 0.125", "7 0.5 0.5 0.25 0.125 m", "1 0 1 1 0"),
+    *("1, 2, 3, 4, 5 frogs", "Sofa 200 90 80 75", "imagesource:me", "a --> b", "7"),
+    "0 0.5 0.5 0.25 0.125\na dog",
+]
+
+
+def test_what_detectors_and_players_read_is_no_caption():
+    for content, text in NO_CAPTIONS:
+        read = read_texts({"caption": text.encode()})
+        assert (read.captions, read.spare) == ((), [f"a .caption of {content}"]), text
+    for text in CAPTIONS:
+        assert read_texts({"txt": text.encode()}).captions == (text,)
+    assert len(NO_CAPTIONS) == 11 and len(CAPTIONS) == 11
 
 
 def test_texts_in_tars_of_their_own_are_told_of_and_read_once_joined(tmp_path):

@@ -113,6 +113,26 @@ def test_what_is_no_export_is_refused_by_each_reader(written, tmp_path):
     assert n_refused == 3 * 6 + 2 * 6 + 11 + 6
 
 
+def test_files_cut_short_are_not_published(written, tmp_path):
+    folder = tmp_path / "tiny"
+    shutil.copytree(written, folder)
+    weights = (written / "open_clip_model.safetensors").read_bytes()
+    damaged = [
+        ("open_clip_model.safetensors", b"", "no whole file of weights"),
+        ("open_clip_model.safetensors", weights[:-9], "no whole file of weights"),
+        ("model.safetensors", weights[:99], "no whole file of weights"),
+        ("config.json", b"3", "expected an object"),
+    ]
+    n_refused = 0
+    for name, data, part in damaged:
+        (folder / name).write_bytes(data)
+        with pytest.raises(Exception, match=part):
+            publish(folder)
+        shutil.copy(written / name, folder / name)
+        n_refused += 1
+    assert n_refused == 4
+
+
 def test_a_mark_in_front_of_the_json_is_read_over(written, tmp_path):
     """As editors of Windows write it."""
     folder = tmp_path / "tiny"

@@ -343,6 +343,7 @@ class Loader:
             raise DataError(
                 f"the run cannot continue on this data: {'; '.join(differences)}; "
                 "restore it, or start a new run with init_from=CHECKPOINT"
+                f"{sequence.of_another_version(differences)}"
             )
 
         # Of a run that began without lanes, a machine reads more at once.

@@ -9,8 +9,9 @@ Where a picture has no text of a kind, it takes one that no other picture has:
 
 Nothing is guessed: a text that fits two pictures, or is one of two that fit a picture, is of none,
 and counts as left out. Folders are paired only where the one holds no picture with a text, the
-other no picture, and most pictures find a text: one whose picture was lost is not given away, nor
-does a stray note make pairs of a tree of classes.
+other no picture and texts of no third folder, and most pictures find a text: one whose picture was
+lost is not given away, nor do notes make pairs of a tree of classes. Folders of licences and the
+like are not paired at all.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from typing import NamedTuple
 
 Text = tuple[str, str]  # key and kind of a text, which lies there without a picture
 _ENDINGS = (".caption", ".captions", ".text", ".txt")
+# Folders whose texts say something else of the pictures.
+_OTHER_FOLDERS = frozenset({
+    "license", "licenses", "licence", "licences", "copyright", "credits", "url", "urls", "exif",
+    "ocr", "boxes", "bbox", "bboxes", "landmarks", "keypoints",
+})  # fmt: skip
 
 # As `Shard.left_out` and tools count them.
 BY_ENDING = "texts whose name ends in what they are (0.caption.txt of 0.jpg): read"
@@ -56,13 +62,26 @@ def owners(pictures: Mapping[str, Set[str]], texts: Iterable[Text]) -> dict[Text
                 claims[free[0], kind].append(key)
 
         single = {place: keys[0] for place, keys in claims.items() if len(keys) == 1}
-        if how == BY_FOLDER and not _is_of_most(single, pictures):
-            break
+        if how == BY_FOLDER:
+            single = _of_one_folder(single)
+            if not _is_of_most(single, pictures):
+                break
         for (picture, kind), key in single.items():
             owned[key, kind] = Owner(picture, how)
             taken.add((picture, kind))
         rest = [text for text in rest if text not in owned]
     return owned
+
+
+def _of_one_folder(single: Mapping[Text, str]) -> dict[Text, str]:
+    """Those whose text lies in a folder that has the texts of one folder of pictures only."""
+    # The folders of classes would all find theirs in one folder of notes.
+    picture_folders: dict[str, set[str]] = defaultdict(set)
+    for (picture, _), text in single.items():
+        picture_folders[_folder(text)].add(_folder(picture))
+    return {
+        place: text for place, text in single.items() if len(picture_folders[_folder(text)]) == 1
+    }
 
 
 def _is_of_most(single: Mapping[Text, str], pictures: Mapping[str, Set[str]]) -> bool:
@@ -106,7 +125,8 @@ def _by_folder(pictures: Mapping[str, Set[str]]) -> Callable[[str], Iterable[str
                 by_open_name[name].append(picture)
 
     def candidates(text: str) -> Iterable[str]:
-        if _folder(text) in folders:
+        parts = _folder(text).casefold().split("/")
+        if _folder(text) in folders or not _OTHER_FOLDERS.isdisjoint(parts):
             return ()
         # A picture that has a text makes the choice between it and another no clearer.
         names = _open_names(text)

@@ -109,8 +109,8 @@ class Shard:
         if self.reader >= READER:
             return False
         passed_over = [kind for kind in self.left_out if kind.startswith("members .")]
-        has_texts = any(kind.rpartition(".")[2] in TEXT_TYPES for kind in passed_over)
-        return has_texts or "no image member" in self.left_out
+        endings = {kind.rpartition(".")[2].rstrip().lower() for kind in passed_over}
+        return not endings.isdisjoint(TEXT_TYPES) or "no image member" in self.left_out
 
     def sample(self, file: BinaryIO, i: int) -> Content:
         """Sample i, read from the opened shard; raises ValueError where it cannot be used."""

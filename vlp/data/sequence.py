@@ -174,3 +174,13 @@ def sources_digest(sources: Sequence[Source], like: str | None = None) -> str:
 
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_another_version(differences: list[str]) -> str:
+    """What to do where the files are the same, and another version of vlp reads them otherwise."""
+    if not any(line.startswith("samples was") for line in differences):
+        return ""
+    return (
+        ". Where neither files nor options changed, an earlier vlp left samples out whose captions "
+        "are found now (CHANGELOG): that version continues the run"
+    )

@@ -120,8 +120,15 @@ def _tables_in(archive: Archive) -> list[str]:
     for kind in _TABLES:
         tables += archive.left_out.names.get(kind, [])
 
-    texts = sorted(name for name in archive.texts if _TABLE_NAME.search(_last(name).casefold()))
-    return tables + texts
+    return tables + sorted(name for name in archive.texts if _may_be_table(name))
+
+
+def _may_be_table(name: str) -> bool:
+    """Whether a text that is of no picture may be a table of all: by its name, or as a JSON at the
+    top.
+    """
+    is_json_at_top = "/" not in name and extension_of(name) == "json"
+    return is_json_at_top or bool(_TABLE_NAME.search(_last(name).casefold()))
 
 
 def _naming(archive: Archive) -> str:

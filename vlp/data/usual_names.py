@@ -10,6 +10,8 @@ CAPTION_NAMES = (
     "captions", "caption", "text", "texts", "title", "sentences", "sentence", "raw", "comments",
     "comment", "txt", "description", "alt_text", "alt", "caption_str",
 )  # fmt: skip
+# In the JSON of one picture a title may be no more than the name of its file.
+_IN_JSON = (*(name for name in CAPTION_NAMES if name != "title"), "title")
 
 
 def plain(name: str) -> str:
@@ -26,5 +28,5 @@ def stand_in(fields: Collection[str]) -> str | None:
 
     # Reversed, so that the first of two fields of one plain name counts.
     by_plain_name = {plain(name): name for name in reversed([*fields])}
-    usual = (by_plain_name.get(plain(name)) for name in CAPTION_NAMES)
+    usual = (by_plain_name.get(plain(name)) for name in _IN_JSON)
     return next(filter(None, usual), None)

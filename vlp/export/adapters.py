@@ -21,7 +21,7 @@ from vlp.models import lora
 from vlp.models.build import fit_of, from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.heads import last_step
-from vlp.pretrained import adapter_folder, adapters, references, weight_files
+from vlp.pretrained import adapter_folder, adapters, places, references, weight_files
 from vlp.pretrained.adapter_folder import SIDES
 from vlp.pretrained.fitting import Fit
 from vlp.pretrained.folders import read_json
@@ -289,7 +289,7 @@ def _card(
 ) -> str:
     """The folder's README.md; of a base on this machine it shows the last name alone."""
     front: dict[str, Any] = {"library_name": "peft", **licenses.metadata(license)}
-    if references.on_hub(base):
+    if places.on_hub(base):
         front["base_model"] = base.partition(":")[2]
     lines = yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip()
     folders = " and ".join(f"`{tower}`" for tower in towers)

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from safetensors import SafetensorError, safe_open
 
 from vlp.export import usage
 from vlp.models import language
@@ -161,10 +162,8 @@ def _contents(
     if others:
         say(f"left out, because no export wrote them: {', '.join(others)}")
 
-    # Whoever downloads it could not read it either.
     for name in names:
-        if name.endswith(".json"):
-            any_json(folder / name)
+        _check_whole(folder / name)
 
     # What loads by this folder's name loads by the repository's there.
     title = read_json(folder / MANIFEST).get("name")
@@ -180,6 +179,21 @@ def _contents(
             contents[name] = _named(folder / name, repository if at_root else "", contents)
 
     return contents
+
+
+def _check_whole(path: Path) -> None:
+    """Refuse a file that whoever downloads it could not read either, as a copy cut short."""
+    if path.name == "modules.json":  # of sentence-transformers, a list
+        any_json(path)
+    elif path.suffix == ".json":
+        read_json(path)
+    elif path.suffix == ".safetensors":
+        try:
+            safe_open(path, "numpy")
+        except SafetensorError as error:
+            raise PushError(
+                f"{path} is no whole file of weights ({error}); export the model again"
+            ) from None
 
 
 def _check_base(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in value if names.count(name) > 1)
+        # A table may be an object of a million images.
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name, n in counts.items() if n > 1)
         raise RepeatedKeyError(f"the key {repeated!r} stands twice in one object")
     return value
 

@@ -273,9 +273,11 @@ class Shards(Source):
         own_captions = self.choice.captions(content.meta, content.text)
         captions = captions_of(own_captions, content.meta, self.captions)
         if not captions:
+            # An index of an earlier version counted every text file.
+            reason = "; ".join(content.spare) or "the shard changed after it was indexed"
             raise ValueError(
-                f"{path}: {content.key!r} has no caption any more; "
-                "the shard changed after it was indexed"
+                f"{path}: {content.key!r} has no caption any more ({reason}); remove the index "
+                "beside the shard, and it is read anew"
             )
 
         return Sample(

@@ -263,8 +263,8 @@ def _sample(i: int, members: dict[str, Any], choice: Choice, captions: Captions)
     texts = captions_of(choice.captions(content.meta, content.text), content.meta, captions)
     if not texts:
         under = f" under {choice.names}" if choice.names else ""
-        notes = f"; {'; '.join(content.notes)}" if content.notes else ""
-        raise ValueError(f"no caption{under} among the members {sorted(_endings(members))}{notes}")
+        unread = "".join(f"; {reason}" for reason in (*content.notes, *content.spare))
+        raise ValueError(f"no caption{under} among the members {sorted(_endings(members))}{unread}")
 
     return Sample(
         i,
