@@ -287,3 +287,6 @@ def test_names_and_idle_towers_are_refused_before_the_first_step():
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="other_names: found audio, expected one"):
         right(image=rows, text=rows, others=rows.expand(2, 4, 4), other_names=("audio",), scale=1.0)
+    for names in (("audio", "audio"), ("audio", "image")):
+        with pytest.raises(ValueError, match=r"other_names: found .* expected different names"):
+            right(image=rows, text=rows, others=rows.expand(2, 4, 4), other_names=names, scale=1.0)
