@@ -273,6 +273,10 @@ def test_names_and_idle_towers_are_refused_before_the_first_step():
     narrow = tiny(heads={"modalities": TOWERS}, embed_dim=3)
     with pytest.raises(ValueError, match="'gram': found 4 modalities in a space of 3 dimensions"):
         check_modalities(objective(gram={}), narrow, 12)
+    nested = objective(matryoshka={"widths": [48, 3], "of": {"gram": {}}})
+    expected = "'matryoshka': the term 'gram': found 4 modalities in a space of 3 dimensions"
+    with pytest.raises(ValueError, match=expected):
+        check_modalities(nested, model, 12)
     many = objective(symile={"negatives": "n_squared"})
     with pytest.raises(ValueError, match="'symile': negatives: n_squared compares 65 candidates"):
         check_modalities(many, model, 65)
@@ -283,3 +287,6 @@ def test_names_and_idle_towers_are_refused_before_the_first_step():
     rows = torch.eye(4)
     with pytest.raises(ValueError, match="other_names: found audio, expected one"):
         right(image=rows, text=rows, others=rows.expand(2, 4, 4), other_names=("audio",), scale=1.0)
+    for names in (("audio", "audio"), ("audio", "image")):
+        with pytest.raises(ValueError, match=r"other_names: found .* expected different names"):
+            right(image=rows, text=rows, others=rows.expand(2, 4, 4), other_names=names, scale=1.0)

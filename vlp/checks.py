@@ -253,15 +253,10 @@ def check_modalities(objective: losses.Objective, model: DualEncoder, n_rows: in
     """Refuse terms that cannot compare the modalities of the model in batches of so many rows."""
     names = ["image", "text", *model.modality_shapes]
     n = objective.candidates(n_rows)
-    for term in losses.leaves(objective.plugins):
-        if not hasattr(term.module, "check_modalities"):
-            continue
-        try:
-            term.module.check_modalities(term.options, names, model.embed_dim, n)
-        except ValueError as error:
-            raise ValueError(
-                f"the term {term.label!r}: {error} (model.heads.modalities adds further ones)"
-            ) from error
+    try:
+        losses.check_modalities(objective.plugins, names, model.embed_dim, n)
+    except ValueError as error:
+        raise ValueError(f"{error} (model.heads.modalities adds further ones)") from error
 
 
 def _costly(config: Config) -> dict[str, set[str]]:

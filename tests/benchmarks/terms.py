@@ -63,6 +63,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "gram": {"label_smoothing": 0.1},
     "symile": {},
     "modality_pairs": {},
+    "mc_infonce": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
     "hard_negatives.triplet": {"form": "triplet"},
@@ -81,6 +82,7 @@ PLACES = 8  # patches of a picture, and tokens of a text
 LEAVES = (
     "image_views", "text_views", "negatives", "negative_images", "captions", "image_tokens",
     "text_tokens", "negative_tokens", "attended_captions", "patch_distances", "others",
+    "image_concentration", "text_concentration",
 )  # fmt: skip
 
 
@@ -112,8 +114,8 @@ def main() -> None:
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
         "captions and true ones 2 a sample, patches and tokens 8; filip and mil hold n² scores, "
-        "which is the B of a group or of a rank; mixing mixes 80 a row; mann_whitney makes all n³ "
-        "comparisons up to 1,024 candidates and interpolates above."
+        "which is the B of a group or of a rank; mixing mixes 80 a row, mc_infonce draws 16; "
+        "mann_whitney makes all n³ comparisons up to 1,024 candidates and interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
 
@@ -198,6 +200,8 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "negative_tokens_valid": lambda: torch.ones(B, 2, PLACES, dtype=torch.bool, device=device),
         "attended_captions": lambda: rows(B, 2),
         "patch_distances": lambda: torch.rand(B, device=device),
+        "image_concentration": lambda: 20 + torch.rand(B, device=device),
+        "text_concentration": lambda: 20 + torch.rand(B, device=device),
         "teacher_scale": lambda: 20.0,
         "score": lambda: torch.rand(B, device=device),
         "sample_id": lambda: torch.arange(B, device=device),

@@ -149,6 +149,26 @@ def test_named_concepts_reach_their_rows_as_numbers_and_weights(tmp_path, weight
     assert torch.equal(torch.cat([part.concept_targets for part in parts]), batch.concept_targets)
 
 
+def test_two_whole_weights_do_not_pass_for_the_numbers_of_two_concepts(tmp_path):
+    forms = {}
+    for name, meta in {
+        "either": {"concepts": [1, 0]},
+        "weights": {"concepts": [1.0, 0.0]},
+        "numbers": {"concepts": [1, 0], "concept_weights": [1, 0]},
+    }.items():
+        with ShardWriter(tmp_path / name, 3) as writer:
+            writer.add("k", encoded(picture(0)), "png", ["text"], meta)
+        data = replace(data_of(tmp_path / name), concepts=2)
+        if name == "either":
+            with pytest.raises(ValueError, match=r"\[1, 0\], which may be weights of all 2"):
+                loader_of(data, 1)
+        else:
+            forms[name] = next(loader_of(data, 1)).concept_targets.squeeze(0)
+
+    assert forms["weights"].tolist() == [1, 0]
+    assert forms["numbers"][:2].tolist() == [[1, 1], [0, 0]]
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [

@@ -145,5 +145,10 @@ def test_shapes_and_options_that_do_not_fit_are_refused() -> None:
         value(logits(), targets("numbers")[..., :1], "bce")
     with pytest.raises(ValueError, match=r"M is 7 in concept_logits|M is 6 in concept_targets"):
         value(logits(), targets("weights")[:, :6], "bce")
+    # 301 would be 300, or 302.
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=f"concept_targets: found numbers .* as {dtype}"):
+            value(logits(), targets("numbers").to(dtype), "bce")
+        value(logits(), targets("weights").to(dtype), "bce")
     with pytest.raises(ValueError, match="loss: belongs to form: concepts"):
         build({"distill": {"loss": "bce"}})

@@ -62,7 +62,8 @@ def test_every_term_over_pairs_has_its_own_value_at_the_whole_width():
         expected = build({name: {}}, samples=B)(**d, step=0)[0].item()
         assert wrapped(**d, step=0)[0].item() == pytest.approx(expected, rel=1e-9), name
         n_compared += 1
-    assert {"captioning", "slip", "matryoshka"} <= refused and len(refused) <= 4
+    local = {"fsc", "filip", "mil", "prior"}
+    assert {"captioning", "slip", "matryoshka"} | local <= refused and len(refused) <= 8
     assert n_compared == len(plugin.names("vlp.losses")) - len(refused) >= 22
 
 

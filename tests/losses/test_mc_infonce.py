@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import ranks
 from tests.test_step import assert_close, gradients_and_weights
-from vlp.losses import build
+from vlp.losses import _von_mises_fisher, build
 from vlp.losses._von_mises_fisher import angle, samples
 
 B, D, SCALE = 8, 6, 7.0
@@ -75,6 +75,24 @@ def test_draws_are_unit_rows_around_the_mean_and_depend_on_row_and_seed_alone() 
     picked = torch.tensor([7, 3999, 12])
     [again] = samples(mean[picked], concentration[picked], picked, [1])
     assert torch.equal(again, first[picked])
+
+
+def test_densities_of_few_rows_are_held_at_once(monkeypatch) -> None:
+    d, n_rows = data(), []
+
+    def drawn_and_gradients() -> list[Tensor]:
+        leaves = d["image"], d["image_concentration"]
+        [drawn] = samples(*leaves, torch.arange(B), [0])
+        return [drawn, *torch.autograd.grad((drawn * torch.arange(D)).sum(), leaves)]
+
+    def counted(uniform: Tensor, concentration: Tensor, width: int) -> Tensor:
+        n_rows.append(len(concentration))
+        return angle(uniform, concentration, width)
+
+    whole = drawn_and_gradients()
+    monkeypatch.setattr(_von_mises_fisher, "angle", counted)
+    monkeypatch.setattr(_von_mises_fisher, "ROWS", 3)
+    assert all(map(torch.equal, drawn_and_gradients(), whole)) and n_rows == [3, 3, 2]
 
 
 @pytest.mark.parametrize("kappa", [1e-3, 1e4, 1e7])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.models import languages
+from tests.models.test_coca import section as coca
 from tests.models.tiny import TEXT, VIT, inputs, language_model, siglip, tiny
 from vlp import losses
 from vlp.checks import check_needs, check_tokens
@@ -183,6 +184,12 @@ def test_tokens_are_in_the_space_of_the_embeddings(tmp_path):
             last = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)
             pooled = found[torch.arange(3), last]
             torch.testing.assert_close(pooled, whole["text"], rtol=0, atol=1e-5)
+        # A pool with weights passes each token alone.
+        if kind == "first":
+            alone = model.text.transformer.pooler(raw[:, 3:4])
+            projected = tokens.project(model.text, raw)
+            assert projected.shape == (3, 15, 48)
+            torch.testing.assert_close(projected[:, 3], model.text.proj(alone))
         if kind == "latent":
             means = torch.stack([raw[i][mask[i]].mean(0) for i in range(3)])
             torch.testing.assert_close(model.text.projected(means), features)
@@ -246,6 +253,33 @@ def test_hard_captions_that_are_not_valid_have_no_tokens():
     torch.testing.assert_close(found[2][n], alone["text_tokens"][:2][n], rtol=0, atol=1e-5)
 
 
+def test_batch_norms_behind_the_pool_move_by_pictures_alone():
+    model = tiny(image_tower=TIMM | {"model": "mobilenetv4_conv_small_035"}).train()
+    pixels, _ = inputs(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    moved = []
+    for token_rows in (None, {"image_tokens": (0, 3)}):
+        model.load_state_dict(before)
+        model(image=pixels, token_rows=token_rows)
+        moved.append({name: value.clone() for name, value in model.named_buffers()})
+
+    statistics = [name for name in before if name.endswith("norm_head.running_mean")]
+    assert len(statistics) == 1 and not torch.equal(moved[0][statistics[0]], before[statistics[0]])
+    assert all(torch.equal(moved[1][name], value) for name, value in moved[0].items())
+
+
+def test_queries_of_a_cascade_pass_the_pool_behind_them_alone():
+    model = tiny(**coca("cascade"))
+    pixels, _ = inputs(model)
+    with torch.no_grad():
+        given = model(image=pixels, token_rows={"image_tokens": (0, 3)}).image_tokens
+        _, queries = tokens.with_tokens(model.visual, model.pixels(pixels))
+        pool, projection = model.visual.attn_pool_contrastive, model.visual.proj
+        alone = [pool(queries[:, place : place + 1]) @ projection for place in range(4)]
+    assert given.shape == (3, 4, 32)
+    torch.testing.assert_close(given, F.normalize(torch.stack(alone, 1), dim=-1))
+
+
 def test_a_description_and_the_weights_know_nothing_of_tokens():
     asked, plain = tiny(), tiny()
     pixels, ids = inputs(asked)
@@ -269,6 +303,7 @@ def test_towers_without_tokens_are_refused_by_name(tmp_path):
         "the image tower pools by an attention of its own;": tiny(
             image_tower=TIMM | {"model": "test_vit3"}
         ),
+        "the image tower pools embedding and tokens side by side": tiny(**coca("parallel")),
         "the text tower reads stored embeddings": tiny(
             text_tower={"name": "stored", "embeddings": str(languages.text_store(tmp_path))}
         ),

@@ -28,13 +28,23 @@ _ANY_NUMBER = 1 << 24  # numbers of concepts are below it, as float32 holds them
 
 def with_form_of_concepts(data: Data, sources: list[Source]) -> Data:
     """The section `data` whose `concepts` says which form those of the samples have: 0 for weights,
-    else what their numbers are below.
+    else what their numbers are below. ValueError for a first sample that may be of either.
     """
     if not all(_CONCEPTS in source.labels for source in sources):
         return data
 
-    first = sources[0][0].meta[_CONCEPTS]
+    sample = sources[0][0]
+    first = sample.meta[_CONCEPTS]
     are_numbers = all(type(entry) is int for entry in first) and len(set(first)) == len(first)
+
+    # Two concepts with the weights 1 and 0 would be the numbers of both.
+    names_all = are_numbers and first and sorted(first) == list(range(data.concepts or 0))
+    if names_all and _WEIGHTS not in sample.meta:
+        raise ValueError(
+            f"the first sample's {_CONCEPTS!r} are {str(first)[:60]}, which may be weights of all "
+            f"{data.concepts} concepts or their numbers; write weights with a point (1.0), or give "
+            f"{_WEIGHTS!r} beside numbers"
+        )
     return replace(data, concepts=(data.concepts or _ANY_NUMBER) if are_numbers else 0)
 
 

@@ -19,13 +19,21 @@ from vlp.losses._common import Common, Schedule
 from vlp.losses._inputs import Inputs
 from vlp.losses._objective import Objective
 from vlp.losses._table import Table
-from vlp.losses._terms import check_width, for_run, leaves, min_views, needs, own_scale, reads
+from vlp.losses._terms import (
+    check_modalities,
+    check_width,
+    for_run,
+    leaves,
+    min_views,
+    needs,
+    own_scale,
+    reads,
+)
 from vlp.pairwise import Backend, Topology
 
 __all__ = [
-    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "check_width", "leaves",
-    "min_views", "needs",
-    "own_scale", "reads", "supplier",
+    "Common", "Inputs", "Objective", "Schedule", "Table", "build", "check_modalities",
+    "check_width", "leaves", "min_views", "needs", "own_scale", "reads", "supplier",
 ]  # fmt: skip
 
 

@@ -7,13 +7,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vlp.losses._inputs import Inputs
+from vlp.losses._inputs import HALF, Inputs
 from vlp.losses._softmax import cross_entropy
 from vlp.pairwise import Pairs, softplus
 
 
 def over_concepts(inputs: Inputs, pairs: Pairs, loss: Literal["ce", "bce"]) -> Tensor:
     """The mean over rows that have a concept; the others take no part, be their logits NaN."""
+    _check_numbers(inputs.concept_targets)
+    inputs = inputs.wide()
     logits = inputs.concept_logits
     targets = dense(inputs.concept_targets.detach(), logits)
     total = targets.sum(1)
@@ -26,6 +28,15 @@ def over_concepts(inputs: Inputs, pairs: Pairs, loss: Literal["ce", "bce"]) -> T
         return pairs.mean(binary_cross_entropy(logits, targets.clamp(max=1)), named)
     share = targets / torch.where(named, total, 1).unsqueeze(1)
     return pairs.mean(cross_entropy(logits, share), named)
+
+
+def _check_numbers(targets: Tensor) -> None:
+    """Refuse numbers of concepts that half precision has rounded to those of others."""
+    if targets.dim() > 2 and targets.dtype in HALF:
+        raise ValueError(
+            f"concept_targets: found numbers of concepts as {targets.dtype}, which rounds "
+            "large ones to others; give them as float32"
+        )
 
 
 def dense(targets: Tensor, logits: Tensor) -> Tensor:

@@ -112,6 +112,13 @@ class Inputs(Readable):
                 f"{len(self.others)} modalities of others"
             )
 
+        # Rows are found by name: of two with one name the first would be lost.
+        if names is not None and len({"image", "text", *names}) < 2 + len(names):
+            lines.append(
+                f"other_names: found {', '.join(names)}, expected different names, none of them "
+                "image or text"
+            )
+
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if value is None or (field.is_number and isinstance(value, Real)):

@@ -108,6 +108,19 @@ def check_width(plugins: Iterable[Plugin], width: int) -> None:
             raise ValueError(f"the term {plugin.label!r}: {error}") from error
 
 
+def check_modalities(plugins: Iterable[Plugin], names: list[str], width: int, n: int) -> None:
+    """Refuse terms that cannot compare modalities of these names in D = `width` numbers and n
+    candidates: ValueError, which names the term.
+    """
+    for plugin in plugins:
+        if not hasattr(plugin.module, "check_modalities"):
+            continue
+        try:
+            plugin.module.check_modalities(plugin.options, names, width, n)
+        except ValueError as error:
+            raise ValueError(f"the term {plugin.label!r}: {error}") from error
+
+
 def for_run(plugin: Plugin, samples: int | None, steps: int | None) -> Plugin:
     """The term with what only the run knows.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from vlp.losses._draws import draws
 
 GRID = 1025  # points of f a row
+ROWS = 512  # whose densities are held at once
 _SPREADS = 10.0  # standard deviations around the mode that the grid covers, as far as there is room
 
 
@@ -37,7 +38,9 @@ def samples(
 ) -> Iterator[Tensor]:
     """A draw of each row for each seed, [b, D] unit rows; the same for one (row, seed)."""
     uniform = torch.stack([list(draws(rows, seed, 1))[2][:, 0] for seed in seeds], 1)
-    angles = angle(uniform, concentration, mean.shape[1]).to(mean.dtype)
+    # A chunk of rows at a time: a row holds about 90 KB of its density.
+    chunks = zip(uniform.split(ROWS), concentration.split(ROWS))
+    angles = torch.cat([angle(*chunk, mean.shape[1]) for chunk in chunks]).to(mean.dtype)
     for seed, theta in zip(seeds, angles.unsqueeze(2).unbind(1)):
         first, second, _ = draws(rows, seed, mean.shape[1])
         normal = (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)

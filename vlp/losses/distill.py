@@ -240,9 +240,9 @@ def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     if options.form in _distill_pairs.FORMS:
         return _distill_pairs.over_pairs(inputs, pairs, options.form, options.focus)
 
-    inputs = inputs.wide()
     if options.form == "concepts":
         return _distill_concepts.over_concepts(inputs, pairs, options.loss)
+    inputs = inputs.wide()
     if options.form == "margin":
         return _distill_captions.margin(inputs, pairs, options.gamma)
     if options.candidates == "batch":

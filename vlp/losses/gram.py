@@ -79,7 +79,8 @@ def _check_rank(n_vectors: int, width: int) -> None:
     if n_vectors > width:
         raise ValueError(
             f"found {n_vectors} modalities in a space of {width} dimensions, where any of them "
-            f"span no volume; expected at most {width}: raise model.embed_dim, or drop modalities"
+            f"span no volume; expected at most {width}: take wider embeddings, or drop "
+            "modalities"
         )
 
 

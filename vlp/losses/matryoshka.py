@@ -162,6 +162,12 @@ def check_width(options: Options, width: int) -> None:
         )
 
 
+def check_modalities(options: Options, names: list[str], width: int, n: int) -> None:
+    """Refuse modalities that a term cannot compare at the narrowest width. ValueError."""
+    narrowest = min(m for m, _ in options.at(width))
+    _terms.check_modalities(options.terms, names, narrowest, n)
+
+
 def initial_state(options: Options) -> dict[str, Any]:
     """The states of its terms, one of each width, as WIDTH.LABEL.NAME."""
     state = {}

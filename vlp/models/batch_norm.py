@@ -1,4 +1,6 @@
-"""Batch norms whose running statistics move in one of the two passes over a micro-batch."""
+"""Batch norms whose running statistics move in one of the two passes over a micro-batch, and by
+what the tower pools alone.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,21 @@ def moved_once(norms: list[_BatchNorm]) -> Iterator[None]:
     statistics in any case. Activation checkpointing computes a block once more, in backward, and
     there they move again: without them torch would not know the recomputed tensors.
     """
+    with _moving(norms, torch.is_grad_enabled()):
+        yield
+
+
+@contextmanager
+def kept_still(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Around a forward whose rows are not those that the statistics are of: they do not move."""
+    with _moving(norms, False):
+        yield
+
+
+@contextmanager
+def _moving(norms: list[_BatchNorm], moves: bool) -> Iterator[None]:
     for norm in norms:
-        norm.track_running_stats = torch.is_grad_enabled()
+        norm.track_running_stats = moves
     try:
         yield
     finally:

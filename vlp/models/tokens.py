@@ -24,6 +24,7 @@ from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from vlp.data.prompted import unmarked
+from vlp.models.batch_norm import batch_norms, kept_still
 from vlp.models.language import LanguageTower
 
 # Those that say themselves what they make of each place.
@@ -38,6 +39,9 @@ def refusal(tower: nn.Module) -> str:
         if _attends_to_pool(tower):
             return "pools by an attention of its own; take pool: avg or token"
         return ""
+    # Its embedding reads the patches, its tokens are queries that the embedding never sees.
+    if getattr(tower, "attn_pool_type", "") == "parallel":
+        return "pools embedding and tokens side by side; take attentional_pool: shared or cascade"
     if isinstance(tower, (*_SAY_TOKENS, ModifiedResNet)):
         return ""
     return f"is a {type(tower).__name__}, whose tokens are not known"
@@ -70,6 +74,9 @@ def project(tower: Any, tokens: Tensor) -> Tensor:
         # open_clip norms its pooled features after the pool, and leaves the tokens.
         if tower.attn_pool is None and tower.final_ln_after_pool:
             tokens = tower.ln_post(tokens)
+        # Of an attentional pool that is a cascade, the second part.
+        if tower.attn_pool is not None and tower.attn_pool_contrastive is not None:
+            tokens = _each_alone(tower.attn_pool_contrastive, tokens)
         return tokens if tower.proj is None else tokens @ tower.proj
 
     if isinstance(tower, TextTransformer):
@@ -82,7 +89,7 @@ def project(tower: Any, tokens: Tensor) -> Tensor:
         return tokens if projection is None else tokens @ projection
 
     if isinstance(tower, HFTextEncoder):
-        return tower.proj(tokens)
+        return tower.proj(_through_pooler(tower, tokens))
     if isinstance(tower, LanguageTower):
         return tower.projected(tokens)
     if isinstance(tower, ModifiedResNet):
@@ -160,8 +167,24 @@ def _through_head(tower: TimmModel, places: Tensor) -> Tensor:
         n_class_tokens = getattr(tower.trunk, "num_prefix_tokens", 0)
         alone = alone.expand(-1, 1 + n_class_tokens, -1)
 
-    projected = tower.head(tower.trunk.forward_head(alone))
+    # Statistics of a norm behind the pool are those of pictures.
+    with kept_still(batch_norms(tower)):
+        projected = tower.head(tower.trunk.forward_head(alone))
     return projected.unflatten(0, places.shape[:2])
+
+
+def _through_pooler(tower: HFTextEncoder, tokens: Tensor) -> Tensor:
+    """Each token of a text through the layer that BERT has behind its first token, if any."""
+    layer = getattr(tower.transformer, "pooler", None)
+    if type(tower.pooler) is not ClsPooler or layer is None:
+        return tokens
+    return _each_alone(layer, tokens)
+
+
+def _each_alone(pool: nn.Module, tokens: Tensor) -> Tensor:
+    """What a pool makes of each of the tokens [rows, P, width] as if there were no other."""
+    pooled: Tensor = pool(tokens.flatten(0, 1).unsqueeze(1))
+    return pooled.view(*tokens.shape[:2], -1)
 
 
 def _through_attention(pool: AttentionPool2d, cells: Tensor) -> Tensor:
