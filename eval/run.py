@@ -116,11 +116,11 @@ def _evaluate_command(options: argparse.Namespace) -> int:
         plugin.keyed("vlp.eval.tasks", _tasks(options)) if suite is None else suite.located.tasks
     )
     blends = sweep.asked_for(options, tasks, has_average=suite is not None)
-    for name in options.blend or [options.model]:
-        references.check(name)
     reference = references.of_average(options.model) if options.ema else options.model
     context = _context(options)
     narrow.check(options.width)
+    for name in options.blend or [options.model]:
+        references.check(name)
     if reference and any(needs_decoder(task) for task in tasks):
         describers.check_reference(reference)
     data = read_all(tasks)

@@ -51,6 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     work.ray_argument(parser)
 
 
+@work.alone
 def run(args: argparse.Namespace) -> int:
     """Train, measure and write; print R@1 over the share kept."""
     from vlp.data.paths import expand

@@ -16,7 +16,8 @@ def new_folder(text: str) -> Path:
     from vlp.data.stored import destination
 
     folder = destination(text)
-    if folder.is_dir() and any(folder.iterdir()):
+    # The lock of this call begins with a dot.
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"--to {text} is a folder that is not empty; name another one")
     return folder
 

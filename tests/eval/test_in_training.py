@@ -96,7 +96,7 @@ def test_unreadable_pictures_are_refused_before_anything_long_starts(photos, tmp
     shutil.rmtree(photos / "cat")
     command = [
         "eval",
-        "no-such-model",
+        "ViT-B-32-quickgelu:openai",
         "--task",
         "zeroshot",
         "--data",

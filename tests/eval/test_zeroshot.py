@@ -133,7 +133,9 @@ def test_a_data_set_on_the_hub_is_fetched_and_read(shards, monkeypatch):
 
     asked = []
 
-    def download(name, repo_type, allow_patterns):
+    def download(name, repo_type, allow_patterns=("*",), local_files_only=False):
+        if local_files_only:  # whether an earlier download is here
+            return str(shards)
         files = [str(p.relative_to(shards)) for p in shards.rglob("*") if p.is_file()]
         wanted = {
             f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in allow_patterns)
