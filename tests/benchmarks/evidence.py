@@ -284,8 +284,10 @@ def row(
         for heading, (label, score) in table.columns.items()
     }
     distances = {
-        distance_heading(heading): distance(runs, baseline, data, unit(heading))
-        for heading, data in table.paired.items()
+        distance_heading(heading): distance(
+            runs, baseline, "/".join(table.columns[heading]), unit(heading)
+        )
+        for heading in table.paired
     }
     costs = {
         heading: statistics.mean(run["cost"][name] for run in runs)
@@ -295,26 +297,22 @@ def row(
 
 
 def distance(
-    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], data: str, unit: int
+    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], score: str, unit: int
 ) -> str | None:
-    """Accuracy on `data` minus the baseline's with its 95 % interval, paired over items; None for
-    the baseline, and where not as many of its seeds have finished.
+    """A score, "label/name", minus the baseline's with its 95 % interval, paired over items; None
+    for the baseline, and where not as many of its seeds have finished.
     """
     if runs is baseline or len(runs) != len(baseline):
         return None
-    pair = (mean_outcomes(of_arm, data) for of_arm in (runs, baseline))
+    pair = (mean_outcomes(of_arm, score) for of_arm in (runs, baseline))
     middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
     return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def mean_outcomes(runs: list[dict[str, Any]], data: str) -> Tensor:
-    """What every item of a set of negatives gives to the accuracy, [items, 2], as the mean over the
-    seeds.
-    """
-    arguments = ("--task", "negatives", "--data", data)
-    files = [evaluated(run["folder"], Path(data).name, arguments) for run in runs]
-    of_seeds = [load_file(items_path(path))["negatives/acc"] for path in files]
-    return torch.stack(of_seeds).double().mean(0)
+def mean_outcomes(runs: list[dict[str, Any]], score: str) -> Tensor:
+    """What every item gives to a score, [items, 2], as the mean over the seeds."""
+    files = [items_path(run["folder"] / "results.json") for run in runs]
+    return torch.stack([load_file(path)[score] for path in files]).double().mean(0)
 
 
 def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -326,11 +324,9 @@ def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:
 
 
 def evaluated(run: Path, name: str, arguments: tuple[str, ...]) -> Path:
-    """The file of what `vlp eval RUN` gives with these arguments, which is kept beside the run:
-    training keeps the scores of its own tasks, but not what each item gave.
-    """
+    """The file of what `vlp eval RUN` gives with these arguments, which is kept beside the run."""
     out = run / f"{name}.json"
-    if not items_path(out).exists():
+    if not out.exists():
         command = [sys.executable, "-m", "vlp.cli", "eval", str(run), *arguments]
         subprocess.run([*command, "--out", str(out)], check=True, cwd=run.parent.parent)
     return out

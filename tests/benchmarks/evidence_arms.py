@@ -140,8 +140,8 @@ class Table:
     columns: dict[str, Column]
     notes: str
     other_data: bool = False  # its arms differ in what they are trained on, too
-    # Columns of which the distance from the baseline is shown, paired over the items of their data.
-    paired: dict[str, str] = field(default_factory=dict)
+    # columns of which the distance from the baseline is shown, paired over their items
+    paired: tuple[str, ...] = ()
     # What training does not evaluate: label -> arguments of `vlp eval RUN`.
     evaluated: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -269,8 +269,5 @@ for begin, title, notes in (
         {begin + name: title_of_arm for name, title_of_arm in COUNTING_NAMES.items()},
         COUNTING_COLUMNS | GUARDS,
         notes + COUNTING_NOTES,
-        paired={
-            "seen, %": "data/proofs_of_counting/seen",
-            "held out, %": "data/proofs_of_counting/heldout",
-        },
+        paired=tuple(COUNTING_COLUMNS),
     )

@@ -118,14 +118,14 @@ def test_a_distance_is_paired_over_items(tmp_path):
         folder = tmp_path / arm / "0"
         folder.mkdir(parents=True)
         items = torch.stack([torch.tensor(hits), torch.ones(400, dtype=torch.int64)], 1).float()
-        save_file({"negatives/acc": items}, folder / "seen.items.safetensors")
+        save_file({"negatives/acc": items}, folder / "results.items.safetensors")
         runs[arm] = [{"folder": folder}]
 
-    said = evidence.distance(runs["a"], runs["b"], "data/proofs_of_counting/seen", 100)
+    said = evidence.distance(runs["a"], runs["b"], "negatives/acc", 100)
     middle, low, high = map(float, re.findall(r"[+-][\d.]+", said))
     # Unpaired the interval would be 13 points wide.
     assert middle == 25 and 20 < low < 25 < high < 30
-    assert evidence.distance(runs["b"], runs["b"], "seen", 100) is None
+    assert evidence.distance(runs["b"], runs["b"], "negatives/acc", 100) is None
 
 
 def records(folder):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.fields import FIELDS
-from vlp.models import assemble, lengths, lora, tokens, trunk_features
+from vlp.models import assemble, language, lengths, lora, tokens, trunk_features
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.decoder import Decoder
 from vlp.models.exact import Pixels, Scaling
@@ -372,7 +372,7 @@ class DualEncoder(nn.Module):
         image.set_grad_checkpointing(enable)
 
         if isinstance(self.text, _OF_TRANSFORMERS):
-            _checkpoint_transformers(self.text.transformer, enable)
+            language.recompute_activations(self.text.transformer, enable)
         else:
             self.text.set_grad_checkpointing(enable)
         if self.text_decoder is not None:
@@ -496,16 +496,6 @@ def _without_gradient(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         found += _without_gradient(child)
     return found
-
-
-def _checkpoint_transformers(trunk: nn.Module, enable: bool) -> None:
-    # transformers renamed the methods on its way from 5.17 to 5.23.
-    word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
-
-    if enable:
-        getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(trunk, f"{word}_checkpointing_disable")()
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

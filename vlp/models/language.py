@@ -134,6 +134,17 @@ def parameters_of(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
+def recompute_activations(trunk: nn.Module, enable: bool) -> None:
+    """Let a model of transformers keep the inputs of its blocks alone, or all activations again."""
+    # transformers renamed the methods on its way from 5.17 to 5.23.
+    word = "activation" if hasattr(trunk, "activation_checkpointing_enable") else "gradient"
+
+    if enable:
+        getattr(trunk, f"{word}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(trunk, f"{word}_checkpointing_disable")()
+
+
 class Referenced(nn.Module):
     """A language model by name, loaded when it is first called; no weight of it is the tower's."""
 

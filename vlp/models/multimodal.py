@@ -72,10 +72,7 @@ class ImageTower(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As open_clip's towers; the text tower's language model is part of the model."""
-        if enable:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        language.recompute_activations(self.model, enable)
 
     def _freeze_unread(self) -> frozenset[str]:
         """Lock parameters that no picture's feature depends on, such as the last norm of LLaVA's

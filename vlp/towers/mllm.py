@@ -32,7 +32,7 @@ class Options:
     # tokenizer and image processor
     model: str
     image_size: int = 336  # pixels, square; more of them are more tokens of a picture
-    # the picture stands for {}: "{}\nSummarize above image in one word:"
+    # the picture stands for {}; an instruction of the task belongs here
     prompt_image: str = "{}\nSummarize above image in one word: "
     # the caption stands for {}
     prompt_text: str = "{}\nSummarize above sentence in one word: "
@@ -90,8 +90,6 @@ def text_cfg(options: Options) -> dict[str, Any]:
             "pool": "last",
             "attention": "causal",
             "adaptor": None,
-            "shared": True,  # with the image tower, which holds the weights
-            "projected": options.proj == "linear",
         },
     }
 
