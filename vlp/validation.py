@@ -199,6 +199,7 @@ def _loader(
         sources=options.data.sources,
         augment=_MIDDLE,
         together=1,
+        one_source=False,
         replacement=False,
         lanes=1,  # the batches of before there were lanes, which a run's losses are compared over
         shuffle=True,

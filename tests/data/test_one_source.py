@@ -5,8 +5,11 @@ import pytest
 
 from tests.data.material import data_of, loader_of, write_shards
 from tests.data.test_mix import mixture
+from tests.eval import material
+from vlp import config
 from vlp.data.mix import Begin
 from vlp.data.steps import DataError
+from vlp.train import train
 
 
 @pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [1, 1, 1], [3, 1, 1e-4]])
@@ -66,3 +69,26 @@ def test_a_loader_resumes_on_other_ranks_and_refuses_a_small_source(tmp_path):
         loader_of(data_of(*sources), 8).load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match=r"source 1 has 9, and data\.one_source fills it"):
         loader_of(data, 10)
+
+
+def test_what_a_run_cannot_do_is_answered_by_its_configuration(tmp_path):
+    sources = []
+    for name in ("a", "b"):
+        write_shards(tmp_path / name, 40, 40)
+        sources.append({"name": "shards", "path": str(tmp_path / name)})
+    weighted = [source | {"weight": 1.0} for source in sources]
+    settings = {
+        **material.OUR_CONFIG,
+        "out": str(tmp_path / "run"),
+        "data": {"sources": weighted, "one_source": True, "workers": 0},
+        "train": {"duration": 2, "batch": 8, "device": "cpu"},
+    }
+    stages = [{"duration": 1}, {"duration": 1, "batch": 16}]
+    with pytest.raises(
+        ValueError, match=r"one size in all of a run; found train\.batch 8 and .*16"
+    ):
+        config.parse(settings | {"stages": stages})
+
+    # Held-out samples are no training batches: their sources need no weights.
+    train(config.parse(settings | {"validation": {"data": {"sources": sources}, "every": 1}}))
+    assert "val.loss" in (tmp_path / "run" / "metrics.jsonl").read_text()

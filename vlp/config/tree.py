@@ -54,6 +54,13 @@ class Config:
                 f"teacher.queue is {self.teacher.queue}, "
                 f"smaller than train.batch {self.train.batch}; enlarge it"
             )
+        sizes = {stage.batch for stage in self.stages} - {None, self.train.batch}
+        if self.data.one_source and sizes:
+            raise ValueError(
+                "data.one_source counts batches, which have one size in all of a run; found "
+                f"train.batch {self.train.batch} and a stage's {min(filter(None, sizes))}: leave "
+                "batch out of the stages"
+            )
         if self.model.new_projection and self.model.pretrained is None and self.init_from is None:
             raise ValueError(
                 "model.new_projection starts projections beside published weights, and neither "
