@@ -201,7 +201,8 @@ def part_of(arm: str, seed: int, made: dict[str, Any], args: argparse.Namespace)
         "arm": arm,
         "seed": seed,
         "overrides": overrides_of(arm, args.overrides),
-        "recipe": str(Path(args.recipe).resolve()),
+        # This folder's own is wherever the project is: a moved project goes on.
+        "recipe": None if is_stored(args.recipe) else str(Path(args.recipe).resolve()),
         "recipe_hash": hashlib.sha256(Path(args.recipe).read_bytes()).hexdigest(),
         "photos": made["bytes"],
         "folds": made["folds"],
@@ -217,13 +218,13 @@ def overrides_of(arm: str, further: list[str]) -> list[str]:
 def settings_of(part: dict[str, Any], out: Path, fold: int, to: Path) -> Config:
     """The recipe on a fold's photos."""
     overrides = [f"data.sources.0.path={out / 'photos' / str(fold) / 'train'}"]
-    if is_stored(part["recipe"]):
+    if part["recipe"] is None:
         overrides += [
             "model.image_tower.precomputed=true",
             f"data.sources.0.embeddings={stored(out, fold)}",
         ]
     overrides += [*part["overrides"], f"seed={part['seed']}", "eval={}", f"out={to}"]
-    return config.load(part["recipe"], overrides)
+    return config.load(part["recipe"] or RECIPE, overrides)
 
 
 def run(part: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -143,3 +143,13 @@ def test_what_is_mistyped_is_said_before_anything_is_made(tmp_path):
 
     with pytest.raises(ValueError, match="holds no folds yet"):
         photo_data.about(tmp_path / "out")
+
+
+def test_a_moved_project_goes_on_with_its_runs(tmp_path):
+    args = argparse.Namespace(recipe=str(photos.RECIPE), overrides=[], zeroshot=None)
+    made = {"folds": [0], "bytes": 1}
+    part = photos.part_of("infonce", 0, made, args)
+    assert str(photos.RECIPE.parent) not in json.dumps(part)
+
+    chosen = photos.settings_of(part, tmp_path, 0, tmp_path / "run")
+    assert chosen.model.image_tower.to_config()["precomputed"]
