@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
-from vlp.data_tools.pack import pictures
+from vlp.data_tools.pack import claims, pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -310,7 +310,10 @@ class Write:
             return
         if sample.image:  # its embedding may stand for it
             written = self._written(sample.image, sample.image_type, counts, totals)
-            pictures.tell_size(sample.meta, sample.image, written.data)
+            true = claims.mended(claims.of(sample.meta), sample.image, written.data)
+            claims.put(sample.meta, true)
+            if true:
+                totals["retold"] += 1
             sample.image, sample.image_type = written.data, written.extension
         for place, picture in sample.negative_images.items():
             sample.negative_images[place] = self._written(

@@ -6,7 +6,7 @@ Below the draft's folder of work (`Draft.made`):
     checked/00000.json    mark of a chunk of all pictures: {"problems": [[place in it, text], …]}
     encoded/00000.made    the new pictures of a chunk of the usable ones, in the order of the shards
     encoded/00000.rows    JSON: where each of its pictures lies there, null for one that stays as it
-                          came; then its extension and numbers
+                          came; then its extension, numbers, and what its JSON must say of it
     encoded/00000.json    mark
 
 A picture that stays as it came is not copied into a chunk, nor is its place noted: the call that
@@ -30,6 +30,8 @@ from vlp.data.archives import Place, printable
 from vlp.data.stored import StoredPath
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, all_done, carry_out
+from vlp.data_tools.pack import claims
+from vlp.data_tools.pack.claims import Claims
 from vlp.files import replacing, write_atomically
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ class Source(NamedTuple):
 
     name: str
     place: Place
+    claims: Claims  # what its JSON says of it, where it may be encoded
 
 
 class Row(NamedTuple):
@@ -83,6 +86,7 @@ class Row(NamedTuple):
     place: Place
     extension: str  # "": that of its name
     numbers: dict[str, int]  # for the shard's statistics
+    true: Claims  # what its JSON must say of it now
 
 
 class Chunk(NamedTuple):
@@ -128,7 +132,8 @@ def encode(
     """Encode the pictures of the usable items, which stand as they will in the shards."""
     encoded = Encoded(folder / "encoded", SIZE)
     work = Encode(pictures, encoded.folder, n_threads(pool))
-    carry_out("encode", _jobs(ordered, inputs, encoded.folder), work, pool, _UNIT)
+    jobs = _jobs(ordered, inputs, encoded.folder, with_claims=True)
+    carry_out("encode", jobs, work, pool, _UNIT)
     return encoded
 
 
@@ -165,19 +170,24 @@ class Encoded:
 
             rows = json.loads((self.folder / f"{number:05d}.rows").read_bytes())
             first = number * self.size
-            for span, extension, numbers in rows[max(start - first, 0) : stop - first]:
+            for span, *about in rows[max(start - first, 0) : stop - first]:
                 place = next(in_input)
                 if span is not None:
                     place = Place(str(made), *span)
-                yield Row(place, extension, numbers)
+                yield Row(place, *about)
 
 
-def _jobs(named: Sequence[Named], inputs: Inputs, marks: Path) -> list[Job]:
+def _jobs(
+    named: Sequence[Named], inputs: Inputs, marks: Path, with_claims: bool = False
+) -> list[Job]:
     """A job a chunk, as large as it has pictures."""
     marks.mkdir(parents=True, exist_ok=True)
     jobs = []
     for number, pairs in enumerate(windows(named, SIZE)):
-        sources = [Source(name, inputs.place(name)) for _, name in pairs]
+        sources = [
+            Source(name, inputs.place(name), claims.of(item.meta) if with_claims else {})
+            for item, name in pairs
+        ]
         chunk = Chunk(number, sources, stored.source(sources[0].place.path))
         about = printable(f"images {sources[0].name!r} to {sources[-1].name!r}")
         jobs.append(Job(marks / f"{number:05d}.json", chunk, len(sources), about))
@@ -223,29 +233,36 @@ class Encode:
 
     def __call__(self, chunk: Chunk) -> Result:
         path = self.folder / f"{chunk.number:05d}.made"
-        rows: list[tuple[tuple[int, int] | None, str, dict[str, int]]] = []
+        rows: list[tuple[tuple[int, int] | None, str, dict[str, int], Claims]] = []
         with (
             replacing(path) as temporary,
             open(temporary, "wb") as file,
             ThreadPoolExecutor(self.n_threads) as threads,
         ):
             for sources in windows(chunk.sources, _AHEAD):
-                for written in threads.map(self._written, sources):
+                for written, true in threads.map(self._written, sources):
                     span = None
                     # Only what is encoded has an extension of its own.
                     if written.extension:
                         span = (file.tell(), len(written.data))
                         file.write(written.data)
-                    rows.append((span, written.extension, written.numbers))
+                    rows.append((span, written.extension, written.numbers, true))
 
         write_atomically(path.with_suffix(".rows"), json.dumps(rows).encode())
         return {"counts": {"samples read": len(rows)}}
 
-    def _written(self, source: Source) -> Written:
+    def _written(self, source: Source) -> tuple[Written, Claims]:
+        """A picture as it is written, and what its JSON must say of it."""
         try:
-            return self.pictures.written(read(source.place))
+            data = read(source.place)
+            written = self.pictures.written(data)
         except ValueError as error:
             raise ValueError(_unusable(source, error)) from None
+
+        true = claims.mended(source.claims, data, written.data)
+        if true:
+            written.numbers["retold"] = 1
+        return written, true
 
 
 def _unusable(source: Source, error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vlp.data import stored
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, carry_out
-from vlp.data_tools.pack import chunks
+from vlp.data_tools.pack import chunks, claims
 from vlp.data_tools.pack.pictures import Pictures, sum_of
 from vlp.files import write_atomically
 
@@ -57,6 +57,9 @@ def plan_of(
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
 
     add([__version__, encoder, options, asdict(pictures), classes])
+    # Rows of chunks that were encoded before JSON was kept true do not say what it must say.
+    if pictures.change:
+        add("claims")
     states: dict[str, tuple[int, int]] = {}
     for item, name in named:
         place = inputs.place(name)
@@ -193,7 +196,7 @@ class WriteShard:
     def _rows(self, part: _Part) -> AbstractContextManager[Iterator[chunks.Row]]:
         """The pictures of a shard in order."""
         if self.encoded is None:
-            return nullcontext(chunks.Row(place, "", {}) for place in part.places)
+            return nullcontext(chunks.Row(place, "", {}, {}) for place in part.places)
         return self.encoded.rows(part.start, part.places)
 
     def _add(self, writer: ShardWriter, pair: Named, row: chunks.Row, image: bytes) -> None:
@@ -201,6 +204,8 @@ class WriteShard:
         from vlp.data.archives import image_type
 
         item, name = pair
+        meta = dict(item.meta)
+        claims.put(meta, row.true)
         cls = self.class_numbers.get(item.class_name or "", item.meta.get("cls"))
         if type(cls) is not int or cls < 0:
             cls = None  # it stays in the JSON
@@ -210,7 +215,7 @@ class WriteShard:
                 image,
                 row.extension or image_type(name),
                 item.captions,
-                item.meta,
+                meta,
                 cls,
                 txt=_caption_lines(item.captions) if self.is_retrieval else None,
                 numbers=row.numbers,
