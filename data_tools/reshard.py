@@ -113,12 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
 
-    # A job carries its own places, so that whoever takes it needs nothing else.
-    jobs = []
-    for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
-        part = spans[start:stop]
-        mark = folder / f"{number:05d}_reshard.json"
-        jobs.append(work.Job(mark, (number, part), int(part["length"].sum())))
+    jobs = _jobs(spans, shards, folder, limits)
     write = Write(list(zip(sources, shards)), folder, args.renumber, written)
     results = work.carry_out("reshard", jobs, write, pool)
 
@@ -132,6 +127,31 @@ def run(args: argparse.Namespace) -> int:
     for line in pictures.loss_of(totals, counts["pictures"]):
         print(line)
     return 0
+
+
+def _jobs(
+    spans: np.ndarray, shards: list[Shard], folder: Path, limits: dict[str, int]
+) -> list[work.Job]:
+    """A job a new shard. It carries its own places, so that whoever takes it needs nothing else,
+    and counts what the shards leave behind whose first sample it has.
+    """
+    from vlp.data_tools._run.shards import left_behind
+
+    jobs = []
+    # Without a first sample they are the first job's.
+    without_samples = [i for i, shard in enumerate(shards) if not shard.count]
+    for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
+        part = spans[start:stop]
+        begun: list[int] = part["shard"][part["number"] == 0].tolist()
+        if number == 0:
+            begun += without_samples
+        left: Counter[str] = Counter()
+        for i in begun:
+            left.update(left_behind(shards[i]))
+
+        mark = folder / f"{number:05d}_reshard.json"
+        jobs.append(work.Job(mark, (number, part, left), int(part["length"].sum())))
+    return jobs
 
 
 def _spans(rows: list[bytes]) -> np.ndarray:
@@ -235,13 +255,13 @@ class Write:
     renumber: bool
     pictures: pictures.Pictures
 
-    def __call__(self, job: tuple[int, np.ndarray]) -> work.Result:
+    def __call__(self, job: tuple[int, np.ndarray, Counter[str]]) -> work.Result:
         from vlp.data.format import ShardWriter
         from vlp.data_tools._belonging import settle
         from vlp.data_tools._run.shards import Changed, complete, put
 
-        number, spans = job
-        counts: Counter[str] = Counter()
+        number, spans, left = job
+        counts = Counter(left)
         totals: Counter[str] = Counter()
         rows = self._rows_beside(spans, counts)
         with ShardWriter(
