@@ -366,7 +366,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
             "s3:KEY=VALUE; secrets belong into the environment or the files of the store's tools; "
             "may be repeated",
         )
-        command.set_defaults(run=_ended_by_signals(_with_storage(tool.run)))
+        command.set_defaults(run=_ended_by_signals(_giving_back(_with_storage(tool.run))))
 
 
 def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
@@ -389,6 +389,21 @@ def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int
         return run(options)
 
     return with_storage
+
+
+def _giving_back(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """A tool that leaves no process of a cluster waiting for work."""
+
+    def giving_back(options: argparse.Namespace) -> int:
+        try:
+            return run(options)
+        finally:
+            if options.ray is not None:
+                from vlp.data_tools._run import on_ray
+
+                on_ray.give_back()
+
+    return giving_back
 
 
 def _ended_by_signals(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:

@@ -364,6 +364,12 @@ def forget_copy(path: StoredPath) -> None:
     stores.look_again(str(path.parent))
 
 
+def look_again() -> None:
+    """Ask the stores anew for all that this process knows of them: others have written since."""
+    stores.look_again_everywhere()
+    _compared.clear()
+
+
 def bring(paths: Iterable[Path]) -> None:
     """Look anew which of these files there are, and fetch them many at a time; nothing for files of
     this machine.

@@ -292,6 +292,11 @@ def look_again(*folders: str) -> None:
                 _listed.pop(listed, None)  # another thread may have, too
 
 
+def look_again_everywhere() -> None:
+    """Forget what is known of the entries of all folders."""
+    _listed.clear()
+
+
 def info(place: str) -> Info | None:
     """What the store says of a file; None where there is none."""
     if scheme_of(place) in HTTP:
