@@ -392,16 +392,15 @@ def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int
 
 
 def _giving_back(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
-    """A tool that leaves no process of a cluster waiting for work."""
+    """A tool that leaves no process waiting for work."""
 
     def giving_back(options: argparse.Namespace) -> int:
         try:
             return run(options)
         finally:
-            if options.ray is not None:
-                from vlp.data_tools._run import on_ray
+            from vlp.data_tools._run import pool
 
-                on_ray.give_back()
+            pool.give_back()
 
     return giving_back
 

@@ -1,5 +1,5 @@
-"""Processes on a cluster that have done their round of work and wait for the next one of the call:
-they have started, imported their libraries and loaded their models.
+"""Processes, of this machine or a cluster, that have done their round of work and wait for the next
+one of the call: they have started, imported their libraries and loaded their models.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ KEPT_S = 30.0
 class Kind(NamedTuple):
     """What makes one process as good as another for a round of work."""
 
-    job: str  # of the connection to the cluster: without it nothing can be asked of them
-    options: dict[str, Any]  # cores and GPUs
+    job: str  # of the connection to the cluster, without which they cannot be asked for anything
+    size: Any  # cores and GPUs of one, or how many processes there are together
     surroundings: Any  # working directory, environment, stores: what a process takes over once
 
 
