@@ -19,14 +19,16 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlp.data import stored, stores
+from vlp.data import stored, stored_files, stores
 from vlp.data.archives import Place, printable
+from vlp.data.members import MAX_IMAGE_BYTES
 from vlp.data.stored import StoredPath
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, all_done, carry_out
@@ -51,25 +53,64 @@ class Inputs:
 
     archive: Archive
     address: str = ""  # of the tar, where what is read here is a copy from a store
+    # Where the pictures of a folder in a store are brought, to stay; None: for each use of them.
+    copies: Path | None = None
 
     def place(self, name: str) -> Place:
         """Where the picture of a stored name lies."""
         place = self.archive.place(name)
         return place._replace(path=self.address) if self.address else place
 
+    def state(self, name: str) -> list[int | str]:
+        """What changes where another picture takes the place of this one."""
+        place = self.place(name)
+        if version := self.archive.versions.get(name):
+            return [place.size, version]
+        status = stored.source(place.path).stat()
+        return [status.st_size, status.st_mtime_ns]
 
-def here(place: Place) -> Place:
-    """A place on this machine; of a file in a store that in a copy, which is fetched once. Raises
-    OSError where the store fails.
+
+@contextmanager
+def here(places: Sequence[Place], copies: Path | None) -> Iterator[list[Place]]:
+    """The places of pictures on this machine while the block runs. What lies in a store is fetched:
+    a tar once, pictures side by side into `copies`, else into a folder that goes with the block.
+    Raises OSError where the store fails.
     """
+    if not any(map(_is_file_of_store, places)):
+        yield [_in_copy_of_tar(place) for place in places]
+        return
+
+    folder = TemporaryDirectory(dir=_scratch()) if copies is None else nullcontext(str(copies))
+    with folder as name:
+        # What no picture can be is not worth fetching.
+        fetched = [
+            place
+            for place in places
+            if _is_file_of_store(place) and 0 < place.size <= MAX_IMAGE_BYTES
+        ]
+        files = stored_files.copies([(place.path, place.size) for place in fetched], Path(name))
+        local = {
+            place: place._replace(path=str(file))
+            for place, file in zip(fetched, files, strict=True)
+        }
+        yield [local.get(place, place) for place in places]
+
+
+@cache
+def _scratch() -> Path:
+    """A folder of this process for what it fetches."""
+    return stored.new_scratch()
+
+
+def _is_file_of_store(place: Place) -> bool:
+    """Whether a place is a whole file of a store. In a tar a header goes before each member."""
+    return place.offset == 0 and stores.is_address(place.path)
+
+
+def _in_copy_of_tar(place: Place) -> Place:
     if stores.is_address(place.path):
         place = place._replace(path=os.fspath(stored.source(place.path)))
     return place
-
-
-def read(place: Place) -> bytes:
-    """The bytes of a picture."""
-    return here(place).read()
 
 
 class Source(NamedTuple):
@@ -112,7 +153,7 @@ def usable(
     """The items whose picture decodes and can be written, and a line for each other. What is known
     of the pictures stays in `folder`.
     """
-    work = Check(pictures, n_threads(pool))
+    work = Check(pictures, n_threads(pool), inputs.copies)
     marks = folder / "checked"
     results = carry_out("check", _jobs(named, inputs, marks), work, pool, _UNIT)
     assert all_done(results)  # all parts of the work are this call's
@@ -131,7 +172,7 @@ def encode(
 ) -> Encoded:
     """Encode the pictures of the usable items, which stand as they will in the shards."""
     encoded = Encoded(folder / "encoded", SIZE)
-    work = Encode(pictures, encoded.folder, n_threads(pool))
+    work = Encode(pictures, encoded.folder, n_threads(pool), inputs.copies)
     jobs = _jobs(ordered, inputs, encoded.folder, with_claims=True)
     carry_out("encode", jobs, work, pool, _UNIT)
     return encoded
@@ -200,19 +241,20 @@ class Check:
 
     pictures: Pictures
     n_threads: int
+    copies: Path | None
 
     def __call__(self, chunk: Chunk) -> Result:
-        with ThreadPoolExecutor(self.n_threads) as threads:
-            texts = list(threads.map(self._problem, chunk.sources))
+        # A store that fails says nothing of the pictures: marks would leave them out for good.
+        places = [source.place for source in chunk.sources]
+        with here(places, self.copies) as there, ThreadPoolExecutor(self.n_threads) as threads:
+            texts = list(threads.map(self._problem, chunk.sources, there))
         problems = [[i, text] for i, text in enumerate(texts) if text]
         return {"counts": {"samples read": len(texts)}, "problems": problems}
 
-    def _problem(self, source: Source) -> str:
-        """Why a picture cannot be used; empty where it can."""
+    def _problem(self, source: Source, place: Place) -> str:
+        """Why a picture, which lies at `place`, cannot be used; empty where it can."""
         from vlp.data.picture import array
 
-        # A store that fails says nothing of the picture: the mark would leave it out for good.
-        place = here(source.place)
         try:
             data = place.read()
             # Of a JPEG every byte is read all the same, in a third of the time.
@@ -230,6 +272,7 @@ class Encode:
     pictures: Pictures
     folder: Path
     n_threads: int
+    copies: Path | None
 
     def __call__(self, chunk: Chunk) -> Result:
         path = self.folder / f"{chunk.number:05d}.made"
@@ -240,7 +283,9 @@ class Encode:
             ThreadPoolExecutor(self.n_threads) as threads,
         ):
             for sources in windows(chunk.sources, _AHEAD):
-                for written, true in threads.map(self._written, sources):
+                with here([source.place for source in sources], self.copies) as there:
+                    made = list(threads.map(self._written, sources, there))
+                for written, true in made:
                     span = None
                     # Only what is encoded has an extension of its own.
                     if written.extension:
@@ -251,10 +296,10 @@ class Encode:
         write_atomically(path.with_suffix(".rows"), json.dumps(rows).encode())
         return {"counts": {"samples read": len(rows)}}
 
-    def _written(self, source: Source) -> tuple[Written, Claims]:
-        """A picture as it is written, and what its JSON must say of it."""
+    def _written(self, source: Source, place: Place) -> tuple[Written, Claims]:
+        """A picture, which lies at `place`, as it is written, and what its JSON must say of it."""
         try:
-            data = read(source.place)
+            data = place.read()
             written = self.pictures.written(data)
         except ValueError as error:
             raise ValueError(_unusable(source, error)) from None

@@ -60,13 +60,12 @@ def plan_of(
     # Rows of chunks that were encoded before JSON was kept true do not say what it must say.
     if pictures.change:
         add("claims")
-    states: dict[str, tuple[int, int]] = {}
+    states: dict[str, list[int | str]] = {}
     for item, name in named:
         place = inputs.place(name)
         # Of a tar, which holds them all, once.
         if place.path not in states or place.size < 0:
-            status = stored.source(place.path).stat()
-            states[place.path] = (status.st_size, status.st_mtime_ns)
+            states[place.path] = inputs.state(name)
         where = [name, place.offset, place.size, *states[place.path]]
         add([where, item.image, item.captions, item.meta])
     return digest.hexdigest()
@@ -103,6 +102,7 @@ def write_shards(
         is_retrieval=is_benchmark and not classes,
         encoded=encoded,
         n_threads=chunks.n_threads(pool),
+        copies=inputs.copies,
     )
     carry_out("pack", _jobs(parts, inputs, draft.made / "shards"), work, pool)
 
@@ -161,6 +161,7 @@ class WriteShard:
     is_retrieval: bool  # clip_benchmark reads all captions of an image from its .txt
     encoded: chunks.Encoded | None  # None: all pictures stay as they came
     n_threads: int
+    copies: Path | None  # of pictures in a store, as `chunks.Inputs` says
 
     def path(self, number: int) -> Path:
         """Where a shard goes."""
@@ -185,7 +186,8 @@ class WriteShard:
             # Read a few ahead: a file system may answer late.
             pictures = zip(part.named, rows, strict=True)
             for ahead in windows(pictures, _AHEAD):
-                images = threads.map(_image, ahead)
+                with chunks.here([row.place for _, row in ahead], self.copies) as places:
+                    images = list(threads.map(_image, ahead, places))
                 for (pair, row), image in zip(ahead, images, strict=True):
                     self._add(writer, pair, row, image)
 
@@ -224,11 +226,11 @@ class WriteShard:
             raise ValueError(f"{item.image}: {error}") from None
 
 
-def _image(of_sample: tuple[Named, chunks.Row]) -> bytes:
-    """The bytes of a picture; a ValueError names it."""
-    (_, name), row = of_sample
+def _image(of_sample: tuple[Named, chunks.Row], place: Place) -> bytes:
+    """The bytes of a picture, which lies at `place`; a ValueError names it."""
+    (_, name), _ = of_sample
     try:
-        return chunks.read(row.place)
+        return place.read()
     except ValueError as error:
         raise ValueError(f"image {name!r} cannot be used: {error}") from None
 
