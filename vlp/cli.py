@@ -246,11 +246,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
             locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
 
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
+        from vlp.assembly import check_places
         from vlp.eval.run import in_training, read_all
         from vlp.joining import local_device
 
-        # Too few GPUs, or a machine without them, before anything that takes long.
+        # Too few GPUs, or a machine without them, and models that are not there, before anything
+        # that takes long.
         local_device(loaded.train.device)
+        check_places(loaded)
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         if options.dry_run:
             from vlp.dry_run import dry_run
