@@ -20,7 +20,7 @@ from vlp.data.captions import MAX_TEXT_BYTES
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden, split_name
 from vlp.data.names import Names, cleaned
 from vlp.data.stored import StoredPath
-from vlp.data.stored_files import files_below
+from vlp.data.stored_files import files_below, hidden_part, top_folder_of
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
 _SHOWN = 3  # names that are given for a reason
@@ -272,16 +272,16 @@ class Archive:
         hidden: set[str] = set()
         top_folders = set()
         for file in files_below(whole):
-            top_folders |= _top_folder(file.name)
+            top_folders |= top_folder_of(file.name)
             if not file.name.startswith(prefix):
                 continue
             name = file.name.removeprefix(prefix)
-            for top_folder in _top_folder(name):
+            for top_folder in top_folder_of(name):
                 # Also one that holds nothing to read.
                 self.folders.setdefault(top_folder, Counter())
 
             # A hidden folder is one thing that is left out, as on a disk.
-            if shown := _hidden_part(name):
+            if shown := hidden_part(name):
                 if shown not in hidden:
                     self.left_out.add("hidden", shown)
                 hidden.add(shown)
@@ -372,23 +372,6 @@ class Archive:
         if leads_out:
             self.outside[name] = target
         return True
-
-
-def _top_folder(name: str) -> set[str]:
-    """The first folder of a name, unless it has none or that is hidden."""
-    folder, slash, _ = name.partition("/")
-    return {folder} if slash and not is_hidden(folder) else set()
-
-
-def _hidden_part(name: str) -> str:
-    """A name up to its first hidden part, where that is a folder with a slash; empty where nothing
-    is hidden.
-    """
-    parts = name.split("/")
-    for i, part in enumerate(parts):
-        if is_hidden(part):
-            return "/".join(parts[: i + 1]) + ("/" if i + 1 < len(parts) else "")
-    return ""
 
 
 def _no_folder(path: Path, below: str, folders: Iterable[str]) -> str:

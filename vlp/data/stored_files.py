@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlp.data import stores
+from vlp.data.members import is_hidden
 from vlp.data.stored import StoredPath
 
 _AT_ONCE = 32  # a store answers late, and to many at the same time
@@ -80,3 +81,20 @@ def _copied(address: str, size: int, folder: Path, most: int | None) -> Path:
             "is there now"
         ) from None
     return copy
+
+
+def top_folder_of(name: str) -> set[str]:
+    """The first folder of a name, unless it has none or that is hidden."""
+    folder, slash, _ = name.partition("/")
+    return {folder} if slash and not is_hidden(folder) else set()
+
+
+def hidden_part(name: str) -> str:
+    """A name up to its first hidden part, where that is a folder with a slash; empty where nothing
+    is hidden.
+    """
+    parts = name.split("/")
+    for i, part in enumerate(parts):
+        if is_hidden(part):
+            return "/".join(parts[: i + 1]) + ("/" if i + 1 < len(parts) else "")
+    return ""
