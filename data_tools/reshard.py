@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.data_tools._run import work
-from vlp.data_tools.pack import pictures
+from vlp.data_tools.pack import claims, pictures
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,12 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
 
-    # A job carries its own places, so that whoever takes it needs nothing else.
-    jobs = []
-    for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
-        part = spans[start:stop]
-        mark = folder / f"{number:05d}_reshard.json"
-        jobs.append(work.Job(mark, (number, part), int(part["length"].sum())))
+    jobs = _jobs(spans, shards, folder, limits)
     write = Write(list(zip(sources, shards)), folder, args.renumber, written)
     results = work.carry_out("reshard", jobs, write, pool)
 
@@ -132,6 +127,31 @@ def run(args: argparse.Namespace) -> int:
     for line in pictures.loss_of(totals, counts["pictures"]):
         print(line)
     return 0
+
+
+def _jobs(
+    spans: np.ndarray, shards: list[Shard], folder: Path, limits: dict[str, int]
+) -> list[work.Job]:
+    """A job a new shard. It carries its own places, so that whoever takes it needs nothing else,
+    and counts what the shards leave behind whose first sample it has.
+    """
+    from vlp.data_tools._run.shards import left_behind
+
+    jobs = []
+    # Without a first sample they are the first job's.
+    without_samples = [i for i, shard in enumerate(shards) if not shard.count]
+    for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
+        part = spans[start:stop]
+        begun: list[int] = part["shard"][part["number"] == 0].tolist()
+        if number == 0:
+            begun += without_samples
+        left: Counter[str] = Counter()
+        for i in begun:
+            left.update(left_behind(shards[i]))
+
+        mark = folder / f"{number:05d}_reshard.json"
+        jobs.append(work.Job(mark, (number, part, left), int(part["length"].sum())))
+    return jobs
 
 
 def _spans(rows: list[bytes]) -> np.ndarray:
@@ -235,13 +255,13 @@ class Write:
     renumber: bool
     pictures: pictures.Pictures
 
-    def __call__(self, job: tuple[int, np.ndarray]) -> work.Result:
+    def __call__(self, job: tuple[int, np.ndarray, Counter[str]]) -> work.Result:
         from vlp.data.format import ShardWriter
         from vlp.data_tools._belonging import settle
         from vlp.data_tools._run.shards import Changed, complete, put
 
-        number, spans = job
-        counts: Counter[str] = Counter()
+        number, spans, left = job
+        counts = Counter(left)
         totals: Counter[str] = Counter()
         rows = self._rows_beside(spans, counts)
         with ShardWriter(
@@ -310,7 +330,10 @@ class Write:
             return
         if sample.image:  # its embedding may stand for it
             written = self._written(sample.image, sample.image_type, counts, totals)
-            pictures.tell_size(sample.meta, sample.image, written.data)
+            true = claims.mended(claims.of(sample.meta), sample.image, written.data)
+            claims.put(sample.meta, true)
+            if true:
+                totals["retold"] += 1
             sample.image, sample.image_type = written.data, written.extension
         for place, picture in sample.negative_images.items():
             sample.negative_images[place] = self._written(

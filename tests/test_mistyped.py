@@ -30,6 +30,9 @@ MISTYPED = [
     (tower("llm", "model: models/lama"), "no Hugging Face model configuration"),
     (tower("llm", "model: ./models/lama/"), "no Hugging Face model configuration"),
     (TRAIN + "init_from=models/lama", "no model 'models/lama'"),
+    # Before evaluation data, which may take minutes to read.
+    (f"{TRAIN} init_from=models/lama $eval", "no model 'models/lama'"),
+    (f"{TRAIN} teacher.model=models/lama $eval", "no model 'models/lama'"),
     (TRAIN + "model.pretrained=models/lama", "pretrained: no model"),
     (TRAIN + "teacher.model=models/lama", "no model 'models/lama'"),
     (TRAIN + "teacher.cross_encoder=models/lama", "cannot be loaded as a cross-encoder"),
@@ -58,6 +61,8 @@ MISTYPED = [
 NO_NAMES = [
     ("eval $run --task zeroshot --data hf:some/where/else", "no name of a repository"),
     ("push $run ./models/lama", "no export"),
+    ('search $run $pictures ""', "a QUERY is empty"),
+    ('search $run $pictures dog " "', "a QUERY is empty"),
     (TRAIN + "'data.sources=[{name: huggingface, path: photos.csv}]'", "no folder 'photos.csv'"),
     (
         TRAIN + "'data.sources=[{name: huggingface, path: \"https://hf.co/datasets/a/b\"}]'",
@@ -97,7 +102,8 @@ def names(small_world, tmp_path, monkeypatch):
     bert(models / "bert")
     language_model(models / "llama")
     monkeypatch.chdir(tmp_path)
-    return small_world | {"models": models, "out": tmp_path / "out"}
+    nowhere = "'eval={zeroshot: {data: nowhere}}'"
+    return small_world | {"models": models, "out": tmp_path / "out", "eval": nowhere}
 
 
 def test_a_mistyped_folder_is_answered_without_asking_a_hub(names, asked, capfd):

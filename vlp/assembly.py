@@ -35,7 +35,7 @@ from vlp.models.build import build as build_model
 from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.online_judge import OnlineJudge
-from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained import references
 from vlp.resume import (
     go_on_from,
     open_run,
@@ -183,6 +183,13 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
     return Part(model, selector, training, utilisation, validator)
 
 
+def check_places(config: Config) -> None:
+    """Refuse references to models that lead nowhere, as far as no Hub need be asked."""
+    for reference in (config.init_from, *config.teacher.models):
+        if reference:
+            references.check(reference)
+
+
 def check_names(config: Config) -> None:
     """Refuse trackers that are not installed, optimisers that do not exist, and references to
     models that lead nowhere.
@@ -192,7 +199,7 @@ def check_names(config: Config) -> None:
     check_watched(config)
     for reference in (config.init_from, *config.teacher.models):
         if reference:
-            resolve_reference(reference)
+            references.resolve(reference)
     judge = online_judge.named(config.teacher)
     if judge is not None:
         judge.check()

@@ -246,11 +246,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
             locks.refuse_if_held(Path(loaded.out), advice=locks.OF_RUNS)
 
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
+        from vlp.assembly import check_places
         from vlp.eval.run import in_training, read_all
         from vlp.joining import local_device
 
-        # Too few GPUs, or a machine without them, before anything that takes long.
+        # Too few GPUs, or a machine without them, and models that are not there, before anything
+        # that takes long.
         local_device(loaded.train.device)
+        check_places(loaded)
         read_all(loaded.eval)  # wrong evaluation data show now, not hours later
         if options.dry_run:
             from vlp.dry_run import dry_run
@@ -366,7 +369,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
             "s3:KEY=VALUE; secrets belong into the environment or the files of the store's tools; "
             "may be repeated",
         )
-        command.set_defaults(run=_ended_by_signals(_with_storage(tool.run)))
+        command.set_defaults(run=_ended_by_signals(_giving_back(_with_storage(tool.run))))
 
 
 def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
@@ -389,6 +392,20 @@ def _with_storage(run: Callable[[argparse.Namespace], int]) -> Callable[..., int
         return run(options)
 
     return with_storage
+
+
+def _giving_back(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:
+    """A tool that leaves no process waiting for work."""
+
+    def giving_back(options: argparse.Namespace) -> int:
+        try:
+            return run(options)
+        finally:
+            from vlp.data_tools._run import pool
+
+            pool.give_back()
+
+    return giving_back
 
 
 def _ended_by_signals(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]:

@@ -1,16 +1,23 @@
-"""Work in processes of this machine."""
+"""Work in processes of this machine, which wait for the next round of the call (`waiting`)."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from copy import deepcopy
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from vlp.data import stored, stores
+from vlp.data_tools._run.waiting import Kind, Waiting
 from vlp.lifetime import end_with_parent
 from vlp.sendable import sendable
 
@@ -40,24 +47,85 @@ def finished(
             yield item, do(item)
         return
 
-    # Processes are started afresh: a fork may hang once torch ran.
-    context = multiprocessing.get_context("spawn")
-    begun = context.Array("q", 2 * n)
-    others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(n, context, _begin, (do, n, begun)) as executor:
-        waiting = {}
-        for number, item in enumerate(items):
-            waiting[executor.submit(_do_in_worker, number, item)] = item
-        workers = [child for child in multiprocessing.active_children() if child not in others]
+    kind = _kind(n)
+    kept = [group for group in _waiting.take(kind, 1) if group.is_whole()]
+    group = kept[0] if kept else _Group.of(n)
+    with TemporaryDirectory() as folder:
+        # A file, so that it is not sent again with each item.
+        path = os.path.join(folder, "work.pickle")
+        with open(path, "wb") as file:
+            pickle.dump(do, file)
         try:
+            yield from group.finished(path, items)
+        except BaseException:
+            # What was begun ends, and nothing else begins.
+            group.end()
+            raise
+    _waiting.add(kind, group)
+
+
+def give_back() -> None:
+    """End the processes that wait for another round: the call has none."""
+    _waiting.end()
+
+
+def _kind(n: int) -> Kind:
+    """What processes must be like that have waited."""
+    surroundings = (os.getcwd(), dict(os.environ), [*sys.path], deepcopy(stores.options))
+    return Kind("", n, surroundings)
+
+
+@dataclass
+class _Group:
+    """Processes that take items one after another."""
+
+    executor: ProcessPoolExecutor
+    n: int
+    begun: Any  # shared (process, number of its item), one after another
+    others: set[BaseProcess]  # of this machine's children, older ones
+
+    @classmethod
+    def of(cls, n: int) -> _Group:
+        """New processes, which begin with the first items."""
+        # Started afresh: a fork may hang once torch ran.
+        context = multiprocessing.get_context("spawn")
+        begun = context.Array("q", 2 * n)
+        others = set(multiprocessing.active_children())
+        return cls(ProcessPoolExecutor(n, context, _begin, (n, begun)), n, begun, others)
+
+    def finished(self, work: str, items: Sequence[Any]) -> Generator[tuple[Any, Any], None, None]:
+        """Each item with what the work in a file returned for it, as soon as it is there."""
+        with self.begun.get_lock():
+            self.begun[:] = [0] * len(self.begun)
+        waiting = {}
+        workers = self._workers()
+        try:
+            for number, item in enumerate(items):
+                waiting[self.executor.submit(_do_in_worker, work, number, item)] = item
+            # Those that have died are no children any more, and it is of them that one tells.
+            workers = workers or self._workers()
             for future in as_completed(waiting):
                 yield waiting.pop(future), future.result()
         except BrokenProcessPool as error:
             # Past its lock, which the process may have held.
-            raise _lost(workers, items, list(begun.get_obj())) from error
-        finally:
-            # After an exception what was begun ends, and nothing else begins.
-            executor.shutdown(wait=True, cancel_futures=True)
+            raise _lost(workers, items, list(self.begun.get_obj())) from error
+
+    def is_whole(self) -> bool:
+        """Whether all its processes live."""
+        if len(self._workers()) == self.n:
+            return True
+        self.end()
+        return False
+
+    def end(self) -> None:
+        """End the processes, and wait for what they have begun."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def _workers(self) -> list[BaseProcess]:
+        return [child for child in multiprocessing.active_children() if child not in self.others]
+
+
+_waiting = Waiting(_Group.end)
 
 
 def _lost(workers: Sequence[BaseProcess], items: Sequence[Any], begun: list[Any]) -> WorkerLost:
@@ -86,16 +154,15 @@ def _reason(exitcode: int) -> str:
     return f"exit code {exitcode}"
 
 
-_do: Callable[[Any], Any] | None = None  # of a pool's process
-_begun: Any = None  # the pool's shared (process, number of its item), one after another
+_do: Callable[[Any], Any] | None = None  # of a process, for the work of one round
+_work = ""  # the file that it was read from
+_begun: Any = None  # as `_Group` says
 
 
-def _begin(do: Callable[[Any], Any], n_processes: int, begun: Any) -> None:
-    """Prepare a process: it knows the work, shares the cores, and ends when its parent does, even
-    by SIGKILL.
-    """
-    global _do, _begun
-    _do, _begun = do, begun
+def _begin(n_processes: int, begun: Any) -> None:
+    """Prepare a process: it shares the cores, and ends when its parent does, even by SIGKILL."""
+    global _begun
+    _begun = begun
 
     # Read when torch is imported; without it every process would use all cores.
     n_threads = max(1, (os.cpu_count() or 1) // n_processes)
@@ -103,10 +170,21 @@ def _begin(do: Callable[[Any], Any], n_processes: int, begun: Any) -> None:
     end_with_parent()
 
 
-def _do_in_worker(number: int, item: Any) -> Any:
-    assert _do is not None  # the pool's initializer has set it
+def _do_in_worker(work: str, number: int, item: Any) -> Any:
     _note_begun(number)
-    return sent_back(_do, item)
+    return sent_back(_work_in(work), item)
+
+
+def _work_in(path: str) -> Callable[[Any], Any]:
+    """The work in a file, which is read once a round."""
+    global _do, _work
+    if _do is None or path != _work:
+        # Others have written since the round before.
+        stored.look_again()
+        with open(path, "rb") as file:
+            _do = pickle.load(file)
+        _work = path
+    return _do
 
 
 def _note_begun(number: int) -> None:

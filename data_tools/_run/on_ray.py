@@ -4,7 +4,8 @@ A process is an actor. It is sent the work once and given one item after another
 this machine is (`local`), so that a model is loaded once a process. It has one core and, where the
 work runs a model and the cluster has GPUs, one GPU. More processes are asked for than there is room
 for, so that a cluster that scales grows. An item whose process is lost, with its node or alone,
-goes to another process, which begins it anew.
+goes to another process, which begins it anew. At the end of a round processes wait for the next
+(`waiting`), which sends them other work.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vlp import log
+from vlp.data import stored, stores
 from vlp.data_tools._run import cluster, nodes
 from vlp.data_tools._run.local import WorkerLost, sent_back
 from vlp.data_tools._run.nodes import ClusterError
 from vlp.data_tools._run.progress import say
+from vlp.data_tools._run.waiting import Kind, Waiting
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -64,11 +68,27 @@ def finished(
             yield from workers.results(deque(_Task(item) for item in items))
         except cluster.HeadLost:
             # Nothing that is asked of the cluster would be answered, and Ray is about to end this.
+            _waiting.forget()
             raise
         except BaseException:
             workers.end()
+            _waiting.end()
             raise
-        workers.end()
+        workers.wait_for_next()
+
+
+def give_back() -> None:
+    """End the processes that wait for another round: the call has none."""
+    _waiting.end()
+
+
+def _end(actor: Any) -> None:
+    ray = cluster.import_ray()
+    with suppress(ray.exceptions.RayError):
+        ray.kill(actor)
+
+
+_waiting = Waiting(_end)
 
 
 class Worker:
@@ -82,6 +102,8 @@ class Worker:
         name = f"node {socket.gethostname()}"
         # A node may have come since the call began.
         nodes.refuse_differing(call.versions, {name: nodes.versions()})
+        # It may have worked for an earlier round, since which others have written.
+        stored.look_again()
         call.adopt()
         missing = call.missing()
         if missing:
@@ -115,7 +137,20 @@ class _Workers:
     most: int  # processes at the same time
     preparing: dict[Future[Any], Any] = field(default_factory=dict)  # to its actor
     working: dict[Future[Any], tuple[Any, _Task]] = field(default_factory=dict)
+    kept: set[Any] = field(default_factory=set)  # those of `preparing` that had waited
     n_lost_starts: int = 0  # since one has succeeded
+
+    @property
+    def kind(self) -> Kind:
+        """What a process must be like that has waited."""
+        surroundings = (
+            self.call.folder,
+            self.call.environment,
+            self.call.import_path,
+            stores.options,
+        )
+        job = self.ray.get_runtime_context().get_job_id()
+        return Kind(job, self.options, deepcopy(surroundings))
 
     def results(self, waiting: deque[_Task]) -> Iterator[tuple[Any, Any]]:
         """The items with what became of them; `waiting`: all of them."""
@@ -140,7 +175,7 @@ class _Workers:
                 actor, task = self.working.pop(future)
                 if self._is_lost(future):
                     # It may be out of reach for a moment only.
-                    self._end(actor)
+                    _end(actor)
                     self._put_back(task, waiting)
                 else:
                     self._give(actor, waiting)
@@ -149,27 +184,40 @@ class _Workers:
     def end(self) -> None:
         """End all processes, and wait until nothing writes any more."""
         for actor in self.preparing.values():
-            self._end(actor)
+            _end(actor)
         for actor, _ in self.working.values():
-            self._end(actor)
+            _end(actor)
         wait(self.working, _END_S)
 
-    def _end(self, actor: Any) -> None:
-        with suppress(self.ray.exceptions.RayError):
-            self.ray.kill(actor)
+    def wait_for_next(self) -> None:
+        """Let those wait that have started, or are about to, when all items are done."""
+        for actor in self.preparing.values():
+            _waiting.add(self.kind, actor)
 
     def _ask_for_more(self, n_waiting: int) -> None:
         """Start processes, some more than there is room for: that is what a cluster grows by."""
         n_working = len(self.working)
         wanted = min(n_waiting, self.most - n_working, max(_SPARE, n_working))
-        for _ in range(wanted - len(self.preparing)):
-            actor = self.ray.remote(Worker).options(**self.options).remote()
+        n_more = wanted - len(self.preparing)
+        if n_more <= 0:
+            return
+
+        kept = _waiting.take(self.kind, n_more)
+        self.kept.update(kept)
+        new = [
+            self.ray.remote(Worker).options(**self.options).remote()
+            for _ in range(n_more - len(kept))
+        ]
+        for actor in [*kept, *new]:
             self.preparing[actor.prepare.remote(self.call, self.work).future()] = actor
 
     def _begin(self, future: Future[Any], waiting: deque[_Task]) -> None:
         """Let a process that has started have its first item."""
         actor = self.preparing.pop(future)
         if self._is_lost(future):
+            # One that had waited says nothing of those that start now.
+            if actor in self.kept:
+                return
             self.n_lost_starts += 1
             if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
                 raise WorkerLost(
@@ -188,9 +236,9 @@ class _Workers:
         self._give(actor, waiting)
 
     def _give(self, actor: Any, waiting: deque[_Task]) -> None:
-        """Let a process do the next item, or end it: what is idle holds its core."""
+        """Let a process do the next item, or wait for the next round."""
         if not waiting:
-            self._end(actor)
+            _waiting.add(self.kind, actor)
             return
         task = waiting.popleft()
         task.n_begun += 1

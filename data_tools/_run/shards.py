@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from vlp.data.captions import Choice
 from vlp.data.format import ShardWriter, index_written, is_class_number
+from vlp.data.rows import Shard, unread
 from vlp.data.scan import scan
 from vlp.data.tables import fetched
 from vlp.data_tools._belonging import settle
@@ -53,13 +54,20 @@ class Change(Protocol):
         ...
 
 
-def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
-    """All usable samples of a shard, in order; the others are counted."""
+LEFT_BEHIND = "left behind: "  # before the kind of a member that goes into no new shard
+
+
+def samples(path: Path, counts: Counter[str], *, rewritten: bool = False) -> Iterator[Content]:
+    """All usable samples of a shard, in order; the others are counted. `rewritten`: into a new
+    shard, in which what nobody reads has no place; that is counted, too.
+    """
     # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
     rows = rows_beside(path, counts)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
+    if rewritten:
+        counts.update(left_behind(shard))
 
     with open(path, "rb") as file:
         for i in range(shard.count):
@@ -69,6 +77,11 @@ def samples(path: Path, counts: Counter[str]) -> Iterator[Content]:
                 complete(sample, row, counts)
             settle(sample, counts)
             yield sample
+
+
+def left_behind(shard: Shard) -> dict[str, int]:
+    """The members of a shard that no new one holds, counted by kind."""
+    return {f"{LEFT_BEHIND}{kind}": n for kind, n in unread(shard.left_out).items()}
 
 
 def rows_beside(
@@ -199,7 +212,7 @@ def _one(job: tuple[int, Path], *, folder: Path, change: Change) -> Result:
     counts: Counter[str] = Counter()
     writer = ShardWriter(folder, sys.maxsize, first_shard=number, overwrite=True, indexed=False)
     with writer:
-        for changed in change(samples(path, counts), number, counts):
+        for changed in change(samples(path, counts, rewritten=True), number, counts):
             put(writer, changed, changed.sample.key)
             counts["samples written"] += 1
     return {"counts": counts}

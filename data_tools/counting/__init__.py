@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from vlp.data.paths import expand
     from vlp.data.stored import destination
-    from vlp.data_tools._run.shards import claim, jobs, transform
+    from vlp.data_tools._run.shards import LEFT_BEHIND, claim, jobs, transform
 
     _check(args)
     sources, pool = expand(args.source), work.pool(args)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
     # "samples read" and the like are counted by the survey already.
     for name, n in written.items():
-        if name.startswith(("number", "samples written")):
+        if name.startswith(("number", "samples written", LEFT_BEHIND)):
             counts[name] += n
     counts["dropped: beyond the balance"] = n_kept - n_chosen
     print(work.report(counts, f"{folder}:"))

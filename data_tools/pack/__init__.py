@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vlp.data.tables import Item as Item
     from vlp.data.tables import Listing as Listing
     from vlp.data.trees import Tree
+    from vlp.data_tools.pack.send import Copied
 
 HELP = "pack images with captions or classes into shards"
 EXAMPLE = """vlp data pack photos/ --captions photos/captions.csv --to data/train
@@ -61,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
     return _locked(args, target, target)
 
 
-def _locked(args: argparse.Namespace, target: Path, name: Path, address: str = "") -> int:
-    """Pack while nobody else writes there. `target`: is called `name` in what is said. `address`:
-    of the tar that is packed, where the source is a copy of it.
+def _locked(
+    args: argparse.Namespace, target: Path, name: Path, copied: Copied | None = None
+) -> int:
+    """Pack while nobody else writes there. `target`: is called `name` in what is said. `copied`:
+    what of a source in a store lies here.
     """
     from vlp.data.stored import StoredPath
     from vlp.data_tools._run.writers import writing
@@ -72,13 +75,14 @@ def _locked(args: argparse.Namespace, target: Path, name: Path, address: str = "
     advice = "Wait until it is done, or name another folder with --to"
     if isinstance(target, StoredPath):
         with writing(target, advice=advice, part=(1, 1)):
-            return _pack(args, target, name, address)
+            return _pack(args, target, name, copied)
     with held(target, beside=True, advice=advice):
-        return _pack(args, target, name, address)
+        return _pack(args, target, name, copied)
 
 
-def _pack(args: argparse.Namespace, target: Path, name: Path, address: str) -> int:
+def _pack(args: argparse.Namespace, target: Path, name: Path, copied: Copied | None) -> int:
     """What `_locked` does, once it holds the target."""
+    from vlp.data import stored
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
@@ -88,12 +92,15 @@ def _pack(args: argparse.Namespace, target: Path, name: Path, address: str) -> i
 
     tidy(target)
     check_target(target, args.overwrite)
-    check_source(args.source)
+    check_source(stored.source(args.source))
     pictures = Pictures.of(args)
     pool = work.undivided(args)
 
-    archive = Archive(args.source, args.split_folder, leave=args.links == "follow")
-    inputs = chunks.Inputs(archive, address if pool.ray else "")
+    texts = copied.texts if copied else None
+    archive = Archive(args.source, args.split_folder, args.links == "follow", texts)
+    inputs = chunks.Inputs(archive)
+    if copied:
+        inputs = chunks.Inputs(archive, copied.address, copied.pictures)
     if not args.captions and not archive.has_texts:
         # What img2dataset fetched without writing texts is told of by its own tables.
         args.captions = str(archive.path) if fetched.files_in(archive.path) else None

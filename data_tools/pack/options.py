@@ -155,21 +155,20 @@ def is_table(name: str) -> bool:
     return name.lower().removesuffix(".gz").endswith(_TABLES)
 
 
-def check_source(source: str) -> None:
+def check_source(path: Path) -> None:
     """Refuse a table or a single picture in the place of the folder or tar of pictures."""
     from vlp.data.archives import image_type
 
-    path = Path(source)
     if not path.is_file():
         return
-    if is_table(source):
+    if is_table(path.name):
         raise ValueError(
-            f"{source} is a table; name the folder or tar of its images, and the table with "
-            f"--captions: vlp data pack {path.parent} --captions {source} --to DIR"
+            f"{path} is a table; name the folder or tar of its images, and the table with "
+            f"--captions: vlp data pack {path.parent} --captions {path} --to DIR"
         )
     if image_type(path.name):
         raise ValueError(
-            f"{source} is one picture; name the folder that holds it: vlp data pack "
+            f"{path} is one picture; name the folder that holds it: vlp data pack "
             f"{path.parent} --captions TABLE --to DIR, or without --captions where texts lie "
             "beside the pictures"
         )

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -204,22 +204,6 @@ class Pictures:
             ) from None
 
 
-def tell_size(meta: dict[str, Any], before: bytes, after: bytes) -> None:
-    """Let `width` and `height` of a sample's JSON, where they are those of its picture, be those of
-    the picture that is written: rules ask for them. img2dataset's `original_width` stays.
-    """
-    from vlp.data.picture import header
-
-    if after is before or not {"width", "height"} <= meta.keys():
-        return
-    about = header(before)
-    told = [meta["width"], meta["height"]]
-    # As shown or as stored, before it was turned.
-    if told in ([about.width, about.height], [about.height, about.width]):
-        written = header(after)
-        meta |= {"width": written.width, "height": written.height}
-
-
 def loss_of(totals: dict[str, int], n_images: int) -> list[str]:
     """What shrinking and encoding changed, in lines; `totals` are the sums of `Written.numbers`."""
     if not totals:
@@ -234,6 +218,11 @@ def loss_of(totals: dict[str, int], n_images: int) -> list[str]:
         f"shrunk {n_shrunk:,} of {n_images:,} images, encoded {n_encoded:,} anew; "
         f"{', '.join(shares)}"
     ]
+    if totals.get("retold"):
+        lines.append(
+            f"note: the JSON of {totals['retold']:,} images told their size, format, bytes or "
+            "digest; it tells those of the new ones, and the earlier under original_…"
+        )
     if totals.get("on_white"):
         lines.append(f"note: {totals['on_white']:,} images with transparency lie on white now")
     return lines

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vlp.data import stored
 from vlp.data_tools._run.shards import windows
 from vlp.data_tools._run.work import Job, Pool, Result, carry_out
-from vlp.data_tools.pack import chunks
+from vlp.data_tools.pack import chunks, claims
 from vlp.data_tools.pack.pictures import Pictures, sum_of
 from vlp.files import write_atomically
 
@@ -57,13 +57,15 @@ def plan_of(
         digest.update(json.dumps(value, sort_keys=True, default=str).encode())
 
     add([__version__, encoder, options, asdict(pictures), classes])
-    states: dict[str, tuple[int, int]] = {}
+    # Rows of chunks that were encoded before JSON was kept true do not say what it must say.
+    if pictures.change:
+        add("claims")
+    states: dict[str, list[int | str]] = {}
     for item, name in named:
         place = inputs.place(name)
         # Of a tar, which holds them all, once.
         if place.path not in states or place.size < 0:
-            status = stored.source(place.path).stat()
-            states[place.path] = (status.st_size, status.st_mtime_ns)
+            states[place.path] = inputs.state(name)
         where = [name, place.offset, place.size, *states[place.path]]
         add([where, item.image, item.captions, item.meta])
     return digest.hexdigest()
@@ -100,6 +102,7 @@ def write_shards(
         is_retrieval=is_benchmark and not classes,
         encoded=encoded,
         n_threads=chunks.n_threads(pool),
+        copies=inputs.copies,
     )
     carry_out("pack", _jobs(parts, inputs, draft.made / "shards"), work, pool)
 
@@ -158,6 +161,7 @@ class WriteShard:
     is_retrieval: bool  # clip_benchmark reads all captions of an image from its .txt
     encoded: chunks.Encoded | None  # None: all pictures stay as they came
     n_threads: int
+    copies: Path | None  # of pictures in a store, as `chunks.Inputs` says
 
     def path(self, number: int) -> Path:
         """Where a shard goes."""
@@ -182,7 +186,8 @@ class WriteShard:
             # Read a few ahead: a file system may answer late.
             pictures = zip(part.named, rows, strict=True)
             for ahead in windows(pictures, _AHEAD):
-                images = threads.map(_image, ahead)
+                with chunks.here([row.place for _, row in ahead], self.copies) as places:
+                    images = list(threads.map(_image, ahead, places))
                 for (pair, row), image in zip(ahead, images, strict=True):
                     self._add(writer, pair, row, image)
 
@@ -193,7 +198,7 @@ class WriteShard:
     def _rows(self, part: _Part) -> AbstractContextManager[Iterator[chunks.Row]]:
         """The pictures of a shard in order."""
         if self.encoded is None:
-            return nullcontext(chunks.Row(place, "", {}) for place in part.places)
+            return nullcontext(chunks.Row(place, "", {}, {}) for place in part.places)
         return self.encoded.rows(part.start, part.places)
 
     def _add(self, writer: ShardWriter, pair: Named, row: chunks.Row, image: bytes) -> None:
@@ -201,6 +206,8 @@ class WriteShard:
         from vlp.data.archives import image_type
 
         item, name = pair
+        meta = dict(item.meta)
+        claims.put(meta, row.true)
         cls = self.class_numbers.get(item.class_name or "", item.meta.get("cls"))
         if type(cls) is not int or cls < 0:
             cls = None  # it stays in the JSON
@@ -210,7 +217,7 @@ class WriteShard:
                 image,
                 row.extension or image_type(name),
                 item.captions,
-                item.meta,
+                meta,
                 cls,
                 txt=_caption_lines(item.captions) if self.is_retrieval else None,
                 numbers=row.numbers,
@@ -219,11 +226,11 @@ class WriteShard:
             raise ValueError(f"{item.image}: {error}") from None
 
 
-def _image(of_sample: tuple[Named, chunks.Row]) -> bytes:
-    """The bytes of a picture; a ValueError names it."""
-    (_, name), row = of_sample
+def _image(of_sample: tuple[Named, chunks.Row], place: Place) -> bytes:
+    """The bytes of a picture, which lies at `place`; a ValueError names it."""
+    (_, name), _ = of_sample
     try:
-        return chunks.read(row.place)
+        return place.read()
     except ValueError as error:
         raise ValueError(f"image {name!r} cannot be used: {error}") from None
 

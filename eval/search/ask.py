@@ -128,6 +128,12 @@ def _check(options: argparse.Namespace) -> None:
     if options.rescore is not None and options.rescore < 1:
         raise ValueError(f"--rescore is {options.rescore}; expected at least 1")
     narrow.check(options.width)
+    # An unset variable of a script, say: the model would answer it with some pictures.
+    if not all(query.strip() for query in options.queries):
+        raise ValueError(
+            "a QUERY is empty; expected a text, such as 'a red ball' (without any QUERY the lines "
+            "of the standard input are read)"
+        )
     for name in ("html", "json"):
         target = getattr(options, name)
         if target and Path(target).is_dir():

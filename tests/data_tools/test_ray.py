@@ -22,7 +22,7 @@ from tests.data_tools.tools import call
 from vlp.cli import _data, _ended_by_signals
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import scenes, stats
-from vlp.data_tools._run import cluster, nodes, on_ray, work
+from vlp.data_tools._run import cluster, nodes, on_ray, waiting, work
 from vlp.lifetime import Stopped
 
 
@@ -81,6 +81,40 @@ def test_a_process_is_given_a_gpu_and_many_items(
     results = work.carry_out("cpu", jobs(tmp_path / "cpu", 12), together, ON_RAY)
     about = {(r["pid"], r["gpus"]) for r in results if r is not None}
     assert len({pid for pid, _ in about}) == 2 and {gpus for _, gpus in about} == {""}
+
+
+def test_processes_wait_for_the_next_round(
+    running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a model is loaded once a call. The next round's work, and marks, are its own."""
+
+    def pids_of(round_: str, limit: str) -> set[int]:
+        folder = tmp_path / round_
+        folder.mkdir()
+        both = ray_works.Where(folder / "log", 2)
+        results = work.carry_out(round_, jobs(folder, 6), both, ON_RAY)
+        about = [result for result in results if result is not None]
+        assert {result["limit"] for result in about} == {limit}
+        assert len(about) == len(list(folder.glob("*.json"))) == 6
+        return {result["pid"] for result in about}
+
+    first = pids_of("one", "2")
+    assert len(first) == 2 and pids_of("two", "2") == first
+
+    # A lost one costs the next round nothing.
+    os.kill(min(first), signal.SIGKILL)
+    second = pids_of("three", "2")
+    assert second & first == {max(first)} and len(second) == 2
+
+    # Who was started with other settings is not taken, and nobody waits for long.
+    monkeypatch.setattr(waiting, "KEPT_S", 0.2)
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "7")
+    third = pids_of("four", "7")
+    assert len(third) == 2 and not third & (first | second)
+    deadline = time.monotonic() + ray_works.PATIENCE_S
+    while any(map(lives, third | second)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, third | second))
 
 
 def test_an_error_of_the_work_comes_as_it_is(running: Nodes, tmp_path: Path) -> None:

@@ -185,3 +185,25 @@ def test_nodes_pack_out_of_a_store_into_one(
     assert pack(*there, *on_ray) == 0
     assert "pack: 5 of 5 shards are finished already" in capsys.readouterr().err
     assert content(root / "out") == content(tmp_path / "whole0")
+
+
+def test_nodes_pack_a_folder_of_a_store(
+    running: Nodes,
+    server: Store,
+    tmp_path: Path,
+    photos: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each node fetches the pictures of its own chunks."""
+    shutil.copytree(photos, server.root / "folder")
+    layouts: list[list[Any]] = [[*OPTIONS], ["--on-missing", "skip"]]
+    for n, options in enumerate(layouts):
+        assert pack(photos, *options, "--to", tmp_path / f"whole{n}") == 0
+        for to in (f"s3://bucket/out{n}", str(tmp_path / f"out{n}")):
+            forget_all(monkeypatch)
+            on_ray = ["--to", to, "--ray", running.address]
+            assert pack("s3://bucket/folder", *options, *on_ray) == 0
+        whole = content(tmp_path / f"whole{n}")
+        assert content(server.root / f"out{n}") == whole and len(whole) > 3
+        assert content(tmp_path / f"out{n}") == whole
+    assert not list((tmp_path / "cache" / "packs").glob("*"))

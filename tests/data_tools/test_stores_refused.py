@@ -213,10 +213,12 @@ def test_a_store_that_fails_is_not_taken_for_a_picture_that_is_broken(server, mo
     write_tar(server.root / "photos.tar", [("broken.png", data[:60]), ("whole.png", data)])
     with tarfile.open(server.root / "photos.tar") as tar:
         sources = [
-            Source(member.name, Place("s3://bucket/photos.tar", member.offset_data, member.size))
+            Source(
+                member.name, Place("s3://bucket/photos.tar", member.offset_data, member.size), {}
+            )
             for member in tar
         ]
-    check = Check(Pictures(0, "keep", 90, False), 2)
+    check = Check(Pictures(0, "keep", 90, False), 2, None)
     chunk = Chunk(0, sources, Path())
 
     server.refused_from = len(server.requests)

@@ -28,6 +28,7 @@ from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
 from vlp.data_tools._run import local, progress, work
 from vlp.data_tools._run.kept import Kept
+from vlp.data_tools._run.pool import give_back
 from vlp.data_tools._run.tensors import as_bytes
 from vlp.lifetime import Stopped
 
@@ -97,6 +98,32 @@ class EndsAtThird:
             os.kill(self.caller, signal.SIGTERM)
             time.sleep(60)
         return {"counts": {"samples read": 1}}
+
+
+def test_processes_wait_for_the_next_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With work and marks of its own; not those that were started with other settings."""
+
+    def pids_of(round_: str) -> set[int]:
+        folder = tmp_path / round_
+        jobs = [work.Job(folder / f"{i}.json", i, 1) for i in range(4)]
+        folder.mkdir()
+        results = work.carry_out(round_, jobs, ray_works.Where(folder / "log", 2), work.Pool(2))
+        assert len(list(folder.glob("*.json"))) == len(results) == 4
+        return {result["pid"] for result in results if result is not None}
+
+    monkeypatch.setenv("VLP_DECODE_LIMIT", "2")
+    first = pids_of("one")
+    assert len(first) == 2 and pids_of("two") == first
+
+    # A lost one costs the next round nothing.
+    os.kill(min(first), signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(min(first))], timeout=60)
+    second = pids_of("three")
+    assert len(second) == 2 and not second & first
+
+    give_back()
+    _, alive = psutil.wait_procs(map(psutil.Process, filter(psutil.pid_exists, second)), 60)
+    assert not alive
 
 
 def test_an_error_that_no_process_can_read_is_sent_back_in_words() -> None:

@@ -122,6 +122,8 @@ def test_files_cut_short_are_not_published(written, tmp_path):
         ("open_clip_model.safetensors", weights[:-9], "no whole file of weights"),
         ("model.safetensors", weights[:99], "no whole file of weights"),
         ("config.json", b"3", "expected an object"),
+        *(("modules.json", data, "does not list modules") for data in (b"{}", b"[]", b'["0"]')),
+        ("modules.json", b'[{"path": "", "type": 3}]', "does not list modules"),
     ]
     n_refused = 0
     for name, data, part in damaged:
@@ -130,7 +132,7 @@ def test_files_cut_short_are_not_published(written, tmp_path):
             publish(folder)
         shutil.copy(written / name, folder / name)
         n_refused += 1
-    assert n_refused == 4
+    assert n_refused == 8
 
 
 def test_a_mark_in_front_of_the_json_is_read_over(written, tmp_path):

@@ -1,4 +1,5 @@
-"""Where the files of an unpacked data set lie: a folder, or a tar that is read without unpacking.
+"""Where the files of an unpacked data set lie: a folder, here or in a store, or a tar that is read
+without unpacking.
 
 One walk for `vlp data pack`, the sources and evaluation. Hidden and system names are never looked
 into. Links are followed, and every folder is read once, under its own name before that of a link,
@@ -14,9 +15,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from vlp.data import stored, stored_files
 from vlp.data.captions import MAX_TEXT_BYTES
 from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden, split_name
 from vlp.data.names import Names, cleaned
+from vlp.data.stored import StoredPath
+from vlp.data.stored_files import files_below, hidden_part, top_folder_of
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
 _SHOWN = 3  # names that are given for a reason
@@ -33,6 +37,9 @@ class Place(NamedTuple):
     def read(self) -> bytes:
         """The bytes of an image; raises OSError, or ValueError where they are no longer there or
         too many."""
+        # Not asked of a store, which would be sent all of it.
+        if self.size == 0 or self.size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{self.path}: found {self.size} bytes of an image")
         data = self._bytes(MAX_IMAGE_BYTES)
         is_whole = self.size in (-1, len(data))
         if not is_whole or not 0 < len(data) <= MAX_IMAGE_BYTES:
@@ -102,11 +109,15 @@ class Archive:
     slashes.
 
     `below`: only what lies in this sub-folder, whose name is then no part of the names. `leave`:
-    whether links that lead out of the folder are followed. Raises ValueError.
+    whether links that lead out of the folder are followed. `copies`: where texts of a folder in a
+    store are brought; pictures stay there, and their places are addresses. Raises ValueError, and
+    OSError where a store fails.
     """
 
-    def __init__(self, path: str | Path, below: str = "", leave: bool = True) -> None:
-        self.path = Path(path).expanduser()
+    def __init__(
+        self, path: str | Path, below: str = "", leave: bool = True, copies: Path | None = None
+    ) -> None:
+        self.path = stored.source(str(path))
         self.below = below
         self.left_out = LeftOut()
         # Links that lead out of the folder: name -> target.
@@ -115,8 +126,16 @@ class Archive:
         # Of the first level, files by extension.
         self.folders: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._places: dict[str, Place] = {}
+        self.versions: dict[str, str] = {}  # of files in a store, by name
 
-        if self.path.is_dir():
+        if isinstance(self.path, StoredPath):
+            if copies is None:
+                raise ValueError(
+                    f"{self.path} lies in a store; name a folder or tar of this machine, or make "
+                    f"shards of it: vlp data pack {self.path} --to DIR"
+                )
+            self._take_stored("/".join(cleaned(below)), copies)
+        elif self.path.is_dir():
             self._check_below(below, self.path / below)
             self.path = self.path / below
             self._take_folder(leave)
@@ -244,6 +263,37 @@ class Archive:
     def _take_folder(self, leave: bool) -> None:
         for name, path in sorted(self._files(leave)):
             self._take(name, Place(path))
+
+    def _take_stored(self, below: str, copies: Path) -> None:
+        """Take the files of a folder in a store, and bring its texts."""
+        assert isinstance(self.path, StoredPath)
+        whole, self.path = self.path, self.path / below
+        prefix = f"{below}/" if below else ""
+        hidden: set[str] = set()
+        top_folders = set()
+        for file in files_below(whole):
+            top_folders |= top_folder_of(file.name)
+            if not file.name.startswith(prefix):
+                continue
+            name = file.name.removeprefix(prefix)
+            for top_folder in top_folder_of(name):
+                # Also one that holds nothing to read.
+                self.folders.setdefault(top_folder, Counter())
+
+            # A hidden folder is one thing that is left out, as on a disk.
+            if shown := hidden_part(name):
+                if shown not in hidden:
+                    self.left_out.add("hidden", shown)
+                hidden.add(shown)
+                continue
+            self.versions[name] = file.version
+            self._take(name, Place(file.address, 0, file.size))
+
+        if below and not (self._places or self.texts):
+            raise ValueError(_no_folder(whole, below, top_folders))
+        there = [(place.path, place.size) for place in self.texts.values()]
+        here = stored_files.copies(there, copies, MAX_TEXT_BYTES + 1)
+        self.texts = {name: Place(str(path)) for name, path in zip(self.texts, here)}
 
     def _files(self, leave: bool) -> Iterator[tuple[str, str]]:
         """(name, path) of every regular file below the folder that is not hidden."""

@@ -27,6 +27,9 @@ _FIRST_LABELS = {"score": 2, "negative_scores": 16, "concepts": 32}
 FURTHER_LABELS = [name for name in JSON_LABELS if name not in _FIRST_LABELS]
 LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS)}
 
+# So `Shard.left_out` counts members that are no texts, and text files that are not read.
+_UNREAD = ("members ", "a .")
+
 # Of the reader of tars; raised where it takes for samples or texts what it passed over before.
 READER = 1
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
@@ -137,6 +140,11 @@ def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[in
         first += 1
         length -= n_bytes
     return places
+
+
+def unread(left_out: Mapping[str, int]) -> dict[str, int]:
+    """The members that are no texts, and the text files that no reader looks at."""
+    return {kind: n for kind, n in left_out.items() if kind.startswith(_UNREAD)}
 
 
 def said(left_out: Mapping[str, int]) -> str:

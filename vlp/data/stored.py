@@ -288,7 +288,7 @@ def destination(text: str | Path, *, is_file: bool = False) -> Path:
 
     root = str(path.parent if is_file else path)
     if root not in _scratch:
-        _scratch[root] = _new_scratch()
+        _scratch[root] = new_scratch()
     return path
 
 
@@ -310,7 +310,7 @@ def check_writable(path: StoredPath) -> None:
 # ---- the scratch folder
 
 
-def _new_scratch() -> Path:
+def new_scratch() -> Path:
     """A folder of this call, which goes with it; those that killed calls left go now."""
     folder = caches.cache_folder() / "stores"
     for path in folder.glob("*"):
@@ -362,6 +362,12 @@ def forget_copy(path: StoredPath) -> None:
     """Let a file of a destination be fetched anew when it is next read: another call writes it."""
     path.local().unlink(missing_ok=True)
     stores.look_again(str(path.parent))
+
+
+def look_again() -> None:
+    """Ask the stores anew for all that this process knows of them: others have written since."""
+    stores.look_again_everywhere()
+    _compared.clear()
 
 
 def bring(paths: Iterable[Path]) -> None:

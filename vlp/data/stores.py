@@ -244,20 +244,27 @@ def put(local: Path, place: str) -> None:
         listed[place] = {"size": local.stat().st_size, "type": "file"}
 
 
-def fetch(place: str, local: Path) -> None:
-    """Fetch a small file, whole or not at all; raises FileNotFoundError where there is none."""
+def fetch(place: str, local: Path, size: int | None = None, *, partly: bool = False) -> None:
+    """Fetch a small file, whole or not at all; raises FileNotFoundError where there is none.
+
+    size: its bytes, where they are known. partly: it has more, of which no more are fetched.
+    """
     temporary = local.with_name(f".{local.name}.{uuid4().hex[:12]}.tmp")
 
     def once() -> None:
         file_system, name = _file_system(place)
-        file_system.get_file(name, str(temporary))
+        if partly:
+            temporary.write_bytes(file_system.cat_file(name, start=0, end=size))
+        else:
+            file_system.get_file(name, str(temporary))
 
         # A connection that breaks off may end like a file.
         known = _listed.get(folder_of(place), {}).get(place)
+        expected = size if known is None or size is not None else known["size"]
         n_bytes = temporary.stat().st_size
-        if known is not None and n_bytes != known["size"]:
+        if expected is not None and n_bytes != expected:
             look_again(folder_of(place))
-            raise OSError(f"{n_bytes} of {known['size']} bytes came")
+            raise OSError(f"{n_bytes} of {expected} bytes came")
 
     try:
         _tried(once, "read", place)
@@ -290,6 +297,11 @@ def look_again(*folders: str) -> None:
         for listed in list(_listed):
             if listed == folder or listed.startswith(f"{folder}/"):
                 _listed.pop(listed, None)  # another thread may have, too
+
+
+def look_again_everywhere() -> None:
+    """Forget what is known of the entries of all folders."""
+    _listed.clear()
 
 
 def info(place: str) -> Info | None:

@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlp.data.captions import listed
-from vlp.data.rows import said
+from vlp.data.rows import said, unread
 from vlp.data.tables import fetched
 from vlp.data.text_files import TEXT_FILES
 
-# So `Shard.left_out` counts members that are no texts, and text files that are not read.
-_UNREAD = ("members ", "a .")
 _NO_IMAGE = ": no image member"  # behind the key in a shard's problem
 
 
@@ -27,11 +25,11 @@ def unread_texts(left_out: Mapping[str, int], problems: Iterable[str]) -> str:
     images.
     """
     told = ""
-    unread = {kind: n for kind, n in left_out.items() if kind.startswith(_UNREAD)}
-    if unread:
+    members = unread(left_out)
+    if members:
         extensions = ", ".join(f".{extension}" for extension in (*TEXT_FILES, "json"))
         told = (
-            f". In the tars nobody reads {said(unread)}: captions are read from {extensions} of "
+            f". In the tars nobody reads {said(members)}: captions are read from {extensions} of "
             "the image's name"
         )
 

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -183,8 +184,8 @@ def _contents(
 
 def _check_whole(path: Path) -> None:
     """Refuse a file that whoever downloads it could not read either, as a copy cut short."""
-    if path.name == "modules.json":  # of sentence-transformers, a list
-        any_json(path)
+    if path.name == "modules.json":
+        _check_modules(path)
     elif path.suffix == ".json":
         read_json(path)
     elif path.suffix == ".safetensors":
@@ -194,6 +195,23 @@ def _check_whole(path: Path) -> None:
             raise PushError(
                 f"{path} is no whole file of weights ({error}); export the model again"
             ) from None
+
+
+def _check_modules(path: Path) -> None:
+    """Refuse a list of sentence-transformers' modules that it could not make a model of."""
+    modules = any_json(path)
+    is_list = isinstance(modules, list) and bool(modules)
+    if not is_list or not all(_is_module(module) for module in modules):
+        raise PushError(
+            f"{path} does not list modules with type and path, as sentence-transformers reads "
+            "them; export the model again"
+        )
+
+
+def _is_module(module: Any) -> bool:
+    if not isinstance(module, dict):
+        return False
+    return all(isinstance(module.get(key), str) for key in ("type", "path"))
 
 
 def _check_base(folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlp.data import stored
 from vlp.data.tables import delimited, fetched, files, forms, values
 from vlp.data.tables.columns import TableOptions
 from vlp.data.tables.parquet import parse_parquet
@@ -73,7 +74,7 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     """The rows of a table; raises ValueError for what is none, saying what was found and what to
     do, and OSError.
     """
-    path = Path(path).expanduser()
+    path = stored.source(str(path))
     options = options or TableOptions()
     if paths := fetched.files_in(path):
         return _of_fetched(path, paths)
