@@ -99,7 +99,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 57
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 58
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -163,8 +163,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 30, "demo": 1, "eval": 4, "export": 4, "train": 76}
-    assert n_tools == 38
+    assert counts == {"data": 31, "demo": 1, "eval": 4, "export": 4, "train": 78}
+    assert n_tools == 39
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
@@ -209,6 +209,12 @@ def test_a_recipe_trains(name, shards, tmp_path):
             f"data.sources.0.modalities={{audio: {audio}, video: {video}}}",
             "model.heads.modalities={audio: {features: 4, length: 3, layers: 1, width: 8}, "
             "video: {features: 5, length: 2}}",
+        ]
+    if name == "lat":
+        video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)
+        more = [
+            f"data.sources.0.modalities={{video: {video}}}",
+            "model.heads.modalities={video: {features: 5, length: 2}}",
         ]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
