@@ -4,12 +4,14 @@ samples that lack modalities, and on the rows that jest chooses, two ranks equal
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
 from tests import ranks
+from tests.models.tiny import few_words
 from tests.test_modalities import ALL, HEADS, with_modalities
 from tests.test_step import assert_close, make_training, own_rows
 from vlp import config
@@ -19,11 +21,18 @@ from vlp.step import train_step
 from vlp.teacher import Teacher
 
 OBJECTIVE = ALL | {"self_distillation": {}}
+LENGTH, END = 10, 499  # of texts, and the last of a vocabulary of 500
 # Of the step's norm, each term, and the part of the samples that has all modalities.
 LOGGED = ("loss", "grad_norm", "gram.complete", *OBJECTIVE)
 
 
-def trained(engine="ddp", micro_batches=1, selects=False, precision="float32"):
+def batch_of_rank():
+    """Samples of few words: ranks send all weights to one another."""
+    batch = with_modalities(own_rows())
+    return dataclasses.replace(batch, text=batch.text[:, :LENGTH].clamp(max=END))
+
+
+def trained(text_tower, engine="ddp", micro_batches=1, selects=False):
     """Two steps' scalars, the weights, and those of the moving average."""
     # DeepSpeed looks for ninja.
     os.environ["PATH"] = os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
@@ -33,7 +42,7 @@ def trained(engine="ddp", micro_batches=1, selects=False, precision="float32"):
         double=False,
         heads=HEADS,
         objective=OBJECTIVE,
-        train={"precision": precision},
+        text_tower=text_tower,
     )
     model = from_description(training.engine.module.description())
     needs = training.objective.needs
@@ -42,7 +51,7 @@ def trained(engine="ddp", micro_batches=1, selects=False, precision="float32"):
 
     scalars = []
     for _ in range(2):
-        batch = with_modalities(own_rows())
+        batch = batch_of_rank()
         if selects:
             batch, of_choice = choose(training, batch)
             scalars.append(of_choice["jest.learnability_chosen"].item())
@@ -95,9 +104,11 @@ def check(results, expected):
             pytest.param(engine, micro_batches, selects, marks=pytest.mark.slow)
             for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
             for micro_batches, selects in ((1, False), (3, False), (3, True))
+            if (engine, selects) != ("fsdp2", True)
         ),
     ],
 )
-def test_two_ranks_equal_one_process(engine, micro_batches, selects):
-    expected = trained("ddp", 1, selects)
-    check(ranks.run(2, trained, engine, micro_batches, selects), expected)
+def test_two_ranks_equal_one_process(engine, micro_batches, selects, tmp_path):
+    text_tower = few_words(tmp_path, END + 1, LENGTH, layers=2)
+    expected = trained(text_tower, "ddp", 1, selects)
+    check(ranks.run(2, trained, text_tower, engine, micro_batches, selects), expected)
