@@ -279,6 +279,12 @@ class Model:
                 "text_tower is another; write text_tower.dropout"
             )
 
+        if _is_int8_aware(self.text_tower):
+            raise ValueError(
+                "text_tower.int8_aware: only image towers are trained for 8 bits; leave it out "
+                "(vlp export --onnx --int8 quantises text towers as they are)"
+            )
+
         if self.heads.nonnegative and self.precomputed:
             raise ValueError(
                 "heads.nonnegative is the model's last step, which the stored embeddings of a "
@@ -325,6 +331,11 @@ class Model:
         return _text_dropout_of(self.text_tower or self.image_tower)
 
     @property
+    def int8_aware(self) -> bool:
+        """Whether the image tower is trained with values of 8 bits."""
+        return _is_int8_aware(self.image_tower)
+
+    @property
     def precomputed(self) -> bool:
         """Whether the data hold the image tower's embeddings, and training does not run it."""
         common = self.image_tower.common
@@ -338,3 +349,7 @@ def _context_of(tower: Plugin) -> Any:
 
 def _text_dropout_of(tower: Plugin) -> float:
     return getattr(tower.common, "dropout", 0.0)
+
+
+def _is_int8_aware(tower: Plugin | None) -> bool:
+    return tower is not None and getattr(tower.common, "int8_aware", False)
