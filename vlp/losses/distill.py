@@ -138,9 +138,8 @@ class Options:
     hardest: int = 8
     # δ, by how much a candidate may score below the pair and still be ranked; null: all are
     delta: float | None = None
-    # features: ‖·‖² or the sum of absolute differences, and of which side's rows
-    norm: Literal["squared", "l1"] = "squared"
-    sides: Literal["both", "image", "text"] = "both"
+    norm: Literal["squared", "l1"] = "squared"  # features: ‖·‖², or Σ of absolute differences
+    sides: Literal["both", "image", "text"] = "both"  # features: whose embeddings are taught
     gamma: float = 1.0  # margin: γ, the student's cosine for a unit of the teacher's score
     # ranking: not the order, but the distribution over the text and its hard captions: forward
     # KL(P‖Q) of teacher P and student Q, or the mean of both directions
