@@ -131,8 +131,8 @@ def test_each_way_and_back_is_by_the_two_maps_of_the_pair():
 
     n = 0
     for place, (source, target) in enumerate(options.directions):
-        there = unit(head.maps[f"{source}_to_{target}"](rows[source]))
-        back = unit(head.maps[f"{target}_to_{source}"](there))
+        there = unit(head.maps[f"{source}-to-{target}"](rows[source]))
+        back = unit(head.maps[f"{target}-to-{source}"](there))
         assert torch.equal(outputs["translated"][:, place], there)
         assert torch.equal(outputs["cycled"][:, place], back)
         n += 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import ranks
+from tests.models import multimodals
 from tests.models.tiny import TEXT, VIT, inputs, tiny
 from tests.test_step import assert_close, gradients_and_weights
 from vlp.models import int8_aware
@@ -43,7 +44,7 @@ def test_a_layer_computes_with_255_values_and_its_gradient_passes():
     cases = [(nn.Linear(36, 5), flat), (nn.Conv2d(4, 5, 3, padding=1), values.requires_grad_())]
     n = 0
     for layer, given in cases:
-        layer = layer.double()
+        layer = layer.double().train()
         plain = layer(given)
         int8_aware.quantise(nn.Sequential(layer))
         found = layer(given)
@@ -69,7 +70,7 @@ def test_a_layer_computes_with_255_values_and_its_gradient_passes():
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_a_tower_is_near_the_plain_one_and_a_checkpoint_builds_that(kind):
+def test_a_tower_is_near_the_plain_one_in_training_and_the_same_in_evaluation(kind):
     tower = TOWERS[kind]
     width = {"embed_dim": tower["width"]} if "coca" in kind else {}
     plain = tiny(image_tower=tower, **width)
@@ -79,13 +80,13 @@ def test_a_tower_is_near_the_plain_one_and_a_checkpoint_builds_that(kind):
     pixels, ids = inputs(plain)
 
     with torch.no_grad():
-        rows, exact = aware.encode_image(pixels), plain.encode_image(pixels)
+        rows, exact = (model.train().encode_image(pixels) for model in (aware, plain))
         cosines = (rows * exact).sum(1)
         assert cosines.min() > 0.98 and not torch.allclose(rows, exact, atol=1e-5)
         assert torch.equal(aware.encode_text(ids), plain.encode_text(ids)), "texts stay"
         again = from_description(aware.description()).eval()
         again.load_state_dict(aware.state_dict())
-        assert torch.equal(again.encode_image(pixels), exact)
+        assert torch.equal(again.encode_image(pixels), aware.eval().encode_image(pixels))
 
     quantised = [m for m in aware.visual.modules() if type(m).__module__ == int8_aware.__name__]
     assert len(quantised) >= 4
@@ -121,13 +122,17 @@ def test_ranks_change_nothing(engine):
 @pytest.mark.parametrize(
     "settings, message",
     [
+        pytest.param("mllm", "this language model reads texts with", marks=pytest.mark.slow),
         ({"image_tower": VIT | {"int8_aware": True, "locked": True}}, "leave out int8_aware, or"),
         ({"image_tower": VIT | {"int8_aware": True, "lora": {"r": 2}}}, "leave out int8_aware, or"),
         ({"text_tower": {"int8_aware": True}}, "only image towers are trained for 8 bits"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
-    if "text_tower" in settings:
+def test_what_cannot_be_is_refused(settings, message, tmp_path):
+    if settings == "mllm":
+        folder = multimodals.multimodal_model(tmp_path, "qwen2_vl")
+        settings = multimodals.tower(folder, int8_aware=True)
+    elif "text_tower" in settings:
         settings = {"text_tower": TEXT | settings["text_tower"]}
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny(**settings)

@@ -96,7 +96,7 @@ class Translators(nn.Module):
                 translator: nn.Module = nn.Linear(embed_dim, embed_dim)
             else:
                 translator = _two_layers(embed_dim, options.width)
-            self.maps[f"{source}_to_{target}"] = translator
+            self.maps[_way(source, target)] = translator
 
     def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`translated` and, of these back, `cycled`, [b, X, D] unit rows, of the rows [b, D] of
@@ -107,10 +107,15 @@ class Translators(nn.Module):
 
         translated, cycled = [], []
         for source, target in self.directions:
-            there = unit(self.maps[f"{source}_to_{target}"](rows[source]))
+            there = unit(self.maps[_way(source, target)](rows[source]))
             translated.append(there)
-            cycled.append(unit(self.maps[f"{target}_to_{source}"](there)))
+            cycled.append(unit(self.maps[_way(target, source)](there)))
         return {"translated": torch.stack(translated, 1), "cycled": torch.stack(cycled, 1)}
+
+
+def _way(source: str, target: str) -> str:
+    # Modalities are words: with a dash no two pairs share a name.
+    return f"{source}-to-{target}"
 
 
 class Concentration(nn.Module):

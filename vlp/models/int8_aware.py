@@ -7,7 +7,9 @@ values each.
 s is of each output channel of the weights, and of each row (a sample, a window) of what enters, so
 that no division of a batch changes it. Layers are linear ones, convolutions and self-attention's
 projections; their classes are exchanged in place, so that parameters, descriptions and exports stay
-as they are. A model that is built of a checkpoint computes in floating point.
+as they are. Pools, which read weights without calling a layer, and layers of kinds of their own
+(convolutions that pad by themselves) stay in floating point, and so does all that is not in
+training mode: evaluations, moving averages, locked layers.
 """
 
 from __future__ import annotations
@@ -19,12 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlp.models.attention import attended, self_attentions
+from vlp.models.multimodal import ImageTower
 
 _LARGEST = 127  # of 8 bits with a sign, the same on both sides of 0
 
 
 def check(tower: nn.Module) -> None:
-    """Refuse a tower without a layer that could be quantised. ValueError."""
+    """Refuse a tower whose layers are not its own, or that has none that could be quantised.
+    ValueError.
+    """
+    if isinstance(tower, ImageTower):
+        raise ValueError(
+            "image_tower.int8_aware is of image towers, and this language model reads texts with "
+            "the same weights; leave it out"
+        )
     if not _layers(tower):
         raise ValueError(
             "image_tower.int8_aware is of towers of linear layers or convolutions, found "
@@ -65,6 +75,8 @@ class Int8Linear(nn.Linear):
     """A linear layer of 8 bits."""
 
     def forward(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(values)
         return F.linear(_rows(values), _channels(self.weight), self.bias)
 
 
@@ -72,6 +84,8 @@ class Int8Conv2d(nn.Conv2d):
     """A convolution of 8 bits."""
 
     def forward(self, values: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(values)
         return self._conv_forward(_rows(values), _channels(self.weight), self.bias)
 
 
@@ -85,12 +99,15 @@ class Int8Attention(nn.MultiheadAttention):
         value: Tensor,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self.training:
+            return super().forward(
+                query, key, value, need_weights=need_weights, attn_mask=attn_mask, **others
+            )
         weight = _channels(self.in_proj_weight)
         joint = F.linear(_rows(query), weight, self.in_proj_bias)
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attended(joint, self.num_heads, attn_mask, dropout)), None
+        return self.out_proj(attended(joint, self.num_heads, attn_mask, self.dropout)), None
 
 
 def _layers(tower: nn.Module) -> dict[nn.Module, type[nn.Module]]:
@@ -100,7 +117,7 @@ def _layers(tower: nn.Module) -> dict[nn.Module, type[nn.Module]]:
         # Its output projection is one of torch's own kind, and read where it should be called.
         layers |= {block.attn: Int8Attention, block.attn.out_proj: Int8Linear}
 
-    # A kind of its own (a convolution that pads by itself) computes what its class says.
+    # Not their subclasses, which compute what their own class says.
     kinds = {nn.Linear: Int8Linear, nn.Conv2d: Int8Conv2d}
     for module in tower.modules():
         kind = kinds.get(type(module))
