@@ -64,9 +64,9 @@ def test_the_table_holds_every_field_of_a_batch_and_of_the_inputs():
     of_batch = {field.name for field in dataclasses.fields(Batch)}
     of_inputs = {field.name for field in dataclasses.fields(Inputs)}
     assert of_batch == {*CARRIED, "key"}
-    assert of_inputs == {*FIELDS, "step", "other_names"}
+    assert of_inputs == {*FIELDS, "step", "other_names", "translations"}
     assert EMBEDDED.keys() | LABELS.keys() == CARRIED.keys() and not EMBEDDED.keys() & LABELS.keys()
-    assert len(EMBEDDED) == 8 and len(LABELS) == 15 and len(FIELDS) == 65
+    assert len(EMBEDDED) == 8 and len(LABELS) == 15 and len(FIELDS) == 67
 
 
 # Data → batch

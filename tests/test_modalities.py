@@ -33,7 +33,9 @@ TOWERS = {
     "depth": {"features": 3},
     "audio": {"features": 4, "length": 6, "patch": 2, "layers": 1, "width": 8, "heads": 2},
 }
-ALL = {"modality_pairs": {}, "gram": {}, "symile": {}}
+PAIRS = [["text", "image"], ["text", "audio"], ["text", "depth"]]
+HEADS = {"modalities": TOWERS, "translators": {"pairs": PAIRS, "width": 8}}
+ALL = {"modality_pairs": {}, "gram": {}, "symile": {}, "translation": {"distance": "squared"}}
 
 
 def write_rows(folder: Path, shards: Path, shape: tuple[int, ...], lengths: bool) -> Path:
@@ -202,7 +204,7 @@ def trained(micro_batches=1, engine="ddp"):
         micro_batches,
         steps=1,
         batch=with_modalities,
-        heads={"modalities": TOWERS},
+        heads=HEADS,
         objective=ALL,
         engine=engine,
     )
@@ -212,6 +214,8 @@ def test_micro_batches_and_ranks_change_nothing():
     expected = trained()
     of_towers = {name for name in expected[0] if name.startswith("heads.modalities.")}
     assert len(of_towers) > 15
+    translators = [name for name in expected[0] if name.startswith("heads.translators.")]
+    assert len(translators) == 24 and all(any(expected[0][name]) for name in translators)
     live = [name for name in of_towers if any(expected[0][name])]
     assert len(live) >= len(of_towers) - 1, "an empty gradient proves nothing"
 
@@ -224,11 +228,12 @@ def test_micro_batches_and_ranks_change_nothing():
 
 
 def test_a_batch_in_which_a_modality_is_absent_trains_on():
-    training = make_training(2, heads={"modalities": TOWERS}, objective=ALL)
+    training = make_training(2, heads=HEADS, objective=ALL)
     batch = with_modalities()
     batch.modality_lengths[:, 0] = 0
     scalars = train_step(training, batch)
     assert scalars["gram"] == scalars["symile"] == scalars["gram.complete"] == 0
+    assert scalars["translation"] > 0, "text and image are there"
     assert scalars["modality_pairs.image_0"] == 0 and scalars["modality_pairs.image_1"] > 0.5
     assert all(p.isfinite().all() for p in training.engine.module.parameters())
 

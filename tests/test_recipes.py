@@ -4,6 +4,7 @@ tiny towers and pictures.
 And every command of its header is one that can be given.
 """
 
+import dataclasses
 import json
 import re
 import shlex
@@ -14,14 +15,14 @@ import pytest
 from tests.data.material import encoded, picture
 from tests.models import multimodals
 from tests.test_modalities import write_rows
-from vlp import cli, config, plugin
+from vlp import checkpoint, cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
 from vlp.train import train
 
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
-# Run by make demo, by the benchmark, and in tests/selection.
-ELSEWHERE = {"demo", "caltech101", "jest", "mcl"}
+# Run by make demo, by the benchmark, in tests/selection, and with its second stage below.
+ELSEWHERE = {"demo", "caltech101", "jest", "mcl", "edgevl"}
 # They differ from `sogclr`, or from `clip`, in the options of one term, which tests/losses runs.
 LIKE_SOGCLR = {
     "align", "basic", "convirt", "cyclip", "decoupled", "isogclr", "macl", "mann_whitney",
@@ -99,7 +100,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 57
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 59
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -163,8 +164,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 30, "demo": 1, "eval": 4, "export": 4, "train": 76}
-    assert n_tools == 38
+    assert counts == {"data": 32, "demo": 1, "eval": 4, "export": 5, "train": 80}
+    assert n_tools == 40
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
@@ -210,12 +211,66 @@ def test_a_recipe_trains(name, shards, tmp_path):
             "model.heads.modalities={audio: {features: 4, length: 3, layers: 1, width: 8}, "
             "video: {features: 5, length: 2}}",
         ]
+    if name == "lat":
+        video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)
+        more = [
+            f"data.sources.0.modalities={{video: {video}}}",
+            "model.heads.modalities={video: {features: 5, length: 2}}",
+        ]
     run = train(tiny(RECIPES[name], shards, tmp_path / "run", *more, "log.every=1"))
     records = [line for line in losses(run) if line["kind"] == "train"]
     assert [line["step"] for line in records] == [1, 2, 3]
     terms = [term.label for term in config.load(RECIPES[name]).objective]
     assert all(term in line for term in terms for line in records)
     assert len({line["loss"] for line in records}) == 3  # it moves
+
+
+def of_two_kinds(shards: Path, tmp_path: Path) -> list[str]:
+    """Each picture a second time, as by another camera, with what a teacher made of the first."""
+    with ShardWriter(tmp_path / "depth", 100) as writer:
+        for i in range(40):
+            other = encoded(picture(i + 90, (16, 16)))
+            writer.add(f"k{i}", other, "png", [f"this is picture {i}"], {})
+
+    teacher = train(tiny(RECIPES["clip"], shards, tmp_path / "teacher"))
+    embedded = tmp_path / "embedded"
+    arguments = ["embed", str(shards), "--model", str(teacher), "--to", str(embedded)]
+    assert cli.main(["data", *arguments]) == 0
+    return [
+        f"data.sources.1.path={tmp_path / 'depth'}",
+        *(f"data.sources.{i}.embeddings={embedded}" for i in range(2)),
+    ]
+
+
+def test_edgevl_s_second_stage_goes_on_from_its_first(shards, tmp_path):
+    """Both kinds of picture are of one teacher row, which has to be said, and what the first stage
+    learned is kept.
+    """
+    sources = of_two_kinds(shards, tmp_path)
+    of_sources = [*sources, "log.every=1"]
+    same = tiny(RECIPES["edgevl"], shards, tmp_path / "same", *of_sources)
+    of_depth = dataclasses.replace(same.data.sources[1].options, other_pictures=False)
+    of_same = dataclasses.replace(same.data.sources[1], options=of_depth)
+    data = dataclasses.replace(same.data, sources=[of_same])
+    with pytest.raises(ValueError, match="the image embeddings are not made by"):
+        train(dataclasses.replace(same, data=data))
+
+    first = train(tiny(RECIPES["edgevl"], shards, tmp_path / "first", *of_sources))
+    settings = [
+        f"init_from={first}",
+        "model.image_tower.int8_aware=true",
+        "objective={infonce: {positives: caption}}",
+    ]
+    second = train(tiny(RECIPES["edgevl"], shards, tmp_path / "second", *of_sources, *settings))
+    records = [line for line in losses(second) if line["kind"] == "train"]
+    assert [line["step"] for line in records] == [1, 2, 3]
+    assert all(line["infonce.positives"] > 1 for line in records), "both kinds of one picture"
+
+    one, other = (checkpoint.load(checkpoint.newest(run)).model for run in (first, second))
+    assert one.keys() == other.keys()
+    weights = [of_run["visual.conv1.weight"] for of_run in (one, other)]
+    moved = (weights[0] - weights[1]).norm() / weights[0].norm()
+    assert 0 < moved < 0.3, "other random weights would be 1.4 away"
 
 
 def test_a_width_beyond_the_model_is_answered_before_the_data_are_read(tmp_path):

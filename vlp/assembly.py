@@ -326,6 +326,8 @@ def prepare(
         constants["teacher_scale"] = torch.tensor(loader.teacher_scale, device=engine.device)
     if model.modality_shapes:
         constants["other_names"] = tuple(model.modality_shapes)
+    if model.heads.translators is not None:
+        constants["translations"] = tuple(model.heads.translators.directions)
     training = Training(
         engine,
         objective,

@@ -121,6 +121,10 @@ _MODALITIES = (
     "(model.heads.modalities)"
 )
 _PREDICTOR = "a predictor of the other side (model.heads.predictor)"
+_TRANSLATORS = (
+    "translators between modalities (model.heads.translators); further modalities have towers "
+    "(model.heads.modalities)"
+)
 _CONCENTRATION = "a certainty of each embedding (model.heads.concentration)"
 _JUDGE = (
     "a cross-encoder (teacher.cross_encoder), or a caller's scores of the pairs that "
@@ -297,6 +301,14 @@ class Readable(Carried):
     )
     predicted_image: Tensor = computed(
         "text", "b D", unit=True, head="predictor", supplier=_PREDICTOR
+    )
+
+    # What translators make of a modality in the space of another, and of that back in its own.
+    translated: Tensor = computed(
+        "further", "X b D", unit=True, head="translators", supplier=_TRANSLATORS
+    )
+    cycled: Tensor = computed(
+        "further", "X b D", unit=True, head="translators", supplier=_TRANSLATORS
     )
 
     # Each patch of the image, and each token of the text and of its hard captions, through the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlp import dist
-from vlp.fields import EMBEDDED, FIELDS, LABELS
+from vlp.fields import FIELDS, LABELS
 from vlp.losses import Objective
 from vlp.models import embedding
 from vlp.non_finite import Statistics
@@ -139,10 +139,13 @@ def judged(
 
 
 def as_terms_read(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Embeddings and labels of all rows in the shapes of terms: views [V, b, D] and modalities
-    [O, b, D], which micro-batches cut as [b, V, D] and [b, O, D]; and which samples have them.
+    """Embeddings and labels of all rows in the shapes of terms: views [V, b, D], modalities
+    [O, b, D] and their translations [X, b, D], which micro-batches cut as [b, V, D] and so on; and
+    which samples have them.
     """
-    turned = {name for name, row in EMBEDDED.items() if row.head} | {"others"}
+    turned = {
+        name for name, row in FIELDS.items() if row.tower and row.shapes[0].split()[1:2] == ["b"]
+    }
     keywords = {
         name: value.transpose(0, 1) if name in turned else value for name, value in values.items()
     }

@@ -171,7 +171,8 @@ def compare(
     precomputed: bool,
 ) -> None:
     """Embed a few samples again with `judge`; ValueError where they are not what is stored.
-    `precomputed`: images stand in for the run's own tower.
+    `precomputed`: images stand in for the run's own tower. Pictures are not compared where the
+    source says that others were embedded.
     """
     folder, name = embeddings.folder, embeddings.teacher.model
     samples, pixels = _opened(source, judge.image_spec)
@@ -180,11 +181,13 @@ def compare(
         return
 
     whose = "this run's image tower" if precomputed else name
-    stored = [_image_row(embeddings, sample) for sample in samples]
-    _compare("image", _embedded(judge, image=pixels), _stacked(stored), folder, whose)
+    compares_pictures = precomputed or not source.other_pictures
+    if compares_pictures:
+        stored = [_image_row(embeddings, sample) for sample in samples]
+        _compare("image", _embedded(judge, image=pixels), _stacked(stored), folder, whose)
 
     # Crops say besides whether they are still cut as they were.
-    if embeddings.views is not None:
+    if embeddings.views is not None and compares_pictures:
         cut, spec = embeddings.views, judge.image_spec
         crops = [cut.pixels(sample.image, sample.key, 0, spec) for sample in samples]
         again = _embedded(judge, image=torch.stack(crops))

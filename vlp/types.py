@@ -15,6 +15,7 @@ Shape legend, used in every docstring of this project:
     Q   keys of a queue
     O   modalities beside image and text
     S   numbers of all of them together
+    X   translations of one modality into another
     Z   tokens of the vocabulary        U   bytes of a caption
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it
@@ -198,3 +199,5 @@ class Features(NamedTuple):
     text_concentration: Tensor | None = None  # [b]
     caption_nll: Tensor | None = None  # [b, L − 1] −log p of every token after the first
     others: Tensor | None = None  # [b, O, D] unit rows of further modalities, by their towers
+    translated: Tensor | None = None  # [b, X, D] unit rows by the translators, and back again
+    cycled: Tensor | None = None  # [b, X, D] unit rows

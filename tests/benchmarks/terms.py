@@ -63,6 +63,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "gram": {"label_smoothing": 0.1},
     "symile": {},
     "modality_pairs": {},
+    "translation": {},
     "mc_infonce": {},
     "hard_negatives.negclip": {"form": "negclip"},
     "hard_negatives.negclip_images": {"form": "negclip", "negatives": "images"},
@@ -82,7 +83,7 @@ PLACES = 8  # patches of a picture, and tokens of a text
 LEAVES = (
     "image_views", "text_views", "negatives", "negative_images", "captions", "image_tokens",
     "text_tokens", "negative_tokens", "attended_captions", "patch_distances", "others",
-    "image_concentration", "text_concentration",
+    "image_concentration", "text_concentration", "translated", "cycled",
 )  # fmt: skip
 
 
@@ -187,6 +188,8 @@ def run_on(term: str, B: int, D: int, device: Any) -> Callable[[], None]:
         "image_views": lambda: rows(2, B),
         "text_views": lambda: rows(2, B),
         "others": lambda: rows(2, B),
+        "translated": lambda: rows(6, B),
+        "cycled": lambda: rows(6, B),
         "negatives": lambda: rows(B, 2),
         "negative_images": lambda: rows(B, 1),
         "negative_images_valid": lambda: torch.ones(B, 1, dtype=torch.bool, device=device),

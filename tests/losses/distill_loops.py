@@ -34,6 +34,17 @@ def features(d: Inputs) -> Tensor:
     return total / n
 
 
+def one_side(side: str, norm: str):
+    def loop(d: Inputs) -> Tensor:
+        n, total = len(d["image"]), 0
+        for i in range(n):
+            gap = d[f"projected_{side}"][i] - d[f"teacher_{side}"][i].detach()
+            total = total + (gap.abs().sum() if norm == "l1" else (gap**2).sum())
+        return total / n
+
+    return loop
+
+
 def interactive(queued: bool):
     def loop(d: Inputs) -> Tensor:
         n, total = len(d["image"]), 0
@@ -145,6 +156,12 @@ def margin(gamma: float):
 BATCH = {"form": "ranking", "candidates": "batch"}
 CASES = [
     ("distill", {"form": "features"}, features),
+    (
+        "distill",
+        {"form": "features", "norm": "l1", "sides": "image"},
+        one_side("image", "l1"),
+    ),
+    ("distill", {"form": "features", "sides": "text"}, one_side("text", "squared")),
     ("distill", {"form": "interactive"}, interactive(False)),
     ("distill", {"form": "interactive", "queue": True}, interactive(True)),
     ("distill", {"form": "cross"}, cross),

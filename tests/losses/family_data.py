@@ -50,6 +50,8 @@ def data() -> dict[str, Tensor]:
     given["others"] = rows(OTHERS, B, D)
     for name in ("image_concentration", "text_concentration"):
         given[name] = (3 + 40 * torch.rand(B, generator=generator).double()).requires_grad_()
+    # of text to image and to the others, and back
+    given |= {name: rows(2 * (1 + OTHERS), B, D) for name in ("translated", "cycled")}
     with torch.no_grad():
         given["queue_image"][:2] = given["queue_text"][5] = 0  # still empty
         given["queue_teacher_image"][:2] = given["queue_teacher_text"][5] = 0
@@ -122,6 +124,7 @@ LEAVES = (
     "region_scale",
     "others",
     "image_concentration", "text_concentration",
+    "translated", "cycled",
 )  # fmt: skip
 # Teachers get no gradient.
 NEVER = (
@@ -129,6 +132,8 @@ NEVER = (
     "queue_image", "queue_text", "queue_teacher_image", "queue_teacher_text",
     "candidate_text_scores", "candidate_image_scores",
 )  # fmt: skip
+# Rows are counted by the second dimension, as those of views are.
+_SECOND = ("others", "others_valid", "translated", "cycled")
 PLANS = [(impl, topology) for impl in ("dense", "tiled") for topology in ("global", "ring")]
 
 
@@ -149,7 +154,7 @@ def own_rows(d: dict[str, Tensor]) -> dict[str, Tensor]:
     def cut(name: str, value: Tensor) -> Tensor:
         if not value.dim() or name.startswith("queue_"):
             return value
-        second = name.endswith("_views") or name in ("others", "others_valid")
+        second = name.endswith("_views") or name in _SECOND
         return value[:, mine] if second else value[mine]
 
     return {name: cut(name, value) for name, value in d.items()}

@@ -98,7 +98,50 @@ def modality_pairs(chosen: list[tuple[int, int]]) -> Loop:
     return loop
 
 
+def translation(match: str = "contrast", distance: str = "l2", cycle: float = 1.0) -> Loop:
+    """Text to image, and to each further modality, and back."""
+    norms = {
+        "l2": lambda gap: (gap**2).sum().sqrt(),
+        "squared": lambda gap: (gap**2).sum(),
+        "l1": lambda gap: gap.abs().sum(),
+    }
+
+    def loop(d: Inputs) -> Tensor:
+        n, total = len(d["text"]), 0
+        rows, present = [d["text"], d["image"]], torch.ones(2, n, dtype=torch.bool)
+        if "others" in d:
+            rows, present = [*rows, *d["others"]], torch.cat([present, d["others_valid"]])
+        for place in range(2 * (len(rows) - 1)):
+            source, target = (0, 1 + place // 2)[:: 1 if place % 2 == 0 else -1]
+            of_source = [i for i in range(n) if present[source][i]]
+            kept = [i for i in of_source if present[target][i]]
+            there, back = d["translated"][place], d["cycled"][place]
+
+            for i in of_source:
+                way_back = norms[distance](back[i] - rows[source][i])
+                total = total + cycle * way_back / (2 * len(of_source))
+            for i in kept:
+                if match == "distance":
+                    way = norms[distance](there[i] - rows[target][i])
+                else:
+                    by_row = d["scale"] * (rows[target][kept] @ there[i])
+                    by_column = d["scale"] * (there[kept] @ rows[target][i])
+                    own = d["scale"] * (there[i] @ rows[target][i])
+                    way = (by_row.logsumexp(0) + by_column.logsumexp(0)) / 2 - own
+                total = total + way / (2 * len(kept))
+        return total
+
+    return loop
+
+
 CASES = [
+    ("translation", {}, translation()),
+    ("translation", {"distance": "squared", "cycle": 0.3}, translation("contrast", "squared", 0.3)),
+    (
+        "translation",
+        {"match": "distance", "distance": "l1"},
+        translation("distance", "l1"),
+    ),
     ("modality_pairs", {}, modality_pairs(list(itertools.combinations(range(4), 2)))),
     ("modality_pairs", {"pairs": [["0", "text"], ["1", "0"]]}, modality_pairs([(2, 1), (3, 2)])),
     ("gram", {}, gram()),

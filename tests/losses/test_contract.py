@@ -34,7 +34,7 @@ def given():
 
 
 def test_every_file_is_found_and_compared_with_a_loop():
-    assert len(NAMES) == 45
+    assert len(NAMES) == 46
     assert set(NAMES) == {p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_")}
     assert {name for name, *_ in (*FAMILY, *CASES)} == set(NAMES)
 
@@ -86,7 +86,7 @@ def test_files_load_without_gpu_and_extras():
         env=_without_gpu(),
         timeout=120,
     )
-    assert done.stdout.strip() == "45", done.stderr
+    assert done.stdout.strip() == "46", done.stderr
 
 
 def _without_gpu():
@@ -143,7 +143,8 @@ def test_what_is_missing_is_named_with_the_term_and_its_supplier():
                 objective(**rest)
             assert supplier(keyword)
             n += 1
-    assert n == 50 and {*FIELDS, "step", "other_names"} == set(KEYWORDS)
+    assert n == 52
+    assert {*FIELDS, "step", "other_names", "translations"} == set(KEYWORDS)
 
 
 def shortened(queue):

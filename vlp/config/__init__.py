@@ -18,6 +18,7 @@ from vlp.config.model import (
     RegionHead,
     Scale,
     TeacherHead,
+    TranslatorHead,
     ViewHead,
 )
 from vlp.config.optimizer import Group, LayerDecay, Optimizer
@@ -61,6 +62,7 @@ __all__ = [
     "TeacherHead",
     "TextAugment",
     "Train",
+    "TranslatorHead",
     "Validation",
     "ViewHead",
     "Views",

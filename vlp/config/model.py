@@ -46,6 +46,36 @@ class PredictorHead:
 
 
 @dataclass(frozen=True)
+class TranslatorHead:
+    """What an embedding of one modality is in another's space, D → width → D, for both ways of each
+    pair.
+    """
+
+    # names two by two, of image, text and `modalities`: [[text, video], [text, audio]]
+    pairs: list[tuple[str, str]] = field(default_factory=lambda: [("text", "image")])
+    width: int | None = 2048  # of the hidden layer; None: a linear map without one
+
+    def __post_init__(self) -> None:
+        different = {frozenset(pair) for pair in self.pairs}
+        if not self.pairs or len(different) < len(self.pairs) or min(map(len, different)) < 2:
+            raise ValueError(
+                f"pairs: found {self.pairs}, expected pairs of two different modalities, each once"
+            )
+        if self.width is not None and self.width < 1:
+            raise ValueError(
+                f"width is {self.width}; expected at least 1, or null for a linear map"
+            )
+
+    @property
+    def directions(self) -> list[tuple[str, str]]:
+        """From which modality to which each translator leads; the way back stands beside it."""
+        both_ways = []
+        for first, second in self.pairs:
+            both_ways += [(first, second), (second, first)]
+        return both_ways
+
+
+@dataclass(frozen=True)
 class RegionHead:
     """Patches and sentences of one sample look at each other, with a predictor of patches and a
     scale of its own for sentences.
@@ -175,6 +205,8 @@ class Heads:
     nonnegative: bool = False
     # towers of further modalities by name, of the rows that sources name by `modalities`: others
     modalities: dict[str, Modality] = field(default_factory=dict)
+    # translators of each modality into another's space and back: translated, cycled
+    translators: TranslatorHead | None = None
 
     def __post_init__(self) -> None:
         unusable = [
@@ -184,6 +216,8 @@ class Heads:
             raise ValueError(
                 f"modalities names {', '.join(unusable)}; expected words other than image and text"
             )
+        if self.translators is not None:
+            self._check_translators(self.translators)
         if self.concepts < 0:
             raise ValueError(
                 f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
@@ -192,6 +226,15 @@ class Heads:
             raise ValueError(
                 "concepts_of says what the head for concepts reads, and there is none; write "
                 "concepts: M, or leave concepts_of out"
+            )
+
+    def _check_translators(self, translators: TranslatorHead) -> None:
+        names = ["image", "text", *self.modalities]
+        unknown = sorted({name for pair in translators.pairs for name in pair} - set(names))
+        if unknown:
+            raise ValueError(
+                f"translators.pairs names {', '.join(unknown)}; expected modalities of the model: "
+                f"{', '.join(names)} (heads.modalities adds further ones)"
             )
 
 
@@ -236,10 +279,25 @@ class Model:
                 "text_tower is another; write text_tower.dropout"
             )
 
+        if _is_int8_aware(self.text_tower):
+            raise ValueError(
+                "text_tower.int8_aware: only image towers are trained for 8 bits; leave it out "
+                "(vlp export --onnx --int8 quantises text towers as they are)"
+            )
+
         if self.heads.nonnegative and self.precomputed:
             raise ValueError(
                 "heads.nonnegative is the model's last step, which the stored embeddings of a "
                 "precomputed image tower do not pass; set image_tower.precomputed: false"
+            )
+
+        translators = self.heads.translators
+        reads_image = translators is not None and "image" in sum(translators.pairs, ())
+        if reads_image and self.precomputed:
+            raise ValueError(
+                "heads.translators reads the embeddings of pictures as the image tower gives them, "
+                "and a precomputed one does not run; set image_tower.precomputed: false, or "
+                "translate other modalities"
             )
 
         text = self.text_tower
@@ -273,6 +331,11 @@ class Model:
         return _text_dropout_of(self.text_tower or self.image_tower)
 
     @property
+    def int8_aware(self) -> bool:
+        """Whether the image tower is trained with values of 8 bits."""
+        return _is_int8_aware(self.image_tower)
+
+    @property
     def precomputed(self) -> bool:
         """Whether the data hold the image tower's embeddings, and training does not run it."""
         common = self.image_tower.common
@@ -286,3 +349,7 @@ def _context_of(tower: Plugin) -> Any:
 
 def _text_dropout_of(tower: Plugin) -> float:
     return getattr(tower.common, "dropout", 0.0)
+
+
+def _is_int8_aware(tower: Plugin | None) -> bool:
+    return tower is not None and getattr(tower.common, "int8_aware", False)

@@ -8,6 +8,7 @@ not know yet.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,14 @@ Sides = tuple[Tensor, Tensor]  # of images and of texts, [b] each
 Form = Callable[[Inputs, Pairs, Rows, "Sides | None"], Sides]
 
 
-def over_pairs(inputs: Inputs, pairs: Pairs, form: str, focus: float) -> Tensor:
+def over_pairs(
+    inputs: Inputs,
+    pairs: Pairs,
+    form: str,
+    focus: float,
+    norm: str = "squared",  # of features
+    sides: str = "both",  # of features: or "image", or "text"
+) -> Tensor:
     """This rank's share of L in one of FORMS."""
     inputs = inputs.operands()
     margins = None
@@ -43,8 +51,13 @@ def over_pairs(inputs: Inputs, pairs: Pairs, form: str, focus: float) -> Tensor:
         )
 
     teachers = _teachers.each(inputs, projected=form != "similarity")
-    of_teachers = [FORMS[form](inputs, pairs, teacher, margins) for teacher in teachers]
+    forms = FORMS | {"features": partial(features, distance=_DISTANCES[norm])}
+    of_teachers = [forms[form](inputs, pairs, teacher, margins) for teacher in teachers]
     by_image, by_text = (torch.stack(side).mean(0) for side in zip(*of_teachers))
+    if sides == "image":
+        by_text = torch.zeros_like(by_text)
+    if sides == "text":
+        by_image = torch.zeros_like(by_image)
     if margins is None or not focus:
         return pairs.mean((by_image + by_text) / 2)
 
@@ -75,15 +88,28 @@ def similarity(inputs: Inputs, pairs: Pairs, teacher: Rows, margins: Sides | Non
     return softplus(by_row) - scale * row_gaps, softplus(by_column) - scale * column_gaps
 
 
-def features(inputs: Inputs, pairs: Pairs, teacher: Rows, margins: Sides | None) -> Sides:
-    """Twice the squared distances, because L is their sum over images and texts."""
-    by_image = _squared(teacher.projected_image, teacher.image)
-    by_text = _squared(teacher.projected_text, teacher.text)
-    return 2 * by_image, 2 * by_text
-
-
 def _squared(projected: Tensor, rows: Tensor) -> Tensor:
     return (widened(projected) - widened(rows)).square().sum(1)
+
+
+def _absolute(projected: Tensor, rows: Tensor) -> Tensor:
+    return (widened(projected) - widened(rows)).abs().sum(1)
+
+
+_DISTANCES = {"squared": _squared, "l1": _absolute}
+
+
+def features(
+    inputs: Inputs,
+    pairs: Pairs,
+    teacher: Rows,
+    margins: Sides | None,
+    distance: Callable[[Tensor, Tensor], Tensor] = _squared,
+) -> Sides:
+    """Twice the distances, because L is their sum over images and texts."""
+    by_image = distance(teacher.projected_image, teacher.image)
+    by_text = distance(teacher.projected_text, teacher.text)
+    return 2 * by_image, 2 * by_text
 
 
 def interactive(inputs: Inputs, pairs: Pairs, teacher: Rows, margins: Sides | None) -> Sides:

@@ -47,6 +47,8 @@ class Inputs(Readable):
 
     step: int | None = None  # optimiser step: groups that alternate, schedules, states
     other_names: tuple[str, ...] | None = None  # of the modalities of `others`, in their order
+    # from which modality to which those of `translated` lead, in their order
+    translations: tuple[tuple[str, str], ...] | None = None
 
     def wide(self) -> Inputs:
         """The same with half-precision tensors as float32: for scores that a term computes itself.
@@ -117,6 +119,14 @@ class Inputs(Readable):
             lines.append(
                 f"other_names: found {', '.join(names)}, expected different names, none of them "
                 "image or text"
+            )
+
+        directions, translated = self.translations, self.translated
+        both = directions is not None and translated is not None
+        if both and len(directions) != len(translated):
+            lines.append(
+                f"translations: found {len(directions)}, expected one for each of the "
+                f"{len(translated)} of translated"
             )
 
         for name, field in FIELDS.items():

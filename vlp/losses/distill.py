@@ -8,6 +8,7 @@ similarity   the teacher's similarities of a whole row and column
                  L = ½ Σ_directions mean_i −Σ_j softmax_j(z^T_ij) · log softmax_j(z_ij)
 features     its embeddings
                  L = mean_i ( ‖P x_i − u_i‖² + ‖P' t_i − v_i‖² )
+             with `norm: l1` sums of absolute differences; with `sides: image` the first part alone
 interactive  its embeddings, as what a row is contrasted with, at a scale' of its own, learned by
              that head (without: scale); P x and P' t divided by their norm; `queue` adds its
              embeddings of earlier steps
@@ -53,6 +54,8 @@ Papers:
   `objective: {infonce: {}, distill: {form: similarity}}`
 - CLIP-KD (arXiv 2307.12732), whose weight of 2,000 on a mean over B·D is 3.9 here at D = 512:
   `objective: {infonce: {}, distill: [{form: features, weight: 3.9}, {form: interactive}, {}]}`
+- EdgeVL (arXiv 2403.04908), its first stage, whose mean over B·D is 1/D of this:
+  `objective: {distill: {form: features, norm: l1, sides: image}}`
 - CPRD (arXiv 2407.07479), ranking of the batch, judged in every step (teacher.cross_encoder):
   `objective: {infonce: {}, distill: {form: ranking, candidates: batch, delta: 0.1}}`
 - DCD (arXiv 2207.01426) weighs by difficulty; the form of its weights could not be confirmed:
@@ -135,6 +138,8 @@ class Options:
     hardest: int = 8
     # δ, by how much a candidate may score below the pair and still be ranked; null: all are
     delta: float | None = None
+    norm: Literal["squared", "l1"] = "squared"  # features: ‖·‖², or Σ of absolute differences
+    sides: Literal["both", "image", "text"] = "both"  # features: whose embeddings are taught
     gamma: float = 1.0  # margin: γ, the student's cosine for a unit of the teacher's score
     # ranking: not the order, but the distribution over the text and its hard captions: forward
     # KL(P‖Q) of teacher P and student Q, or the mean of both directions
@@ -178,6 +183,8 @@ class Options:
                 "a ranking of candidates: batch",
             ),
             "delta": (self.delta is not None, self.form == "ranking", "form: ranking"),
+            "norm": (self.norm != "squared", self.form == "features", "form: features"),
+            "sides": (self.sides != "both", self.form == "features", "form: features"),
             "gamma": (self.gamma != 1, self.form == "margin", "form: margin"),
             "loss": (self.loss != "ce", self.form == "concepts", "form: concepts"),
             "focus": (
@@ -238,7 +245,9 @@ def optional(options: Options) -> frozenset[str]:
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
     if options.form in _distill_pairs.FORMS:
-        return _distill_pairs.over_pairs(inputs, pairs, options.form, options.focus)
+        return _distill_pairs.over_pairs(
+            inputs, pairs, options.form, options.focus, options.norm, options.sides
+        )
 
     if options.form == "concepts":
         return _distill_concepts.over_concepts(inputs, pairs, options.loss)

@@ -35,10 +35,10 @@ from torch import Tensor
 
 from vlp.losses import _modalities
 from vlp.losses._inputs import Inputs
-from vlp.pairwise import LOGSUMEXP, SUM, Pairs, Reduction, Tile, number, softplus, widened
+from vlp.pairwise import Pairs
 
 NEEDS = frozenset({"image", "text", "scale"})
-OPTIONAL = _modalities.OPTIONAL | {"other_names"}
+OPTIONAL = _modalities.BY_NAME
 
 
 @dataclass(frozen=True)
@@ -75,67 +75,12 @@ def check_modalities(options: Options, names: list[str], width: int, n: int) -> 
 
 def term(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
     """This rank's share of L."""
-    rows = {"image": inputs.image, "text": inputs.text}
-    masks: dict[str, Tensor | None] = {"image": None, "text": None}
-    for place, (name, of_modality) in enumerate(_further(inputs)):
-        rows[name] = of_modality
-        masks[name] = None if inputs.others_valid is None else inputs.others_valid[place]
+    rows, masks = _modalities.by_name(inputs)
 
     losses = []
     for first, second in options.of(list(rows)):
-        mask = _both(masks[first], masks[second])
-        losses.append(_infonce(rows[first], rows[second], mask, inputs.scale, pairs))
+        mask = _modalities.both(masks[first], masks[second])
+        losses.append(_modalities.infonce(rows[first], rows[second], mask, inputs.scale, pairs))
         if mask is not None:
             pairs.note(f"{first}_{second}", pairs.mean(mask.float()))
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
-
-
-def _further(inputs: Inputs) -> list[tuple[str, Tensor]]:
-    """Further modalities by name; without names by their numbers."""
-    others = _modalities.further(inputs)
-    names = inputs.other_names or tuple(map(str, range(len(others))))
-    return list(zip(names, others, strict=True))
-
-
-def _both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Which samples have both modalities; None: all."""
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
-
-
-def _infonce(
-    left: Tensor, right: Tensor, mask: Tensor | None, scale: Tensor | float, pairs: Pairs
-) -> Tensor:
-    """This rank's share of one pair's loss."""
-    if mask is None:
-        rows, columns, positive = pairs.logsumexp(left, right, scale)
-        by_row, by_column = softplus(rows - positive), softplus(columns - positive)
-        # As `infonce` adds them up, to the bit.
-        return pairs.mean(0.5 * by_row + 0.5 * by_column)
-
-    kept = mask.to(widened(left).dtype)
-    rows, positive, columns = pairs.reduce(
-        _AMONG_KEPT,
-        [left],
-        [right],
-        row_values=[kept],
-        column_values=[kept],
-        shared=[number(scale, left)],
-    )
-    return pairs.mean((softplus(rows - positive) + softplus(columns - positive)) / 2, mask)
-
-
-def _among_kept(tile: Tile) -> tuple[Tensor, ...]:
-    """LSE_{j≠i} z_ij over columns that take part, the positive, and the same over rows."""
-    z, positive = tile.shared[0] * tile.scores[0], tile.positive
-    out_of_row = positive | (tile.column_values[0] == 0)
-    out_of_column = positive | (tile.row_values[0] == 0).unsqueeze(1)
-    return (
-        z.masked_fill(out_of_row, -torch.inf),
-        z.masked_fill(~positive, 0),
-        z.masked_fill(out_of_column, -torch.inf),
-    )
-
-
-_AMONG_KEPT = Reduction(_among_kept, rows=(LOGSUMEXP, SUM), columns=(LOGSUMEXP,))

@@ -42,28 +42,47 @@ class LinearAttention(nn.Module):
         attn_mask: Tensor | None = None,  # added to the scores: [L, L] or [b · heads, L, L]
         **_: Any,
     ) -> tuple[Tensor, None]:
-        n_rows, length, width = query.shape
-        joint = self.in_proj(query).view(n_rows, length, 3, self.num_heads, -1)
-        q, k, v = joint.permute(2, 0, 3, 1, 4)
-
-        if attn_mask is not None:
-            attn_mask = attn_mask.to(q.dtype)
-            if attn_mask.ndim == 3:
-                attn_mask = attn_mask.view(n_rows, self.num_heads, length, length)
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).reshape(n_rows, length, width)), None
+        mixed = attended(self.in_proj(query), self.num_heads, attn_mask, dropout)
+        return self.out_proj(mixed), None
 
 
-def use_linear_layers(tower: nn.Module) -> None:
-    """Put `LinearAttention` in the place of every self-attention of torch's in the tower's blocks.
+def attended(
+    joint: Tensor,  # [b, L, 3 · width]: query, key and value
+    n_heads: int,
+    mask: Tensor | None,  # added to the scores: [L, L] or [b · heads, L, L]
+    dropout: float,
+) -> Tensor:  # [b, L, width]
+    """What every place takes from all places, before the output's projection."""
+    n_rows, length, _ = joint.shape
+    q, k, v = joint.view(n_rows, length, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
 
-    Pools, which attend to something else, stay.
+    if mask is not None:
+        mask = mask.to(q.dtype)
+        if mask.ndim == 3:
+            mask = mask.view(n_rows, n_heads, length, length)
+    mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout)
+    return mixed.transpose(1, 2).reshape(n_rows, length, -1)
+
+
+def self_attentions(tower: nn.Module) -> list[Any]:
+    """The blocks of the tower whose `attn` is a self-attention of torch's. Pools, which attend to
+    something else, are none.
     """
-    for block in list(tower.modules()):
+    blocks = []
+    for block in tower.modules():
         attention = getattr(block, "attn", None)
         attends_to_others = isinstance(block, AttentionalPooler) or hasattr(block, "ln_1_kv")
         if not isinstance(attention, nn.MultiheadAttention) or attends_to_others:
             continue
         if attention.in_proj_weight is not None and attention.batch_first:
-            block.attn = LinearAttention(attention)
+            blocks.append(block)
+    return blocks
+
+
+def use_linear_layers(tower: nn.Module) -> None:
+    """Put `LinearAttention` in the place of every self-attention of torch's in the tower's
+    blocks.
+    """
+    for block in self_attentions(tower):
+        block.attn = LinearAttention(block.attn)

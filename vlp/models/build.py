@@ -12,7 +12,7 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, decoder, language, lora, multimodal, text_dropout
+from vlp.models import assemble, decoder, int8_aware, language, lora, multimodal, text_dropout
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -53,6 +53,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     clip = _instantiate(model_cfg)
     if model.text_dropout:
         text_dropout.check(clip.text)  # before weights are read
+    if model.int8_aware:
+        int8_aware.check(clip.visual)
     _load_trunk(model, clip)
     if weights is not None:
         fitting.load_into(clip, weights.path, fit_of(model), weights.stated, weights.adapters)
@@ -67,6 +69,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
     encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
     if model.text_dropout:
         text_dropout.drop(encoder.text, model.text_dropout)
+    if model.int8_aware:
+        int8_aware.quantise(encoder.visual)
     if model.new_projection:
         encoder.unlock_projections()
     return encoder

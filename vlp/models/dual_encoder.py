@@ -184,7 +184,18 @@ class DualEncoder(nn.Module):
             assert self.heads.modalities is not None
             features = self.heads.modalities(modalities, modality_lengths)
             outputs["others"] = self._embedding(features)
+        if pairs and self.heads.translators is not None:
+            outputs |= self.heads.translators(self._by_modality(outputs, pairs))
         return Features(**outputs, scale=scale, bias=bias)
+
+    def _by_modality(self, outputs: dict[str, Tensor | None], pairs: int) -> dict[str, Tensor]:
+        """The rows [pairs, D] of every modality that was embedded."""
+        sides = {side: outputs[side] for side in ("image", "text")}
+        rows = {side: of_side[:pairs] for side, of_side in sides.items() if of_side is not None}
+        others = outputs.get("others")
+        if others is not None:
+            rows |= dict(zip(self.modality_shapes, others.unbind(1), strict=True))
+        return rows
 
     def _caption_nll(
         self,

@@ -19,6 +19,9 @@ leave with export.
               PRIOR, arXiv 2307.12577): attended_captions, patch_distances, region_scale
     modalities
               towers of further modalities (vlp.models.modalities): others
+    translators
+              a map of the embeddings of each modality into another's space, both ways (translation,
+              after LaT, arXiv 2207.04858): translated, cycled
 
 `nonnegative` is no part beside the towers but their last step, without weights, and stays.
 """
@@ -79,6 +82,40 @@ class Predictor(nn.Module):
             if rows is not None:
                 predicted[f"predicted_{other}"] = unit(getattr(self, side)(rows[:pairs]))
         return predicted
+
+
+class Translators(nn.Module):
+    """[rows, D] of one modality → [rows, D] in another's space, both ways of each pair."""
+
+    def __init__(self, embed_dim: int, options: config.TranslatorHead) -> None:
+        super().__init__()
+        self.directions = options.directions
+        self.maps = nn.ModuleDict()
+        for source, target in self.directions:
+            if options.width is None:
+                translator: nn.Module = nn.Linear(embed_dim, embed_dim)
+            else:
+                translator = _two_layers(embed_dim, options.width)
+            self.maps[_way(source, target)] = translator
+
+    def forward(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`translated` and, of these back, `cycled`, [b, X, D] unit rows, of the rows [b, D] of
+        each modality; nothing where one of the modalities is not there.
+        """
+        if not {source for source, _ in self.directions} <= rows.keys():
+            return {}
+
+        translated, cycled = [], []
+        for source, target in self.directions:
+            there = unit(self.maps[_way(source, target)](rows[source]))
+            translated.append(there)
+            cycled.append(unit(self.maps[_way(target, source)](there)))
+        return {"translated": torch.stack(translated, 1), "cycled": torch.stack(cycled, 1)}
+
+
+def _way(source: str, target: str) -> str:
+    # Modalities are words: with a dash no two pairs share a name.
+    return f"{source}-to-{target}"
 
 
 class Concentration(nn.Module):
@@ -210,6 +247,8 @@ class Heads(nn.Module):
         self.predictor = Predictor(embed_dim, options.predictor) if options.predictor else None
         self.regions = Regions(visual, embed_dim, options.regions) if options.regions else None
         self.modalities = Modalities(options.modalities, embed_dim) if options.modalities else None
+        translators = options.translators
+        self.translators = Translators(embed_dim, translators) if translators else None
 
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that these heads give."""

@@ -97,6 +97,9 @@ class Common:
     # of open_clip's text transformer: the share of what enters each block that is dropped in
     # training, so that two passes of a text are two views of it (CLIP-rocket: .2 on CC3M)
     dropout: float = 0.0
+    # of an image tower: training computes with weights and inputs of layers rounded to 8 bits, so
+    # that it can be quantised (vlp.models.int8_aware; vlp export --onnx --int8)
+    int8_aware: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -105,6 +108,11 @@ class Common:
             raise ValueError(
                 "lora keeps the tower's weights and trains adapters, so the tower can be neither "
                 "locked nor precomputed; leave out locked and precomputed, or lora"
+            )
+        if self.int8_aware and (self.lora is not None or self.locked is True):
+            raise ValueError(
+                "int8_aware trains the tower's own weights, so the tower can be neither locked as "
+                "a whole nor have adapters; leave out int8_aware, or locked and lora"
             )
         if self.precomputed and self.locked is not True:
             raise ValueError(

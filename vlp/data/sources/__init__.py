@@ -84,6 +84,7 @@ class Source(Protocol):
     pictured: bool = False  # some sample has an image of a negative
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Ensemble | None = None  # of one teacher or several, of every sample
+    other_pictures: bool = False  # the embeddings are of other pictures of the samples
     modalities: Mapping[str, Rows] = MappingProxyType({})  # further ones, by name
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at

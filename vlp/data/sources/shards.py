@@ -54,6 +54,9 @@ class Options(Texts):
     # Folder that `vlp data embed` made from these shards: a teacher's embeddings; or those of
     # several teachers.
     embeddings: str | list[str] | None = None
+    # The embeddings are of other pictures of the samples, which lie in shards of the same names
+    # with the same keys: what a teacher saw in colour, where this source has the depth
+    other_pictures: bool = False
     # Folders of further modalities that `vlp data modality` made from these shards, by name
     modalities: dict[str, str] = field(default_factory=dict)
 
@@ -63,6 +66,11 @@ class Options(Texts):
             raise ValueError(
                 f"embeddings is {self.embeddings}; name a folder, several different ones, or null "
                 "for none"
+            )
+        if self.other_pictures and not self.folders:
+            raise ValueError(
+                "other_pictures is of embeddings, and there are none; name their folder, or leave "
+                "it out"
             )
 
     @property
@@ -87,13 +95,20 @@ def open(options: Options, captions: Captions) -> Shards:
         )
     paths, shards = looks.at(options.path)
     _refuse_splits(options.path, paths)
-    return Shards(paths, shards, captions, options, options.folders, options.modalities)
+    return _of_options(paths, shards, captions, options)
 
 
 def opened(paths: list[Path], options: Options, captions: Captions) -> Shards:
     """The shards at `paths`, wherever they lie; raises ValueError, OSError."""
-    folders, modalities = options.folders, options.modalities
-    return Shards(paths, located(paths), captions, options, folders, modalities)
+    return _of_options(paths, located(paths), captions, options)
+
+
+def _of_options(
+    paths: list[Path], shards: list[Shard], captions: Captions, options: Options
+) -> Shards:
+    of_shards = Shards(paths, shards, captions, options, options.folders, options.modalities)
+    of_shards.other_pictures = options.other_pictures
+    return of_shards
 
 
 def _refuse_splits(path: str, shards: list[Path]) -> None:
