@@ -14,6 +14,7 @@ import pytest
 from tests.data.material import encoded, picture
 from tests.models import multimodals
 from tests.test_modalities import write_rows
+from tests.test_text_pairs import rows, write_table
 from vlp import cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
@@ -99,7 +100,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 57
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 58
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -163,7 +164,7 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 30, "demo": 1, "eval": 4, "export": 4, "train": 76}
+    assert counts == {"data": 30, "demo": 1, "eval": 5, "export": 4, "train": 77}
     assert n_tools == 38
 
 
@@ -202,6 +203,12 @@ def test_a_recipe_trains(name, shards, tmp_path):
         folder = multimodals.multimodal_model(tmp_path / "model", "qwen2_vl")
         whole = multimodals.tower(folder, lora={"r": 2})
         more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
+    if name == "e5v":
+        folder = multimodals.multimodal_model(tmp_path / "model", "llava")
+        whole = multimodals.tower(folder, lora={"r": 2})
+        more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
+        table = write_table(tmp_path / "nli_for_simcse.csv", rows())
+        more.append(f"data.sources.0.path={table}")
     if name == "gram":
         audio = write_rows(tmp_path / "audio", shards, (3, 4), lengths=True)
         video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)

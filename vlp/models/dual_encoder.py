@@ -416,6 +416,15 @@ class DualEncoder(nn.Module):
             if name in fresh:
                 parameter.requires_grad_(True)
 
+    def freeze_pictures(self) -> None:
+        """Freeze what no text passes: DDP would wait for its gradients."""
+        of_texts = {*self.text.parameters(), *trunk_of(self.text).parameters()}
+        for parameter in self.visual.parameters():
+            if parameter not in of_texts:
+                parameter.requires_grad_(False)
+        self._locked += _without_gradient(self.visual)
+        self.train(self.training)
+
     def adapt(self, *, image: Any = None, text: Any = None) -> None:
         """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has
         none.

@@ -100,6 +100,20 @@ class ImageTower(nn.Module):
         )
 
 
+def leave_pictures_out(tower: nn.Module) -> None:
+    """Let adapters leave out what only pictures pass of the image tower, where it is a model that
+    reads texts too.
+    """
+    if isinstance(tower, ImageTower):
+        of_texts = set(tower.model.get_decoder().modules())
+        of_pictures = [
+            name
+            for name, module in tower.model.named_modules()
+            if isinstance(module, nn.Linear) and module not in of_texts
+        ]
+        tower.unread = tower.unread.union(of_pictures)
+
+
 def _leaves(output: Tensor) -> set[Tensor]:
     """The parameters that an output was computed from, by its graph."""
     leaves, seen, left = set(), set(), [output.grad_fn]
