@@ -78,6 +78,9 @@ class Encoder:
     others: Callable[[Tensor, Tensor], Tensor] | None = None
     # (T, F) of each, by name (vlp.data.modalities)
     modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # pixels [n, 3, H, W] and the texts before and after each picture -> [n, D]; None: the model
+    # reads a picture or a text, not both as one
+    joint: Callable[[Tensor, list[tuple[str, str]]], Tensor] | None = None
     describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
@@ -89,6 +92,12 @@ class Encoder:
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Sentences to [n, D] float32 unit rows."""
         return self._unit(lambda: self.text(texts))
+
+    def encode_joint(self, images: Tensor, texts: list[tuple[str, str]]) -> Tensor:
+        """Pixels and the texts before and after each picture to [n, D] float32 unit rows."""
+        assert self.joint is not None, "asked of a model that reads both as one"
+        joint = self.joint
+        return self._unit(lambda: joint(images.to(self.device, non_blocking=True), texts))
 
     def encode_others(self, rows: Tensor, lengths: Tensor) -> Tensor:
         """Rows of further modalities side by side to [n, O, D] float32 unit rows."""
@@ -177,6 +186,7 @@ def from_model(
     """
     from vlp.data import text as tokenizers
     from vlp.data.decode import eval_transform
+    from vlp.models.multimodal import ImageTower
 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
@@ -192,6 +202,15 @@ def from_model(
         ids = tokenizer(texts)
         return {"text": ids.to(device), "cut": model.cut(ids.numpy(), device, len(ids))}
 
+    # A model that reads pictures among its tokens takes them between texts as well.
+    tower: Any = getattr(model, "visual", None)
+    joint: Callable[[Tensor, list[tuple[str, str]]], Tensor] | None = None
+    if isinstance(tower, ImageTower):
+        whole_model: Any = model
+
+        def joint(pixels: Tensor, texts: list[tuple[str, str]]) -> Tensor:
+            return whole_model(image=pixels, prompts=tower.prompts(texts)).image
+
     # Of several models as one nobody says how certain the whole is.
     certainty = None
     heads: Any = getattr(model, "heads", None)
@@ -203,9 +222,10 @@ def from_model(
         pretrained="",
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
-        tower=getattr(model, "visual", None),
+        tower=tower,
         features=getattr(model, "image_features", None),
         text=lambda texts: model(**tokens(texts)).text,
+        joint=joint,
         certainty=certainty,
         scale=scale,
         device=device,
