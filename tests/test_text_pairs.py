@@ -11,8 +11,8 @@ import torch
 from tests import ranks
 from tests.data.material import data_of, loader_of, picture, write_shards
 from tests.models import multimodals
+from tests.models.tiny import WORDS, tiny
 from tests.models.tiny import settings as model_of
-from tests.models.tiny import tiny
 from tests.test_step import ROWS, assert_close, gradients_and_weights, make_batch
 from vlp import checkpoint, config
 from vlp.data import text as tokenizers
@@ -27,13 +27,19 @@ COLUMNS = {"query": "sent0", "text": "sent1", "negatives": "hard_neg"}
 FIELDS = ("image", "text", "negatives", "negatives_valid", "sample_id")
 
 
+def words(i):
+    """Two words of the tiny vocabulary, other ones for each of a hundred numbers."""
+    known = WORDS[3:]
+    return f"{known[i % len(known)]} {known[i // len(known) % len(known)]}"
+
+
 def rows(n=N):
     """Sentences that differ in every column; the second has no contradiction."""
     return [
         {
-            "sent0": f"query {i}",
-            "sent1": f"it follows {i}",
-            "hard_neg": "" if i == 1 else f"not {i}",
+            "sent0": f"query {i} {words(i)}",
+            "sent1": f"it follows {words(i)} {i}",
+            "hard_neg": "" if i == 1 else f"not {words(i + 40)} {i}",
             "class": f"kind {i % 3}",
         }
         for i in range(n)
@@ -73,8 +79,8 @@ def test_tables_of_every_kind_give_one_batch(tmp_path):
         for name in FIELDS:
             assert torch.equal(getattr(batch, name), getattr(batches[0], name)), name
     for i, query, text in zip(batch.sample_id.tolist(), batch.image, batch.text):
-        assert torch.equal(query, tokens([f"query {i}"])[0])
-        assert torch.equal(text, tokens([f"it follows {i}"])[0])
+        assert torch.equal(query, tokens([rows()[i]["sent0"]])[0])
+        assert torch.equal(text, tokens([rows()[i]["sent1"]])[0])
     n_negatives = sum(bool(row["hard_neg"]) for row in rows())
     epoch = [next(loader) for _ in range(4)]
     n_valid = sum(int(one.negatives_valid.sum()) for one in [batches[2], *epoch])
