@@ -26,7 +26,8 @@ ELSEWHERE = {"demo", "caltech101", "jest", "mcl"}
 # They differ from `sogclr`, from `clip` or from `vlm2vec` in the options of one term, which
 # tests/losses runs.
 LIKE_SOGCLR = {
-    "align", "basic", "convirt", "cyclip", "decoupled", "isogclr", "macl", "mann_whitney", "unime_2",
+    "align", "basic", "convirt", "cyclip", "decoupled", "isogclr", "macl", "mann_whitney",
+    "unime_2",
 }  # fmt: skip
 
 
