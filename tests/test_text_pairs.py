@@ -241,9 +241,12 @@ def test_ranks_change_nothing(folders, family, engines):
 
 
 NEEDS_PICTURES = {
-    "augment": (["data.augment={flip: 0.5}"], r"data.augment is of pictures"),
-    "views": (["data.views={}"], r"data.views is of pictures"),
-    "a judge": (["teacher.cross_encoder=mllm:absent"], r"teacher.cross_encoder is of pictures"),
+    "augment": (["data.augment={flip: 0.5}"], r"no pictures, which data.augment would need"),
+    "views": (["data.views={}"], r"no pictures, which data.views would need"),
+    "a judge": (
+        ["teacher.cross_encoder=mllm:absent"],
+        r"no pictures, which teacher.cross_encoder would need",
+    ),
     "a head": (
         ["objective={mc_infonce: {}}", "model.heads.concentration={}"],
         r"needs \['image_concentration'\], which come from pixels, and data.pairs is text",

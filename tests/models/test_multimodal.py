@@ -279,6 +279,10 @@ BAD = {
     "no place for the picture": ({"prompt_image": "a photo"}, "expected one {} where the picture"),
     "no place for the caption": ({"prompt_text": "{} {}"}, "expected one {} where the caption"),
     "words that it does not know": ({"prompt_image": "{} zebra"}, "does not know 'zebra'"),
+    "words around captions": (
+        {"prompt_text": "two {} zebra"},
+        "does not know 'zebra' of the prompt",
+    ),
     "another width": ({"embed_dim": 48}, "gives 32 features, unprojected, and embed_dim is 48"),
 }
 

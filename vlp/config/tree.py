@@ -81,6 +81,6 @@ class Config:
         keys = [key for key, is_set in of_pictures.items() if is_set]
         if keys:
             raise ValueError(
-                f"data.pairs is text, and {', '.join(keys)} is of pictures, which there are none; "
-                "leave it out, or set data.pairs: image"
+                f"data.pairs is text: there are no pictures, which {', '.join(keys)} would need; "
+                "leave that out, or set data.pairs: image"
             )

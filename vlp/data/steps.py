@@ -241,7 +241,9 @@ class Steps(Dataset):
             row.sample.embeddings.text(row.caption)
         if self.store is None:
             return
-        self.store.check([row.caption] if self.data.pairs == "image" else [row.query, row.caption])
+        self.store.check([row.caption])
+        if self.data.pairs == "text":
+            self.store.check([row.query])
         for name, field in TEXTS.items():
             if name in self.widths:
                 further = field.of_row(row, self.data, self.widths[name])

@@ -73,6 +73,8 @@ def vision_cfg(options: Options) -> dict[str, Any]:
 
 def text_cfg(options: Options) -> dict[str, Any]:
     config = language_config(options.model).get_text_config()
+    words = options.prompt_text.replace("{}", " ")
+    _check_tokens(processor(options.model).tokenizer, options.model, words)
     return {
         "hf_model_name": places.bare(options.model),
         "hf_model_pretrained": options.pretrained,
