@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -186,7 +186,6 @@ def from_model(
     """
     from vlp.data import text as tokenizers
     from vlp.data.decode import eval_transform
-    from vlp.models.multimodal import ImageTower
 
     device = torch.device(device) if device is not None else next(model.parameters()).device
     if keep:
@@ -202,15 +201,6 @@ def from_model(
         ids = tokenizer(texts)
         return {"text": ids.to(device), "cut": model.cut(ids.numpy(), device, len(ids))}
 
-    # A model that reads pictures among its tokens takes them between texts as well.
-    tower: Any = getattr(model, "visual", None)
-    joint: Callable[[Tensor, list[tuple[str, str]]], Tensor] | None = None
-    if isinstance(tower, ImageTower):
-        whole_model: Any = model
-
-        def joint(pixels: Tensor, texts: list[tuple[str, str]]) -> Tensor:
-            return whole_model(image=pixels, prompts=tower.prompts(texts)).image
-
     # Of several models as one nobody says how certain the whole is.
     certainty = None
     heads: Any = getattr(model, "heads", None)
@@ -222,10 +212,10 @@ def from_model(
         pretrained="",
         prepare=lambda picture: eval_transform(picture, model.image_spec),
         image=lambda pixels: model(image=pixels).image,
-        tower=tower,
+        tower=getattr(model, "visual", None),
         features=getattr(model, "image_features", None),
         text=lambda texts: model(**tokens(texts)).text,
-        joint=joint,
+        joint=_joint(model),
         certainty=certainty,
         scale=scale,
         device=device,
@@ -238,6 +228,18 @@ def from_model(
         modality_shapes=getattr(model, "modality_shapes", {}),
         describer=describers.of_model(model, tokenizer),
     )
+
+
+def _joint(
+    model: DualEncoder | Concatenated,
+) -> Callable[[Tensor, list[tuple[str, str]]], Tensor] | None:
+    """What embeds pictures between texts, where the model reads pictures among its tokens."""
+    from vlp.models.multimodal import ImageTower
+
+    tower, whole = getattr(model, "visual", None), cast(Any, model)
+    if not isinstance(tower, ImageTower):
+        return None
+    return lambda pixels, texts: whole(image=pixels, prompts=tower.prompts(texts)).image
 
 
 # --- open_clip's ----------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Options:
     subsets: list[str] = field(default_factory=list)
     # a picture with a text: by the model, as one (multimodal language models), as the picture or
     # the text alone, or as the sum of both embeddings
-    together: queries.Together = "model"
+    together: Literal["model", "image", "text", "sum"] = "model"
     missing: Literal["error", "skip"] = "error"  # queries without one of their images
 
 
