@@ -135,6 +135,24 @@ def texts(encoder: Encoder, captions: Sequence[str], context: Context) -> Tensor
     return _spread(rows, unique, captions)
 
 
+def joint(
+    encoder: Encoder, items: Sequence[tuple[Picture, tuple[str, str]]], context: Context
+) -> Tensor:
+    """[n, D] float32 unit rows of pictures between two texts each, as `images`; not kept on disk.
+    The encoder reads both as one.
+    """
+    unique = list(dict.fromkeys(items))
+    opened = _opening(encoder, context)
+
+    def encode(batch: list[tuple[Tensor, tuple[str, str]]]) -> Tensor:
+        pixels, texts = zip(*batch)
+        return encoder.encode_joint(torch.stack(pixels), list(texts))
+
+    rows = others(unique, lambda item: (opened(item[0]), item[1]), encode, context)
+    metrics.check_unit_rows(rows, "query")
+    return _spread(rows, unique, items)
+
+
 def others(
     items: Sequence[Any],
     prepare: Callable[[Any], Any],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -78,6 +78,9 @@ class Encoder:
     others: Callable[[Tensor, Tensor], Tensor] | None = None
     # (T, F) of each, by name (vlp.data.modalities)
     modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # pixels [n, 3, H, W] and the texts before and after each picture -> [n, D]; None: the model
+    # reads a picture or a text, not both as one
+    joint: Callable[[Tensor, list[tuple[str, str]]], Tensor] | None = None
     describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
@@ -89,6 +92,12 @@ class Encoder:
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Sentences to [n, D] float32 unit rows."""
         return self._unit(lambda: self.text(texts))
+
+    def encode_joint(self, images: Tensor, texts: list[tuple[str, str]]) -> Tensor:
+        """Pixels and the texts before and after each picture to [n, D] float32 unit rows."""
+        assert self.joint is not None, "asked of a model that reads both as one"
+        joint = self.joint
+        return self._unit(lambda: joint(images.to(self.device, non_blocking=True), texts))
 
     def encode_others(self, rows: Tensor, lengths: Tensor) -> Tensor:
         """Rows of further modalities side by side to [n, O, D] float32 unit rows."""
@@ -206,6 +215,7 @@ def from_model(
         tower=getattr(model, "visual", None),
         features=getattr(model, "image_features", None),
         text=lambda texts: model(**tokens(texts)).text,
+        joint=_joint(model),
         certainty=certainty,
         scale=scale,
         device=device,
@@ -218,6 +228,18 @@ def from_model(
         modality_shapes=getattr(model, "modality_shapes", {}),
         describer=describers.of_model(model, tokenizer),
     )
+
+
+def _joint(
+    model: DualEncoder | Concatenated,
+) -> Callable[[Tensor, list[tuple[str, str]]], Tensor] | None:
+    """What embeds pictures between texts, where the model reads pictures among its tokens."""
+    from vlp.models.multimodal import ImageTower
+
+    tower, whole = getattr(model, "visual", None), cast(Any, model)
+    if not isinstance(tower, ImageTower):
+        return None
+    return lambda pixels, texts: whole(image=pixels, prompts=tower.prompts(texts)).image
 
 
 # --- open_clip's ----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from tests.data.material import encoded, picture
 from tests.models import multimodals
 from tests.test_modalities import write_rows
+from tests.test_text_pairs import rows, words, write_table
 from vlp import checkpoint, cli, config, plugin
 from vlp.data.format import ShardWriter
 from vlp.data.members import Picture
@@ -23,9 +24,11 @@ from vlp.train import train
 TEXT = "{name: transformer, context_length: 16, width: 16, layers: 1, heads: 2}"
 # Run by make demo, by the benchmark, in tests/selection, and with its second stage below.
 ELSEWHERE = {"demo", "caltech101", "jest", "mcl", "edgevl"}
-# They differ from `sogclr`, or from `clip`, in the options of one term, which tests/losses runs.
+# They differ from `sogclr`, from `clip` or from `vlm2vec` in the options of one term, which
+# tests/losses runs.
 LIKE_SOGCLR = {
     "align", "basic", "convirt", "cyclip", "decoupled", "isogclr", "macl", "mann_whitney",
+    "unime_2",
 }  # fmt: skip
 
 
@@ -49,7 +52,7 @@ def shards(tmp_path_factory):
             }
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             images = dict.fromkeys(range(2), Picture(other, "png"))
-            captions = [f"this is picture {i}"]
+            captions = [f"this is picture {i}: {words(i)}"]
             writer.add(f"k{i}", own, "png", captions, meta, negative_images=images)
     return folder
 
@@ -100,7 +103,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 59
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 62
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -164,7 +167,7 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 32, "demo": 1, "eval": 4, "export": 5, "train": 80}
+    assert counts == {"data": 32, "demo": 1, "eval": 6, "export": 5, "train": 83}
     assert n_tools == 40
 
 
@@ -181,6 +184,28 @@ def test_a_command_that_does_not_exist_is_noticed(capsys):
         parse(shlex.split("vlp train hn_nce trian.batch=2"), "hn_nce")
 
 
+# Their tower is one model, tiny here, of this family.
+OF_MULTIMODAL = {"vlm2vec": "qwen2_vl", "e5v": "llava", "unime_1": "llava", "unime_2": "qwen2_vl"}
+
+
+def of_multimodal(name: str, shards: Path, folder: Path) -> list[str]:
+    """Overrides that put a tiny model, a table of texts and an earlier run in their place."""
+    model = multimodals.multimodal_model(folder / "model", OF_MULTIMODAL[name])
+    whole = multimodals.tower(model, lora={"r": 2})
+    more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
+    plain = config.load(RECIPES[name])
+    if plain.data.pairs == "text":
+        table = write_table(folder / "nli_for_simcse.csv", rows())
+        more.append(f"data.sources.0.path={table}")
+
+    # A run before it: its teacher, or what it starts from.
+    for key, is_set in (("teacher.model", plain.teacher.models), ("init_from", plain.init_from)):
+        if is_set:
+            before = tiny(RECIPES["vlm2vec"], shards, folder / "before", *more[:3])
+            more.append(f"{key}={train(before)}")
+    return more
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -190,7 +215,8 @@ def test_a_command_that_does_not_exist_is_noticed(capsys):
 )
 def test_a_recipe_trains(name, shards, tmp_path):
     more = []
-    if n_teachers := len(config.load(RECIPES[name]).teacher.models):
+    n_teachers = len(config.load(RECIPES[name]).teacher.models)
+    if n_teachers and name not in OF_MULTIMODAL:
         teacher = str(train(tiny(RECIPES["clip"], shards, tmp_path / "teacher")))
         more = [f"teacher.model={teacher if n_teachers == 1 else [teacher] * n_teachers}"]
     if name == "clipa":
@@ -199,10 +225,8 @@ def test_a_recipe_trains(name, shards, tmp_path):
         more = [f"stages=[{stages}]"]
     if name == "matryoshka":
         more = ["objective.matryoshka.widths=[8, 16]"]  # of the tiny towers' 16
-    if name == "vlm2vec":
-        folder = multimodals.multimodal_model(tmp_path / "model", "qwen2_vl")
-        whole = multimodals.tower(folder, lora={"r": 2})
-        more = [f"model.{key}={json.dumps(value)}" for key, value in whole.items()]
+    if name in OF_MULTIMODAL:
+        more = of_multimodal(name, shards, tmp_path)
     if name == "gram":
         audio = write_rows(tmp_path / "audio", shards, (3, 4), lengths=True)
         video = write_rows(tmp_path / "video", shards, (2, 5), lengths=True)

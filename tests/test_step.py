@@ -50,6 +50,7 @@ def make_training(
     towers=None,
     whole=None,
     decoder=None,
+    texts_alone=False,
 ):
     vit = {
         "name": "vit",
@@ -83,7 +84,7 @@ def make_training(
         **{"precision": "float32"} | (train or {}),
     )
     torch.manual_seed(0)
-    encoder = build(model)
+    encoder = build(model, texts_alone=texts_alone)
     if weights:
         encoder.load_state_dict(dict(weights))
     made = engines.start(options)

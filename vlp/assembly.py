@@ -212,7 +212,7 @@ def initial_model(config: Config) -> DualEncoder:
     if config.init_from is not None:
         # Before towers are locked and adapted: published weights know no adapters.
         start = partial(start_from, reference=config.init_from, fit=fit_of(config.model))
-    model = build_model(config.model, start)
+    model = build_model(config.model, start, texts_alone=config.data.pairs == "text")
 
     # Where no term learns the scale it would stay at its start, which fits no term.
     own = losses.own_scale(config.objective)
@@ -334,7 +334,10 @@ def prepare(
         learning_rate=rate,
         seed=config.seed,
         micro_batches=micro_batches.count(
-            config.train, loader.widths, micro_batches.embedded(objective, model)
+            config.train,
+            loader.widths,
+            micro_batches.embedded(objective, model),
+            n_sides=2 if config.data.pairs == "text" else 1,
         ),
         dtype=engines.compute_dtype(config.train, engine.device),
         constants=constants,

@@ -145,10 +145,15 @@ def check_objective(
             "out one of them"
         )
 
+    by_heads = objective.reads & model.supplies()
+    read = objective.needs | through_queue(objective) | by_heads
     if config.model.precomputed:
-        by_heads = objective.reads & model.supplies()
-        read = objective.needs | through_queue(objective) | by_heads
         check_precomputed(read, taught, loader, model)
+    if config.data.pairs == "text" and (pictures := sorted(read & _FROM_PIXELS)):
+        raise ValueError(
+            f"the objective needs {pictures}, which come from pixels, and data.pairs is text; take "
+            "a term that compares embeddings"
+        )
 
 
 def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:

@@ -149,7 +149,8 @@ _LABELS = "labels of the samples (data.labels: caption, origin, or a field of th
 class Carried:
     """The fields that a batch can carry. The loader makes what its data offer and a term reads."""
 
-    # The pair.
+    # The pair. Of pairs of texts (data.pairs: text) `image` is the query's tokens, [b, L] int64,
+    # which pass the text tower; terms find its unit rows under the same name.
     image: Tensor = pictures("b 3 H W", "b D", required=True)
     text: Tensor = texts("b L", "b D", required=True)
     sample_id: Tensor = numbers("b", "int64", supplier="the loader: a stable number of each sample")

@@ -18,15 +18,16 @@ def embedded(objective: Objective, model: DualEncoder) -> frozenset[str]:
     return objective.needs | (objective.reads & model.supplies())
 
 
-def texts_a_row(widths: Mapping[str, int], reads: Iterable[str]) -> int:
-    """The texts that the text tower embeds for a row, at most: its own, and those of further fields
-    that terms read and the model embeds. widths: of the fields that the data offer.
+def texts_a_row(widths: Mapping[str, int], reads: Iterable[str], n_sides: int = 1) -> int:
+    """The texts that the text tower embeds for a row, at most: those of the pair, and those of
+    further fields that terms read and the model embeds. widths: of the fields that the data offer;
+    n_sides: of the pair that are texts.
     """
     further = [name for name in reads if name in EMBEDDED and EMBEDDED[name].tower == "text"]
-    return 1 + sum(widths.get(name, 0) for name in further if name != "text")
+    return n_sides + sum(widths.get(name, 0) for name in further if name != "text")
 
 
-def count(train: Train, widths: Mapping[str, int], reads: Iterable[str]) -> int:
+def count(train: Train, widths: Mapping[str, int], reads: Iterable[str], n_sides: int = 1) -> int:
     """`train.micro_batches`, or as many more as keep a micro-batch within `train.max_texts`.
 
     ValueError where even a single row has more texts.
@@ -34,7 +35,7 @@ def count(train: Train, widths: Mapping[str, int], reads: Iterable[str]) -> int:
     if train.max_texts is None:
         return train.micro_batches
 
-    texts, rows = texts_a_row(widths, reads), train.batch // dist.world_size()
+    texts, rows = texts_a_row(widths, reads, n_sides), train.batch // dist.world_size()
     divisors = [n for n in range(train.micro_batches, rows + 1) if rows % n == 0]
     for parts in divisors:
         if rows // parts * texts <= train.max_texts:

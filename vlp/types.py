@@ -38,14 +38,19 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
     from vlp.data.modalities import Stored as StoredModalities
 
 
+QUERY_TYPE = "txt"  # the image_type of a text that stands in a picture's place
+
+
 @dataclass(frozen=True)
 class Sample:
     """One undecoded pair as a source delivers it."""
 
     sample_id: int  # dense in the run's index: 0 ≤ sample_id < number of samples of all sources
     key: str  # the webdataset key, unique in its shard
-    image: bytes  # the encoded file, exactly as stored
-    image_type: str  # extension without dot, lower case, from the allow-list of vlp.data.format
+    # the encoded file, exactly as stored; of pairs of texts the query, in UTF-8
+    image: bytes
+    # extension without dot, lower case, from the allow-list of vlp.data.format; or QUERY_TYPE
+    image_type: str
     captions: tuple[str, ...]  # never empty
     meta: dict[str, Any] = field(default_factory=dict)  # the sample's JSON
     # encoded images of the meta's "negatives", by their places in that list
@@ -76,6 +81,13 @@ class Batch(Carried):
     def __len__(self) -> int:
         return len(self.key)
 
+    @property
+    def is_of_texts(self) -> bool:
+        """Whether `image` holds queries, texts that stand in the pictures' place: token ids [b, L],
+        or what a language model gave them.
+        """
+        return self.image.ndim == 2
+
     def carries(self) -> frozenset[str]:
         """Names of the fields present in this batch."""
         names = (field.name for field in fields(self))
@@ -86,7 +98,8 @@ class Batch(Carried):
         moved = self._map(lambda value: value.to(device, non_blocking=True))
 
         # What decides how texts pass their tower stays readable without waiting for the device.
-        kept = {name: self.host(name) for name in self.carries() & _READ_ON_HOST}
+        on_host = _READ_ON_HOST | ({"image"} if self.is_of_texts else set())
+        kept = {name: self.host(name) for name in self.carries() & on_host}
         object.__setattr__(moved, "_on_host", kept)
         return moved
 

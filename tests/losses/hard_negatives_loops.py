@@ -23,6 +23,15 @@ def negclip(d, columns=range(K)):
     return total / (2 * B)
 
 
+def negclip_of_images(d):
+    """The direction of images alone."""
+    total = 0
+    for i in CANDIDATES:
+        hard = [d["scale"] * (d["image"][i] @ n) for n in captions(d)]
+        total = total + log_sum([*(z(d, i, j) for j in CANDIDATES), *hard]) - z(d, i, i)
+    return total / B
+
+
 def triplet(d):
     second, n, scale = 0, 0, d["scale"]
     both_valid = d["negatives_valid"][:, 0] & d["negative_images_valid"][:, 0]

@@ -72,6 +72,7 @@ from tests.losses.hard_negatives_loops import (
     mmclip_images,
     negclip,
     negclip_images,
+    negclip_of_images,
     own,
     own_images,
     rank,
@@ -134,6 +135,7 @@ FAMILY = [
     ("self_distillation", {}, self_distillation(False)),
     ("self_distillation", {"negatives": True}, self_distillation(True)),
     ("hard_negatives", {"form": "negclip"}, negclip),
+    ("hard_negatives", {"form": "negclip", "image_weight": 1}, negclip_of_images),
     ("hard_negatives", {"form": "triplet"}, triplet),
     ("hard_negatives", {"form": "own"}, own(0, 0)),
     ("hard_negatives", {"form": "own", "focal": 2, "smoothing": 0.02}, own(2, 0.02)),
@@ -367,6 +369,7 @@ def test_terms_over_other_rows_need_two(name):
         ("macl", {"alpha": 1}, "temperature could become negative"),
         ("cwcl", {"frozen": "txt"}, "did you mean 'text'"),
         ("hard_negatives", {"form": "negclip", "focal": 2}, "belong to form: own"),
+        ("hard_negatives", {"form": "own", "image_weight": 1}, "belongs to form: negclip"),
         ("hard_negatives", {"form": "text", "negatives": "images"}, "no sides to exchange"),
     ],
 )

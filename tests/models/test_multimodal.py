@@ -4,6 +4,7 @@ captions in their prompts, by one set of weights.
 
 import copy
 import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,13 +17,20 @@ from tests import ranks
 from tests.models import languages
 from tests.models.multimodals import FAMILIES, PROMPTS, SIZE, multimodal_model, tower
 from tests.models.tiny import TEXT, VIT, inputs, settings, tiny
-from tests.test_step import ROWS, assert_close, gradients_and_weights, make_batch
+from tests.test_step import (
+    ROWS,
+    assert_close,
+    gradients_and_weights,
+    make_batch,
+    make_training,
+)
 from vlp import checkpoint, flops
 from vlp.data import text as tokenizers
 from vlp.data.prompted import PADDING
 from vlp.eval import models
 from vlp.export.folder import export, export_run
 from vlp.export.place import ExportError
+from vlp.step import train_step
 
 TEXTS = ["two red circles", "dog", "a blue square cat"]
 
@@ -121,8 +129,8 @@ def pairs_batch(rows=slice(None)):
     return replace(batch, image=batch.image.repeat(1, 1, 2, 2), text=ids)
 
 
-def gradients(folder, micro_batches, **options):
-    whole = settings(**tower(folder), bias=-2.0)
+def gradients(folder, micro_batches, lora=None, **options):
+    whole = settings(**tower(folder, lora=lora), bias=-2.0)
     return gradients_and_weights(micro_batches, steps=1, batch=pairs_batch, whole=whole, **options)
 
 
@@ -146,6 +154,79 @@ def on_two(folder):
         gradients(folder, 3)[0],
         gradients(folder, 3, engine="fsdp2", checkpointing=True)[0],
     ]
+
+
+def adapted_on_two(folder, engines):
+    # DeepSpeed looks for ninja.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    return [
+        gradients(folder, 3, {"r": 2}, engine=engine, double=not engine.startswith("zero"))[0]
+        for engine in engines
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "engines", [("ddp", "fsdp2"), ("zero1",), ("zero2",), ("zero3",)], ids="+".join
+)
+def test_adapters_have_the_same_gradients_by_every_engine(folders, engines, family):
+    expected = gradients(folders[family], 1, {"r": 2}, double="ddp" in engines)[0]
+    assert sum(any(values) for values in expected.values()) > 10
+    n_compared = 0
+    # DeepSpeed starts once a process, so that each of its stages has ranks of its own.
+    for of_rank in ranks.run(2, adapted_on_two, folders[family], engines):
+        for of_engine in of_rank:
+            assert_close(of_engine, expected, 2e-5)
+            n_compared += 1
+    assert n_compared == 2 * len(engines)
+
+
+def test_a_moving_average_is_a_model_of_its_own(folders):
+    training = make_training(1, whole=settings(**tower(folders["llava"]), bias=-2.0), double=False)
+    start = {name: value.clone() for name, value in training.engine.module.state_dict().items()}
+    average = training.engine.average()
+    train_step(training, pairs_batch())
+    training.engine.follow(average, 0.25, torch.tensor(True))
+
+    now = training.engine.module.state_dict()
+    expected = {name: value.lerp(now[name], 0.75) for name, value in start.items()}
+    moved = [name for name, value in start.items() if not torch.equal(value, now[name])]
+    assert len(moved) > 20
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
+
+    # Captions pass the average's language model, not the one that learns.
+    fresh = tiny(**tower(folders["llava"]), bias=-2.0)
+    fresh.load_state_dict(expected)
+    batch = pairs_batch()
+    for side in ("image", "text"):
+        rows = [getattr(one(**{side: getattr(batch, side)}), side) for one in (average, fresh)]
+        torch.testing.assert_close(*rows, rtol=0, atol=1e-5)
+        of_learner = getattr(training.engine.module.eval()(**{side: getattr(batch, side)}), side)
+        assert (of_learner - rows[0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_in_half_the_bytes_keeps_the_embeddings(folders, family, tmp_path):
+    model = tiny(**tower(folders[family]))
+    sizes = {}
+    for dtype in ("float32", "bf16"):
+        export(model, tmp_path / dtype, dtype=dtype)
+        sizes[dtype] = sum(
+            path.stat().st_size for path in (tmp_path / dtype).rglob("*.safetensors")
+        )
+    assert sizes["bf16"] < 0.6 * sizes["float32"]
+
+    pixels, ids = inputs(model)
+    loaded = checkpoint.load_any(str(tmp_path / "bf16")).eval()
+    for own, narrow in (
+        (model.encode_image(pixels), loaded.encode_image(pixels)),
+        (model.encode_text(ids), loaded.encode_text(ids)),
+    ):
+        assert narrow.dtype == torch.float32
+        cosines = (own * narrow).sum(dim=1)
+        assert cosines.min() > 0.99 and not torch.equal(own, narrow)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -198,6 +279,10 @@ BAD = {
     "no place for the picture": ({"prompt_image": "a photo"}, "expected one {} where the picture"),
     "no place for the caption": ({"prompt_text": "{} {}"}, "expected one {} where the caption"),
     "words that it does not know": ({"prompt_image": "{} zebra"}, "does not know 'zebra'"),
+    "words around captions": (
+        {"prompt_text": "two {} zebra"},
+        "does not know 'zebra' of the prompt",
+    ),
     "another width": ({"embed_dim": 48}, "gives 32 features, unprojected, and embed_dim is 48"),
 }
 

@@ -178,6 +178,9 @@ class Data:
 
     # where samples come from: shards, folders, tables, the Hub, several mixed by weight
     sources: list[Annotated[Plugin, Named("vlp.data.sources")]]
+    # what stands opposite a text: a picture, or another text, the query of the source `texts`,
+    # which the text tower embeds; what only pictures pass is then not trained (E5-V)
+    pairs: Literal["image", "text"] = "image"
     augment: Augment = Augment()
     captions: Captions = field(default_factory=Captions)
     # J: images of a sample's negatives that a batch carries, where a term reads `negative_images`

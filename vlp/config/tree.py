@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from vlp.config.data import Data
+from vlp.config.data import Augment, Data
 from vlp.config.model import Model
 from vlp.config.running import Stop, Validation
 from vlp.config.stages import Stage
@@ -61,8 +61,26 @@ class Config:
                 f"train.batch {self.train.batch} and a stage's {min(filter(None, sizes))}: leave "
                 "batch out of the stages"
             )
+        if self.data.pairs == "text":
+            self._check_pairs_of_texts()
         if self.model.new_projection and self.model.pretrained is None and self.init_from is None:
             raise ValueError(
                 "model.new_projection starts projections beside published weights, and neither "
                 "model.pretrained nor init_from names any; name them, or leave it out"
+            )
+
+    def _check_pairs_of_texts(self) -> None:
+        """Refuse what needs pictures where both sides of a pair are texts."""
+        of_pictures = {
+            "data.augment": self.data.augment != Augment(),
+            "data.views": self.data.views is not None,
+            "selection": bool(self.selection),
+            "teacher.cross_encoder": self.teacher.cross_encoder is not None,
+            "image_tower.precomputed": self.model.precomputed,
+        }
+        keys = [key for key, is_set in of_pictures.items() if is_set]
+        if keys:
+            raise ValueError(
+                f"data.pairs is text: there are no pictures, which {', '.join(keys)} would need; "
+                "leave that out, or set data.pairs: image"
             )

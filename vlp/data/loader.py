@@ -27,7 +27,13 @@ from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
 from vlp.data.modalities import Shapes
 from vlp.data.modalities import check as check_modalities
-from vlp.data.offered import check_augment, optional_fields, read_fields, stored_teachers
+from vlp.data.offered import (
+    check_augment,
+    check_pairs,
+    optional_fields,
+    read_fields,
+    stored_teachers,
+)
 from vlp.data.processes import (
     SHARED_MEMORY,
     Feed,
@@ -99,6 +105,7 @@ class Loader:
         self.sources = [
             plugin.module.open(plugin.options, data.captions) for plugin in data.sources
         ]
+        check_pairs(self.sources, data)
         data = row_numbers.with_form_of_concepts(data, self.sources)
         weights = [plugin.common.weight for plugin in data.sources]
         drawing = sequence.drawing(data, self.sources, batch // world, mixture)

@@ -112,6 +112,21 @@ def stored_teachers(sources: list[Source]) -> Ensemble | None:
     return ensemble
 
 
+def check_pairs(sources: list[Source], data: Data) -> None:
+    """Refuse sources of pictures where both sides of a pair are texts, and the other way round."""
+    for number, source in enumerate(sources):
+        if source.of_texts and data.pairs == "image":
+            raise ValueError(
+                f"data.sources.{number} holds pairs of texts, and data.pairs is image; set "
+                "data.pairs: text"
+            )
+        if not source.of_texts and data.pairs == "text":
+            raise ValueError(
+                f"data.pairs is text, and data.sources.{number} holds pictures; name tables of "
+                "pairs of texts: {name: texts, path: TABLE, query: COLUMN, text: COLUMN}"
+            )
+
+
 def check_augment(sources: list[Source], augment: Augment) -> None:
     """Refuse an augmentation beside stored crops: what is cropped as it was stored cannot be
     cropped in another way too.

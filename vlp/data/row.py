@@ -26,6 +26,11 @@ class Row:
     caption: str = ""  # of the sample's; chosen after the sample is known to be usable
     further: Further | None = None  # its further modalities, where a term reads them
 
+    @property
+    def query(self) -> str:
+        """The text that stands in the picture's place; of pairs of texts."""
+        return self.sample.image.decode()
+
     def draw(self, purpose: str, *position: int) -> int:
         """A seed for one purpose, the same whenever this step is made again."""
         # By the sample as well: a stand-in must not repeat what the bad sample would have drawn.

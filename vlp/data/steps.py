@@ -76,7 +76,7 @@ class Steps(Dataset):
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
         self.widths = widths  # of the optional fields that are made
-        self.pixels = pixels
+        self.pixels = pixels and data.pairs == "image"
         self.store = store  # of text embeddings, which take the place of token ids
         self.stored_crops = stored_crops  # rows have the crops that teachers embedded
         self.modalities = dict(modalities)  # further ones: (T, F) of each by name
@@ -123,6 +123,11 @@ class Steps(Dataset):
 
         # Tokenized together: once the pictures are drawn, no sample is replaced any more.
         tokens, report.n_truncated = self._tokenizer.tokenize([row.caption for row in rows])
+        if self.data.pairs == "text":
+            queries = [row.query for row in rows]
+            pictures["image"], n_truncated = self._tokenizer.tokenize(queries)
+            report.n_truncated += n_truncated
+            report.n_texts += len(rows)
         batch = Batch(
             text=tokens,
             sample_id=torch.tensor([row.sample.sample_id for row in rows]),
@@ -142,7 +147,8 @@ class Steps(Dataset):
     def nbytes(self) -> int:
         """Bytes of the tensors of this rank's rows of a step, near enough to find room for them."""
         pixels = sum(math.prod(shape) for shape in self._picture_shapes().values())
-        n_texts = 1 + sum(self.widths.get(name, 0) for name in TEXTS)
+        n_sides = 2 if self.data.pairs == "text" else 1
+        n_texts = n_sides + sum(self.widths.get(name, 0) for name in TEXTS)
         n_numbers = sum(self.widths.get(name, 0) for name in LABELS)
         n_numbers += self.widths.get("negatives_bytes", 0) * CAPTION_BYTES // 4
 
@@ -236,6 +242,8 @@ class Steps(Dataset):
         if self.store is None:
             return
         self.store.check([row.caption])
+        if self.data.pairs == "text":
+            self.store.check([row.query])
         for name, field in TEXTS.items():
             if name in self.widths:
                 further = field.of_row(row, self.data, self.widths[name])

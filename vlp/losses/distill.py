@@ -52,6 +52,8 @@ Relations:
 Papers:
 - MobileCLIP (arXiv 2311.17049) and TinyCLIP (arXiv 2309.12314), similarity:
   `objective: {infonce: {}, distill: {form: similarity}}`
+- UniME (arXiv 2504.17432), its first stage, of pairs of texts (data.pairs: text); its temperatures
+  could not be confirmed: `objective: {distill: {}}`
 - CLIP-KD (arXiv 2307.12732), whose weight of 2,000 on a mean over B·D is 3.9 here at D = 512:
   `objective: {infonce: {}, distill: [{form: features, weight: 3.9}, {form: interactive}, {}]}`
 - EdgeVL (arXiv 2403.04908), its first stage, whose mean over B·D is 1/D of this:

@@ -3,8 +3,8 @@
 x, t: [b, D] images and texts; n: [b, K, D], n_ik being caption k of sample i, z(a, c) =
 scale·a·c. `form` gives the term L:
 
-negclip   softmax of each image over all texts and all hard captions of the candidates; of each text
-          over images, unchanged; ½ each. Hard captions are never anchors.
+negclip   softmax of each image over all texts and all hard captions of the candidates, weight λ; of
+          each text over images, unchanged, weight 1−λ; λ ½. Hard captions are never anchors.
 triplet   negclip(x, t, n) + negclip(x⁻, n, t) with n = n_i1 and its own image x⁻_i1 of
           x⁻: [b, J, D]; the second half is over the samples where both are valid.
 own       softmax of x_i over {t_i, n_i1 … n_iK}. With the target y = (1−ε)δ + ε/(1 + #valid) on
@@ -32,6 +32,8 @@ Relations:
 
 Papers:
 - NegCLIP (arXiv 2210.01936): `objective: {hard_negatives: {form: negclip}}`
+- E5-V (arXiv 2407.12580), of pairs of texts, the query in the image's place (data.pairs: text):
+  `objective: {hard_negatives: {form: negclip, image_weight: 1}}`
 - TripletCLIP (arXiv 2411.02545): `objective: {hard_negatives: {form: triplet}}`
 - TSVLC: `objective: {infonce: {}, hard_negatives: {form: own}}`
 - FSC-CLIP (arXiv 2410.05210), its global part:
@@ -79,6 +81,8 @@ class Options:
     form: Literal["negclip", "triplet", "own", "text", "rank", "intra", "sigmoid"] = "negclip"
     # captions that are wrong of an image; images: that a caption is wrong of, all sides exchanged
     negatives: Literal["captions", "images"] = "captions"
+    # λ of `negclip`, the weight of the direction anchored at images; texts get 1 − λ
+    image_weight: float = 0.5
     focal: float = 0.0  # γ of `own` (FSC-CLIP: 2)
     smoothing: float = 0.0  # ε of `own` (FSC-CLIP: .02)
     text_scale: float = 10.0  # fixed scale of `text`
@@ -93,6 +97,10 @@ class Options:
             raise ValueError(
                 f"focal and smoothing belong to form: own, not {self.form}; remove them"
             )
+        if self.image_weight != 0.5 and self.form != "negclip":
+            raise ValueError(f"image_weight belongs to form: negclip, not {self.form}; remove it")
+        if not 0 <= self.image_weight <= 1:
+            raise ValueError(f"image_weight: found {self.image_weight}, expected 0 <= λ <= 1")
         if self.text_scale != 10 and self.form != "text":
             raise ValueError(f"text_scale belongs to form: text, not {self.form}; remove it")
         if self.focal < 0 or not 0 <= self.smoothing < 1 or self.text_scale <= 0:
@@ -160,7 +168,9 @@ def negclip(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:
 
     # Hard captions join the images' candidates, and are no anchors themselves.
     rows = logaddexp(rows, _all_captions(inputs, pairs, inputs.image))
-    return pairs.mean(softplus(rows - positive) + softplus(columns - positive)) / 2
+    λ = options.image_weight
+    by_image, by_text = softplus(rows - positive), softplus(columns - positive)
+    return pairs.mean(λ * by_image + (1 - λ) * by_text)
 
 
 def triplet(inputs: Inputs, pairs: Pairs, options: Options) -> Tensor:

@@ -43,7 +43,8 @@ Papers:
 - DEXML (arXiv 2310.10636): `objective: {infonce: {positives: label, form: decoupled}}`
 - MIL-NCE (arXiv 1912.06430): `objective: {infonce: {positives: label, form: in}}`
 - DCLR (arXiv 2205.00656), its mask: `objective: {infonce: {ignore: {teacher: {above: 0.9}}}}`
-- UniME (arXiv 2504.17432): `objective: {infonce: {ignore: {margin: 0.1}, hardest: 8}}`
+- UniME (arXiv 2504.17432), its second stage:
+  `objective: {infonce: {ignore: {margin: 0.1}, hardest: 8, image_weight: 1}}`
 - UNPG (arXiv 2203.11593): `objective: {infonce: {within: both}}`
 - SoftCLIP (arXiv 2303.17561), softened targets: `objective: {infonce: {targets: {by: softmax}}}`
 - SoftCLT (arXiv 2312.16424), of whole samples; the form of its weights could not be confirmed:

@@ -23,9 +23,14 @@ from vlp.schema import parse
 from vlp.towers.huggingface import language_config
 
 
-def build(model: config.Model, start: Callable[[DualEncoder], None] | None = None) -> DualEncoder:
+def build(
+    model: config.Model,
+    start: Callable[[DualEncoder], None] | None = None,
+    texts_alone: bool = False,
+) -> DualEncoder:
     """The model that a configuration describes, on the CPU in float32. `start` may give it other
-    weights before its towers are locked and adapted.
+    weights before its towers are locked and adapted. `texts_alone`: it will be trained on texts, so
+    that what only pictures pass is frozen.
 
     Random weights depend only on torch's global seed. `pretrained` weights bring their scale and
     their preprocessing, as far as it is stated beside them. Raises ValueError for unknown names and
@@ -66,6 +71,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
 
     text = model.text_tower
     encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
+    if texts_alone:
+        multimodal.leave_pictures_out(encoder.visual)
     encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
     if model.text_dropout:
         text_dropout.drop(encoder.text, model.text_dropout)
@@ -73,6 +80,8 @@ def build(model: config.Model, start: Callable[[DualEncoder], None] | None = Non
         int8_aware.quantise(encoder.visual)
     if model.new_projection:
         encoder.unlock_projections()
+    if texts_alone:
+        encoder.freeze_pictures()
     return encoder
 
 

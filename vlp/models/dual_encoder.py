@@ -29,6 +29,7 @@ from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
+from vlp.models.multimodal import Prompts
 from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
 from vlp.models.trunk_features import Passed
@@ -121,10 +122,12 @@ class DualEncoder(nn.Module):
         sentences: Sentences | None = None,
         modalities: Tensor | None = None,
         modality_lengths: Tensor | None = None,
+        prompts: Prompts | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views, and
-        further modalities [rows, S] of lengths [rows, O].
+        further modalities [rows, S] of lengths [rows, O]. `prompts`: texts in which the images
+        stand, where the tower is a multimodal language model.
 
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
@@ -138,7 +141,7 @@ class DualEncoder(nn.Module):
         # The towers, each once: views follow the other rows.
         if image is not None:
             wants_tokens = bool(rows_of_images) or sentences is not None
-            passed = self._image(_joined(image, image_views), wants_tokens)
+            passed = self._image(_joined(image, image_views), wants_tokens, prompts)
             image_tokens = passed.tokens
             outputs |= self._embeddings("image", passed.features, image.shape[0])
             outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
@@ -269,7 +272,9 @@ class DualEncoder(nn.Module):
             raise ValueError("the model has no text decoder, so its image tower gives no tokens")
         return read
 
-    def _image(self, image: Tensor, wants_tokens: bool = False) -> Passed:
+    def _image(
+        self, image: Tensor, wants_tokens: bool = False, prompts: Prompts | None = None
+    ) -> Passed:
         """The tower's features [rows, D]; its tokens where they are wanted or a head reads them,
         and what its projection reads where a head does.
         """
@@ -284,6 +289,8 @@ class DualEncoder(nn.Module):
         pixels = image if image.is_floating_point() else self.pixels(image)
         if pixels is image or pixels.dtype == torch.float32:
             pixels = pixels.to(_dtype(self.visual))
+        if prompts is not None:
+            return Passed(self.visual(pixels, prompts))
         with moved_once(self._batch_norms):
             if self.heads.reads_trunk:
                 return trunk_features.with_trunk(self.visual, pixels, wants_tokens)
@@ -426,6 +433,15 @@ class DualEncoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name in fresh:
                 parameter.requires_grad_(True)
+
+    def freeze_pictures(self) -> None:
+        """Freeze what no text passes: DDP would wait for its gradients."""
+        of_texts = {*self.text.parameters(), *trunk_of(self.text).parameters()}
+        for parameter in self.visual.parameters():
+            if parameter not in of_texts:
+                parameter.requires_grad_(False)
+        self._locked += _without_gradient(self.visual)
+        self.train(self.training)
 
     def adapt(self, *, image: Any = None, text: Any = None) -> None:
         """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has

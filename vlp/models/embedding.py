@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from vlp.types import Batch, Features
 OF_PAIRS = [name for name, row in FIELDS.items() if row.head and row.tower and not row.batch_shape]
 # Fields of a batch that pass a tower and then a head of their own.
 VIEWS = [name for name, row in EMBEDDED.items() if row.head]
+# `image` of a batch whose pairs are of texts.
+_QUERIES = replace(EMBEDDED["image"], tower="text", batch_shape="b L", dtype="int64")
 NUMBERS = ("scale", "bias", "view_scale", "interactive_scale", "region_scale")
 
 
@@ -37,7 +39,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     far as the model has them, []. Rows that their mask leaves out do not pass the tower; their
     embeddings are zeros.
     """
-    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    fields = _fields(batch, wanted)
     pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
     views = _views(batch, fields)
 
@@ -75,7 +77,7 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     captions as they are cut, with the padding that is left; none of texts that come as stored
     embeddings. The device is not asked.
     """
-    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    fields = _fields(batch, wanted)
     places = [_places(batch, name, row) for name, row in fields.items() if row.tower == "image"]
     n_pictures = sum(math.prod(shape) if rows is None else len(rows) for shape, rows in places)
 
@@ -88,6 +90,16 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     if "text_views" in views:
         n_tokens += views["text_views"].numel()
     return n_pictures, n_tokens
+
+
+def _fields(batch: Batch, wanted: Collection[str]) -> dict[str, Field]:
+    """The rows of the wanted fields with a tower, as this batch carries them."""
+    fields = {name: field for name, field in EMBEDDED.items() if name in wanted}
+    if batch.is_of_texts and "image" in fields:
+        # Behind the other texts: heads read the first rows of a tower, which are those of `text`.
+        del fields["image"]
+        fields["image"] = _QUERIES
+    return fields
 
 
 def token_masks(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
     pixels [n, 3, H, W] → the model, picture in its prompt → h at the last token [n, width] → [n, D]
     ids [n, L]          → its language model, caption in its prompt → h at the last token → [n, D]
 
+A picture may also stand in a text, as a query of both does: `Prompts` are then the tokens of each.
+
 All pictures have one size, so that the prompt is one row of tokens for all of them, which the
 model's own processor made; it stands in the description of the tower. The image tower holds the
 weights, and the text tower reads the language model among them.
@@ -10,13 +12,15 @@ weights, and the text tower reads the language model among them.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vlp.models import language
 from vlp.pretrained.configurations import reason
+from vlp.towers import mllm
 from vlp.towers.huggingface import language_config
 from vlp.towers.mllm import DONE_BY_DATA, SECTION, processor
 
@@ -29,6 +33,14 @@ def is_described(model_cfg: dict[str, Any]) -> bool:
     return SECTION in model_cfg["vision_cfg"]
 
 
+class Prompts(NamedTuple):
+    """The tokens in which pictures stand, a row each, padded at the end."""
+
+    ids: Tensor  # [n, L]
+    mask: Tensor  # [n, L] 1 where there is a token
+    kinds: Tensor | None  # [n, L] what stands at each place, where the model asks for it
+
+
 class ImageTower(nn.Module):
     """The model, with its picture side: pixels [n, 3, H, W], normalised → features [n, D]."""
 
@@ -39,6 +51,8 @@ class ImageTower(nn.Module):
         super().__init__()
         section, text = model_cfg["vision_cfg"][SECTION], model_cfg["text_cfg"]
         self.image_size: int = model_cfg["vision_cfg"]["image_size"]
+        self.name: str = text["hf_model_name"]
+        self.prompt_text: str = text["tokenizer_kwargs"]["prompt"]
         self.model = _model(text["hf_model_name"], text["hf_model_pretrained"])
         self.projection = _projection(section, text[language.SECTION], model_cfg["embed_dim"])
 
@@ -50,16 +64,41 @@ class ImageTower(nn.Module):
         # Linear layers of the model, by name, that no picture's feature depends on.
         self.unread = self._freeze_unread()
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        ids = self.ids.expand(len(pixels), -1)
+    def forward(self, pixels: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """`prompts`: of each picture, in the place of the tower's own."""
+        ids, mask, kinds = self._own_prompts(len(pixels)) if prompts is None else prompts
         read: dict[str, Any] = self._laid_out(pixels)
-        if self.kinds is not None:
-            read["mm_token_type_ids"] = self.kinds.expand(len(pixels), -1)
+        if kinds is not None:
+            read["mm_token_type_ids"] = kinds
 
-        mask = torch.ones_like(ids)
         output = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **read)
-        last = output.last_hidden_state[:, -1]
+        rows = torch.arange(len(ids), device=ids.device)
+        last = output.last_hidden_state[rows, mask.sum(dim=1) - 1]
         return self.projection(last.to(_dtype(self.projection, last)))
+
+    def _own_prompts(self, n: int) -> Prompts:
+        ids = self.ids.expand(n, -1)
+        kinds = None if self.kinds is None else self.kinds.expand(n, -1)
+        return Prompts(ids, torch.ones_like(ids), kinds)
+
+    def prompts(self, texts: Sequence[tuple[str, str]]) -> Prompts:
+        """The tokens of a picture between two texts each, in the prompt of texts; tokens that mean
+        more than words are left out of them. ValueError for what the model cannot read.
+        """
+        opening, closing = self.prompt_text.split("{}")
+        rows = []
+        for before, after in texts:
+            written = (mllm.without_special_tokens(self.name, text) for text in (before, after))
+            first, last = written
+            rows.append(mllm.laid_out(self.name, opening + first, last + closing, self.image_size))
+
+        # Padding stands behind a row, where no token of it sees it.
+        ids = _padded([row["ids"] for row in rows])
+        mask = _padded([[1] * len(row["ids"]) for row in rows])
+        has_kinds = rows[0]["kinds"] is not None
+        kinds = _padded([row["kinds"] for row in rows]) if has_kinds else None
+        made = Prompts(ids, mask, kinds)
+        return Prompts(*(None if part is None else part.to(self.ids.device) for part in made))
 
     @torch.no_grad()
     def _laid_out(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -98,6 +137,28 @@ class ImageTower(nn.Module):
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear) and module.weight not in read
         )
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of different lengths as int64 [n, L], 0 behind the shorter ones."""
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for place, row in zip(padded, rows):
+        place[: len(row)] = torch.tensor(row)
+    return padded
+
+
+def leave_pictures_out(tower: nn.Module) -> None:
+    """Let adapters leave out what only pictures pass of the image tower, where it is a model that
+    reads texts too.
+    """
+    if isinstance(tower, ImageTower):
+        of_texts = set(tower.model.get_decoder().modules())
+        of_pictures = [
+            name
+            for name, module in tower.model.named_modules()
+            if isinstance(module, nn.Linear) and module not in of_texts
+        ]
+        tower.unread = tower.unread.union(of_pictures)
 
 
 def _leaves(output: Tensor) -> set[Tensor]:

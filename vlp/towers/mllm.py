@@ -73,6 +73,8 @@ def vision_cfg(options: Options) -> dict[str, Any]:
 
 def text_cfg(options: Options) -> dict[str, Any]:
     config = language_config(options.model).get_text_config()
+    words = options.prompt_text.replace("{}", " ")
+    _check_tokens(processor(options.model).tokenizer, options.model, words)
     return {
         "hf_model_name": places.bare(options.model),
         "hf_model_pretrained": options.pretrained,
@@ -117,8 +119,6 @@ def described(name: str, prompt: str, image_size: int) -> dict[str, Any]:
     """The tokens of a picture of that size in its prompt, and what comes with them, as JSON values;
     ValueError where the model, or its tokenizer, cannot read it.
     """
-    from PIL import Image
-
     of_model = processor(name)
     token = getattr(of_model, "image_token", None)
     if token is None:
@@ -127,12 +127,23 @@ def described(name: str, prompt: str, image_size: int) -> dict[str, Any]:
             "expected a model like LLaVA or Qwen2-VL, whose processor has an image_token"
         )
     _check_tokens(of_model.tokenizer, name, prompt.replace("{}", token))
+    return laid_out(name, *prompt.split("{}"), image_size)
 
+
+def laid_out(name: str, before: str, after: str, image_size: int) -> dict[str, Any]:
+    """The tokens of a picture of that size between two texts, and what comes with them, as JSON
+    values; ValueError where the model cannot read it.
+    """
+    from PIL import Image
+
+    of_model = processor(name)
     picture = Image.new("RGB", (image_size, image_size))
-    text = prompt.replace("{}", _framed(of_model.tokenizer, token, prompt))
+    token = _framed(of_model.tokenizer, of_model.image_token, before + after)
     options = {key: False for key in DONE_BY_DATA[:2] if hasattr(of_model.image_processor, key)}
     try:
-        row = of_model(images=picture, text=text, return_tensors="pt", **options)
+        row = of_model(
+            images=picture, text=f"{before}{token}{after}", return_tensors="pt", **options
+        )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{name!r} cannot read a picture of {image_size} pixels: {reason(error)}; image_size "
@@ -143,6 +154,14 @@ def described(name: str, prompt: str, image_size: int) -> dict[str, Any]:
         "ids": row["input_ids"][0].tolist(),
         "kinds": None if kinds is None else kinds[0].tolist(),
     }
+
+
+def without_special_tokens(name: str, text: str) -> str:
+    """A text whose words are none of the tokens that stand for a picture, an end or a turn."""
+    tokenizer = processor(name).tokenizer
+    for token in {*tokenizer.all_special_tokens, processor(name).image_token}:
+        text = text.replace(token, " ")
+    return text
 
 
 def _framed(tokenizer: Any, token: str, prompt: str) -> str:

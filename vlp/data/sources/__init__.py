@@ -86,6 +86,7 @@ class Source(Protocol):
     embeddings: Ensemble | None = None  # of one teacher or several, of every sample
     other_pictures: bool = False  # the embeddings are of other pictures of the samples
     modalities: Mapping[str, Rows] = MappingProxyType({})  # further ones, by name
+    of_texts: bool = False  # a query, a text, stands in the place of each picture
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time

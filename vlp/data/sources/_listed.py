@@ -4,21 +4,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-import torch
 
 from vlp.config import Captions
-from vlp.data import wrong_captions
 from vlp.data.archives import Archive, Place, image_type
 from vlp.data.listing import Named, settle
-from vlp.data.rows import LABELS, labels_of
-from vlp.data.sources import Source, captions_of
+from vlp.data.sources import captions_of
+from vlp.data.sources._recorded import Record, Recorded
 from vlp.data.trees import read_tree
 from vlp.types import Sample
 
@@ -58,7 +51,7 @@ def open_tree(
     return Listed(archive, named, captions, tree.problems, notes)
 
 
-class Listed(Source):
+class Listed(Recorded):
     """Random access to items of an archive; `named` pairs each with its stored name.
 
     `problems`: a line for each sample that is left out already; `notes`: what else is to be said at
@@ -74,11 +67,8 @@ class Listed(Source):
         notes: Sequence[str] = (),
     ) -> None:
         named, clashes = settle(named, archive)
-        records: list[bytes] = []
+        records: list[Record] = []
         silent: list[str] = []  # samples without a caption
-        odd: list[str] = []  # what costs no sample
-        digest = hashlib.sha256()
-        self.labels = frozenset(LABELS)
         for item, name in named:
             texts = captions_of(tuple(item.captions), item.meta, captions)
             if not texts:
@@ -86,15 +76,7 @@ class Listed(Source):
                 continue
 
             roles = [captions.roles[place] for place in item.columns] if captions.roles else []
-            record = [name, archive.place(name), texts, item.meta, roles]
-            records.append(json.dumps(record).encode())
-            # Without the place: a data set may be moved.
-            digest.update(json.dumps([name, texts, item.meta]).encode())
-            self.labels &= labels_of(item.meta)
-            self.note_wrong_captions(item.meta, texts)
-            for problem in wrong_captions.problems(item.meta, texts):
-                odd.append(f"{archive.path}: {name!r}: {problem}")
-        self._digest = digest.hexdigest()
+            records.append(Record(name, archive.place(name), texts, item.meta, roles))
 
         # Refused only after all have been looked at, so that the error counts them.
         left_out = [*problems, *clashes, *silent]
@@ -109,48 +91,14 @@ class Listed(Source):
             raise ValueError(f"{archive.path} holds no usable sample: {reasons}")
 
         self.n_left_out = len(left_out)
+        odd = self._keep(records, archive.path)
         self._problems = [*left_out, *odd, *notes]
-
-        # One block in shared memory instead of a million Python objects in every loader process.
-        block = bytearray(b"".join(records))
-        self._text = torch.frombuffer(block, dtype=torch.uint8).share_memory_()
-        self._ends = torch.tensor([0, *map(len, records)]).cumsum(0).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
 
     def __getitem__(self, i: int) -> Sample:
         name, place, captions, meta, roles = self._record(i)
         key, _ = os.path.splitext(name)
         image = Place(*place).read()
         return Sample(i, key, image, image_type(name), tuple(captions), meta, roles=tuple(roles))
-
-    def _record(self, i: int) -> tuple[str, list, list[str], dict[str, Any], list[str]]:
-        """Name, place, captions, JSON and roles of sample i."""
-        start, end = self._ends[i : i + 2].tolist()
-        record = self._text[start:end].numpy()
-        return tuple(json.loads(record.tobytes()))
-
-    def n_captions(self) -> np.ndarray:
-        counts = []
-        for i in range(len(self)):
-            _, _, captions, _, _ = self._record(i)
-            counts.append(len(captions))
-        return np.array(counts, np.int64)
-
-    def origins(self) -> np.ndarray:
-        begins = []
-        origin_before = None
-        for i in range(len(self)):
-            _, _, _, meta, _ = self._record(i)
-            origin = meta.get("origin")
-            begins.append(origin is None or origin != origin_before)
-            origin_before = origin
-
-        return np.cumsum(begins)
-
-    def fingerprint(self) -> str:
-        return self._digest
 
     def problems(self) -> list[str]:
         return self._problems
