@@ -25,7 +25,8 @@ from tests import ranks
 from tests.benchmarks import report
 from tests.test_step import make_batch, make_training, own_rows
 from vlp import checkpoint, dist
-from vlp.saving import Saver, held, saved_bytes
+from vlp.saving import Saver
+from vlp.staging import held, saved_bytes
 from vlp.step import train_step
 
 LAYERS = 6
