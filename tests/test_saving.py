@@ -136,26 +136,30 @@ def test_what_lies_on_a_gpu_is_copied_to_locked_memory_that_is_kept(monkeypatch)
         asked.append(("copy", non_blocking))
         return real_copy(target, source.as_subclass(torch.Tensor))
 
-    class Stream:
+    class Event:
+        def record(self):
+            asked.append(("mark",))
+
         def synchronize(self):
             asked.append(("wait",))
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
 
     kept = staging.Staging()
     value, on_cpu = torch.arange(6.0), torch.ones(2)
     places = []
     for _ in range(2):
         held = [kept.held("w", value.as_subclass(OnGpu)), kept.held("c", on_cpu)]
+        kept.mark()
         kept.settle()
         assert held[0].tolist() == value.tolist() and type(held[0]) is torch.Tensor
         places.append([tensor.data_ptr() for tensor in held])
         value = value + 1
-    copies = [("copy", True), ("copy", False), ("wait",)]
-    rooms = [("room", True), copies[0], ("room", False), copies[1], copies[2]]
+    copies = [("copy", True), ("copy", False), ("mark",), ("wait",)]
+    rooms = [("room", True), copies[0], ("room", False), *copies[1:]]
     assert asked == rooms + copies
     assert places[0] == places[1]
 

@@ -1,8 +1,9 @@
-"""Checkpoints written beside the steps: copied to the host at once, written while training goes on.
+"""Checkpoints written beside the steps: copied before the next update, written while training goes
+on.
 
     saver = Saver(run, keep=2)
-    saver.save(config, training, loader)    the step just done; waits only for the copy, and for
-                                            the save before it
+    saver.save(config, training, loader)    the step just done; waits only for the save before it,
+                                            and the next update for the copy
     saver.wait()                            all that was asked for stands
 
 One process writes a checkpoint in one piece. Of several each writes its part through
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.device_mesh import DeviceMesh
 
 from vlp import checkpoint, dist, log
+from vlp import config as configuration
 from vlp.checkpoint import Contents, Manifest
 from vlp.config import Config
 from vlp.data.loader import Loader
@@ -64,20 +66,24 @@ class Saver:
         """
         earlier = self._outcome()  # its copies on the host are used again
         started = time.monotonic()
-        contents = collect(config, training, loader, self.staging)
+        contents = collect(training, loader, self.staging)
         contents.state["stays"] = stays
-        self.write(training.step, contents, started)
+        self.write(training.step, contents, started, config)
+        training.before_update = self.staging.wait
 
         # It ends the run, but the steps since then are not lost where they can be saved.
         if earlier is not None:
             self.wait()
             raise earlier
 
-    def write(self, step: int, contents: Contents, started: float) -> None:
-        """Begin to write what is on the host: every rank in a thread of its own, which exchange
-        over a group of their own.
+    def write(
+        self, step: int, contents: Contents, started: float, config: Config | None = None
+    ) -> None:
+        """Begin to copy and write what was collected, with `config`: every rank in a thread of its
+        own, which exchange over a group of their own.
         """
-        arguments = (step, contents, started)
+        self.staging.copied.clear()
+        arguments = (step, contents, started, config)
         self.writing = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self.writing.start()
 
@@ -99,8 +105,12 @@ class Saver:
         error, self.error = self.error, None
         return error
 
-    def _write(self, step: int, contents: Contents, started: float) -> None:
+    def _write(self, step: int, contents: Contents, started: float, config: Config | None) -> None:
         try:
+            # First of all: the next update waits for it.
+            self.staging.settle()
+            if config is not None:
+                contents.config = configuration.dump(config)  # tens of milliseconds
             if self.group.size == 1:
                 checkpoint.save(self.run, step, contents, self.keep)
             else:

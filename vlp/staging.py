@@ -1,7 +1,19 @@
-"""What a checkpoint holds of a run, copied to the host: of several ranks each one's part."""
+"""What a checkpoint holds of a run, copied to the host: of several ranks each one's part.
+
+    contents = collect(training, loader, staging)   between two steps: says what is to be copied
+    staging.settle()                                beside the next step: copies it
+    staging.wait()                                  before the next step's update
+
+Between two updates weights, moments, averages and the state of terms keep their values, so that
+training need not wait for their copies: these pass while the next step computes its gradients. What
+moves before an update, like a batch norm's statistics, and what is made for the copy alone is
+copied at once. From a GPU all copies are asked for at once and pass in the order of its stream.
+"""
 
 from __future__ import annotations
 
+import functools
+import threading
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from vlp import config as configuration
 from vlp.checkpoint import Contents
-from vlp.config import Config
 from vlp.data.loader import Loader
 from vlp.engines.base import Named
 from vlp.pretrained.runs import KINDS
@@ -33,26 +43,58 @@ class Staging:
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
         self.tables: dict[str, int] = {}  # samples of those that are written in another shape
+        self.pending: list[tuple[Tensor, Tensor]] = []  # copies to be made: to where, and of what
+        self.copied = threading.Event()  # that none are
+        self.copied.set()
+        self.asked: Any = None  # an event of the GPU behind the last copy that was asked of it
 
-    def held(self, name: str, value: Tensor) -> Tensor | None:
-        """What this process writes of a tensor, copied when `settle` returns; None: nothing."""
-        return self.copy(name, value)
+    def held(self, name: str, value: Tensor, lasts: bool = False) -> Tensor | None:
+        """What this process writes of a tensor, copied when `settle` returns; None: nothing.
+        `lasts`: it keeps its values, and its memory, until `wait` is called.
+        """
+        return self.copy(name, value, lasts)
 
     def held_table(self, name: str, table: Table) -> Tensor:
-        return self.copy(name, table.rows()[: table.samples])
+        return self.copy(name, table.rows()[: table.samples], lasts=True)
 
+    def begin(self) -> None:
+        """Let the copies of another checkpoint follow, whatever has become of those before."""
+        self.pending.clear()
+
+    @torch.no_grad()
     def settle(self) -> None:
-        """Wait for the copies from a GPU."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        """Make the copies that are left, and wait for those from a GPU. In any thread."""
+        try:
+            if self.pending:
+                targets, sources = zip(*self.pending)
+                # In one call, which leaves Python to the thread that trains.
+                torch._foreach_copy_(list(targets), list(sources))
+            if self.asked is not None:
+                self.asked.synchronize()
+        finally:
+            self.pending.clear()
+            self.copied.set()
 
-    def copy(self, name: str, value: Tensor) -> Tensor:
-        value = value.detach()
+    def wait(self) -> None:
+        """Return when nothing that was to be copied is read any more, in whichever thread."""
+        self.copied.wait()
+
+    def copy(self, name: str, value: Tensor, lasts: bool) -> Tensor:
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             self.buffers[name] = buffer
-        return buffer.copy_(value, non_blocking=value.is_cuda)
+
+        if lasts and not value.is_cuda:
+            self.pending.append((buffer, value))
+            return buffer
+        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+
+    def mark(self) -> None:
+        """Note behind which copies of the GPU `settle` waits."""
+        if torch.cuda.is_available():
+            self.asked = torch.cuda.Event()
+            self.asked.record()
 
 
 class Dealt(Staging):
@@ -63,25 +105,27 @@ class Dealt(Staging):
         self.mesh = mesh
         self.rank, self.size = mesh.get_local_rank(), mesh.size()
         self.loads = [0] * self.size  # bytes of whole tensors by the rank that writes them
+        # Buffers, and the same with their places in the whole tensors.
+        self.parts: dict[str, tuple[Tensor, DTensor]] = {}
 
-    def held(self, name: str, value: Tensor) -> Tensor | None:
+    def held(self, name: str, value: Tensor, lasts: bool = False) -> Tensor | None:
         if isinstance(value, DTensor):
-            return self._part(name, value.to_local(), value.placements, value.shape)
+            return self._part(name, value.to_local(), value.placements, value.shape, lasts)
 
         # The first rank's: under DDP each rank's batch norms move by its own rows, and those of
         # the first go to all before the next step.
         if value.nbytes < DEALT_BYTES:
-            return self.copy(name, value) if self.rank == 0 else None
+            return self.copy(name, value, lasts) if self.rank == 0 else None
 
         if value.ndim and len(value) >= self.size:
             chunks = value.chunk(self.size)
             own = chunks[self.rank] if self.rank < len(chunks) else value[:0]
-            return self._part(name, own, (Shard(0),), value.shape)
+            return self._part(name, own, (Shard(0),), value.shape, lasts)
 
         # Whole, by the rank that has least so far: all ranks see the same loads.
         owner = self.loads.index(min(self.loads))
         self.loads[owner] += value.nbytes
-        return self.copy(name, value) if owner == self.rank else None
+        return self.copy(name, value, lasts) if owner == self.rank else None
 
     def held_table(self, name: str, table: Table) -> Tensor:
         """Of [rows, W, c], whose rows one after another are the samples
@@ -90,23 +134,34 @@ class Dealt(Staging):
         self.tables[name] = table.samples
         own = table.rows().unsqueeze(1)
         whole_shape = torch.Size((len(own), self.size, own.shape[2]))
-        return self._part(name, own, (Shard(1),), whole_shape)
+        return self._part(name, own, (Shard(1),), whole_shape, lasts=True)
 
-    def settle(self) -> None:
-        super().settle()
+    def begin(self) -> None:
+        super().begin()
         self.loads = [0] * self.size
 
-    def _part(self, name: str, own: Tensor, placements: Any, shape: torch.Size) -> DTensor:
+    def _part(
+        self, name: str, own: Tensor, placements: Any, shape: torch.Size, lasts: bool
+    ) -> DTensor:
+        buffer = self.copy(name, own, lasts)
+
+        # Made once: it takes as long as copying a hundred kilobytes.
+        earlier_buffer, part = self.parts.get(name, (None, None))
+        is_known = part is not None and earlier_buffer is buffer
+        if is_known and part.shape == shape and part.placements == tuple(placements):
+            return part
+
         strides = torch.empty(shape, device="meta").stride()
-        copied = self.copy(name, own)
-        return DTensor.from_local(
-            copied, self.mesh, placements, run_check=False, shape=shape, stride=strides
+        part = DTensor.from_local(
+            buffer, self.mesh, placements, run_check=False, shape=shape, stride=strides
         )
+        self.parts[name] = (buffer, part)
+        return part
 
 
-def collect(config: Config, training: Training, loader: Loader, staging: Staging) -> Contents:
-    """What a checkpoint of the step just done holds, on the host: of several ranks each one's part.
-    Collective.
+def collect(training: Training, loader: Loader, staging: Staging) -> Contents:
+    """What a checkpoint of the step just done holds, but for the configuration: its tensors are on
+    the host when the staging is settled, of several ranks each one's part. Collective.
     """
     tensors = held(training, staging)
     state = {
@@ -114,29 +169,41 @@ def collect(config: Config, training: Training, loader: Loader, staging: Staging
         "skipped": training.skipped,
         # What is made ahead, or was not trained on in the end, is made again.
         "loader": loader.state_dict(training.step),
-        "versions": {name: version(name) for name in DECIDING},
+        "versions": versions(),
         "tables": staging.tables,
     }
-    return Contents(
-        **tensors,
-        state=state,
-        config=configuration.dump(config),
-        description=training.engine.description,
-    )
+    return Contents(**tensors, state=state, description=training.engine.description)
 
 
+@functools.cache
+def versions() -> dict[str, str]:
+    """Those of the packages that decide numbers, which are read from files."""
+    return {name: version(name) for name in DECIDING}
+
+
+@torch.no_grad()
 def held(training: Training, staging: Staging) -> dict[str, dict[str, Tensor]]:
-    """{kind: {name: tensor}} of what this process writes, on the host. Collective."""
+    """{kind: {name: tensor}} of what this process writes, on the host once the staging is settled.
+    Collective.
+    """
+    staging.begin()
     of_kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
     for full_name, value in named_tensors(training):
         kind, _, name = full_name.partition("/")
-        own = staging.held(full_name, value)
+        own = staging.held(full_name, value, lasts=lasts(training, full_name))
         if own is not None:
             of_kinds[kind][name] = own
     for name, table in training.objective.tables():
         of_kinds["objective"][name] = staging.held_table(name, table)
-    staging.settle()
+    staging.mark()
     return of_kinds
+
+
+def lasts(training: Training, full_name: str) -> bool:
+    """Whether a tensor of `named_tensors` keeps its values and its memory until the next update."""
+    of_engine = full_name.startswith(("model/", "optimizer/"))
+    # The state of terms and teachers moves after the update.
+    return training.engine.lasts(full_name) if of_engine else True
 
 
 def named_tensors(training: Training) -> Named:

@@ -45,6 +45,7 @@ class Replicated:
         if compiling.decide(options.compile, self.device):
             compiling.compile_blocks(self.module, options.activation_checkpointing)
         self.wrap(options)
+        self.buffers = {f"model/{name}" for name, _ in self.module.named_buffers()}
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
         self.optimizer = optim.build(self.module, options.optimizer)
@@ -121,7 +122,9 @@ class Replicated:
 
     def tensors(self) -> Named:
         """What a checkpoint holds of the model and of the optimiser."""
-        for name, value in self.module.state_dict().items():
+        # Without the detached copies that `state_dict` else makes: of sharded tensors they take as
+        # long as copying their values.
+        for name, value in self.module.state_dict(keep_vars=True).items():
             yield f"model/{name}", value
 
         for name, parameter in self.module.named_parameters():
@@ -129,6 +132,12 @@ class Replicated:
                 continue
             for key, value in optim.named_values(self.optimizer, parameter, self.counters):
                 yield f"optimizer/{key}.{name}", value
+
+    def lasts(self, name: str) -> bool:
+        """Whether one of `tensors` keeps its values until the next `update`: all but the buffers,
+        which a forward pass may move.
+        """
+        return name not in self.buffers
 
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
