@@ -16,9 +16,9 @@ when all parts are on the disk (vlp.checkpoint).
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,9 @@ class Saver:
             handle: Any = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
             self.group = dist.group_of(handle)
             self.staging = Dealt(DeviceMesh.from_group(handle, "cpu"))
-        self.writing: threading.Thread | None = None
+        # One thread for all saves: starting one would hand this one's core to others.
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
         self.error: BaseException | None = None  # of the last one, the same on every rank
 
     def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
@@ -83,9 +85,7 @@ class Saver:
         own, which exchange over a group of their own.
         """
         self.staging.copied.clear()
-        arguments = (step, contents, started, config)
-        self.writing = threading.Thread(target=self._write, args=arguments, name="checkpoint")
-        self.writing.start()
+        self.writing = self.writer.submit(self._write, step, contents, started, config)
 
     def wait(self) -> None:
         """Return when the last save stands; raises what went wrong with it, on every rank."""
@@ -100,7 +100,7 @@ class Saver:
     def _outcome(self) -> BaseException | None:
         """What went wrong with the last save, once it has come to its end; told once."""
         if self.writing is not None:
-            self.writing.join()
+            self.writing.result()
             self.writing = None
         error, self.error = self.error, None
         return error
