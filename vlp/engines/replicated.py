@@ -146,7 +146,7 @@ class Replicated:
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         named = dict(self.module.named_parameters())
-        optim.restore(self.optimizer, self.optimizer_options, named, moments, _part)
+        optim.restore(self.optimizer, self.optimizer_options, named, moments, part_like)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
@@ -207,8 +207,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _part(whole: Tensor, like: Tensor) -> Tensor:
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `whole`: sharded as `like` is."""
+    if isinstance(whole, DTensor) and isinstance(like, DTensor):
+        return whole.redistribute(like.device_mesh, like.placements)
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
     if isinstance(like, DTensor):
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(whole)  # in the order of the parameter's memory
