@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 
 from tests import ranks
-from vlp import checkpoint, saving
+from vlp import checkpoint, saving, staging
 from vlp.pretrained import runs
 from vlp.pretrained.parts import CheckpointError, Joined, Layout
 
@@ -142,7 +142,7 @@ def of_every_dtype():
 
 
 def save_every_dtype(folder):
-    saving.DEALT_BYTES = 0  # these tensors are small
+    staging.DEALT_BYTES = 0  # these tensors are small
     saver = saving.Saver(folder, keep=1)
     contents = checkpoint.Contents({}, {})
     for name, value in of_every_dtype().items():

@@ -12,7 +12,7 @@ from tests import ranks
 from tests.engines.test_engines import save
 from tests.test_step import make_batch, make_training, own_rows
 from tests.test_train import losses
-from vlp import checkpoint, dist, resume, saving, stages
+from vlp import checkpoint, dist, resume, stages, staging
 from vlp.export.checkpoints import write_checkpoint
 from vlp.export.place import ExportError
 from vlp.losses._table import Table
@@ -51,7 +51,7 @@ def save_and_compare(engine, run):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_parts_are_the_whole_and_each_rank_writes_its_share(engine, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "DEALT_BYTES", 0)  # these tensors are small
+    monkeypatch.setattr(staging, "DEALT_BYTES", 0)  # these tensors are small
     results = ranks.run(4, save_and_compare, engine, tmp_path)
     assert [different for different, _ in results] == [[]] * 4
     sizes = [size for _, size in results]
@@ -65,8 +65,8 @@ def statistics_written(run):
     norm(make_batch(own_rows()).text[:, :5].float())
     moved = norm.state_dict()
 
-    staging = Saver(run, keep=1).staging
-    written = [name for name, value in moved.items() if staging.held(name, value) is not None]
+    copies = Saver(run, keep=1).staging
+    written = [name for name, value in moved.items() if copies.held(name, value) is not None]
     return {name: value.tolist() for name, value in moved.items()}, written
 
 
@@ -136,26 +136,30 @@ def test_what_lies_on_a_gpu_is_copied_to_locked_memory_that_is_kept(monkeypatch)
         asked.append(("copy", non_blocking))
         return real_copy(target, source.as_subclass(torch.Tensor))
 
-    class Stream:
+    class Event:
+        def record(self):
+            asked.append(("mark",))
+
         def synchronize(self):
             asked.append(("wait",))
 
     monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
 
-    staging = saving.Staging()
+    kept = staging.Staging()
     value, on_cpu = torch.arange(6.0), torch.ones(2)
     places = []
     for _ in range(2):
-        held = [staging.held("w", value.as_subclass(OnGpu)), staging.held("c", on_cpu)]
-        staging.settle()
+        held = [kept.held("w", value.as_subclass(OnGpu)), kept.held("c", on_cpu)]
+        kept.mark()
+        kept.settle()
         assert held[0].tolist() == value.tolist() and type(held[0]) is torch.Tensor
         places.append([tensor.data_ptr() for tensor in held])
         value = value + 1
-    copies = [("copy", True), ("copy", False), ("wait",)]
-    rooms = [("room", True), copies[0], ("room", False), copies[1], copies[2]]
+    copies = [("copy", True), ("copy", False), ("mark",), ("wait",)]
+    rooms = [("room", True), copies[0], ("room", False), *copies[1:]]
     assert asked == rooms + copies
     assert places[0] == places[1]
 

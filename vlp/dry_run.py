@@ -30,7 +30,7 @@ from vlp.files import existing
 from vlp.measurements import peak_memory
 from vlp.models.dual_encoder import DualEncoder
 from vlp.out_of_memory import fitting
-from vlp.saving import saved_bytes
+from vlp.staging import saved_bytes
 from vlp.step import Training, settle, train_step
 from vlp.types import Batch
 

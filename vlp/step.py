@@ -113,6 +113,7 @@ def train_step(
     # 4. Update, unless the norm of all gradients is not finite; the same goes for all else that
     # moves, like a queue or a moving average.
     lr = training.learning_rate(step)
+    training.before_update()
     norm = engine.update(lr)
     counts = torch.isfinite(norm).to(engine.device)
     statistics.put_back_unless(counts)

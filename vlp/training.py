@@ -18,6 +18,10 @@ from vlp.teacher import Teacher
 from vlp.verdict import Verdict
 
 
+def nothing() -> None:
+    pass
+
+
 @dataclass
 class Training:
     """The state that a step changes (the engine's model and optimiser, the objective's state, the
@@ -41,6 +45,8 @@ class Training:
     skipped: int = 0  # how many were
     verdict: Verdict | None = None  # of the last step, which the host has not read yet
     asked_to_stop: bool = False  # any rank, as far as verdicts were read
+    # Called before weights move: a checkpoint may still be copying them.
+    before_update: Callable[[], None] = nothing
 
 
 def settle(training: Training) -> None:

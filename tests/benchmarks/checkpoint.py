@@ -2,31 +2,34 @@
 
     python tests/benchmarks/checkpoint.py --widths 128 256 512 --ranks 1 2 4
 
-Real gloo processes hold a model with AdamW's moments under DDP and under FSDP2. The pause of a
-rank is the time in which it can make no step: until what it writes is copied to the host. Beside it
-stands the copy alone, of all that one rank would have to hold, and the time until the checkpoint
-stands. On a CPU nothing travels over a bus; processes share the cores and the disk.
+Real gloo processes hold a model with AdamW's moments under DDP and under FSDP2, and make steps. The
+pause is the time in which a rank can go on with no step: from the end of one until the next one may
+begin, and what its update then still waits for the copy. Beside it stands the copy alone: of the
+same tensors to the same memory, on all ranks at once, in the same turns. On a CPU nothing travels
+over a bus; processes share the cores and the disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from tests import ranks
 from tests.benchmarks import report
-from tests.test_step import make_batch, make_training, own_rows
+from tests.test_step import ROWS, make_batch, make_training, own_rows
 from vlp import checkpoint, dist
-from vlp.saving import Saver, held, saved_bytes
-from vlp.step import train_step
+from vlp.saving import Saver
+from vlp.staging import held, saved_bytes
+from vlp.step import Training, train_step
 
 LAYERS = 6
 
@@ -37,7 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512], help="of towers")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--repeats", type=int, default=3, help="saves; the best times count")
+    parser.add_argument("--repeats", type=int, default=9, help="saves of a line")
     report.add_arguments(parser)
     options = parser.parse_args()
 
@@ -47,9 +50,12 @@ def main() -> None:
             for engine in ("ddp", "fsdp2") if n_ranks > 1 else ("ddp",):
                 rows.append(row(engine, width, n_ranks, options.repeats))
     notes = (
-        f"Towers of {LAYERS} blocks with AdamW's moments; the best of {options.repeats} saves, the "
-        "slowest rank's time, after a first one that allocates the memory on the host. Copy: of "
-        "the whole state in one process. The ratio is the largest share of a rank in all bytes."
+        f"Towers of {LAYERS} blocks with AdamW's moments, {ROWS} rows a step; medians of "
+        f"{options.repeats} turns, the slowest rank's, after a first one that allocates the memory "
+        "on the host. Copy: of what a rank writes, tensor by tensor, to memory that is there, by "
+        "all ranks at once and nothing beside it. Pause: asking for a save, and what the next "
+        "update waits for its copy, which passes beside that step's forward and backward. The "
+        "share is the largest of a rank in all bytes."
     )
     report.publish("checkpoint", "Checkpoints beside the steps", rows, options, notes)
 
@@ -64,6 +70,7 @@ def row(engine: str, width: int, n_ranks: int, repeats: int) -> dict[str, Any]:
         "state, MB": results[0]["whole"] / 1e6,
         "copy, s": max(result["copy"] for result in results),
         "pause, s": max(result["pause"] for result in results),
+        "pause / copy": max(result["pause"] / result["copy"] for result in results),
         "stands after, s": max(result["stands"] for result in results),
         "written by a rank, MB": max(result["bytes"] for result in results) / 1e6,
         "largest share": max(result["bytes"] for result in results) / total,
@@ -75,38 +82,53 @@ def measured(engine: str, width: int, repeats: int, folder: str) -> dict[str, fl
     size = {"width": width, "layers": LAYERS}
     towers = {"image": {**size, "head_width": 32}, "text": {**size, "heads": width // 32}}
     training = make_training(1, engine=engine, double=False, towers=towers)
-    train_step(training, make_batch(own_rows()))
+    batch = make_batch(own_rows())
+    train_step(training, batch)
     saver = Saver(Path(folder), keep=1)
 
-    pauses, standing = [], []
+    copies, pauses, standing = [], [], []
     for step in range(repeats + 1):
+        copies.append(copy_alone(training, saver))
+
         dist.barrier()
         started = time.perf_counter()
-        tensors = held(training, saver.staging)
-        pauses.append(time.perf_counter() - started)
-        contents = checkpoint.Contents(**tensors, state={"step": step})
+        contents = checkpoint.Contents(**held(training, saver.staging), state={"step": step})
         saver.write(step, contents, time.monotonic())
+        asked = time.perf_counter() - started
+
+        # The step that follows, whose update waits.
+        waits: list[float] = []
+        training.before_update = partial(timed, saver.staging.wait, waits)
+        train_step(training, batch)
+        pauses.append(asked + waits[0])
         saver.wait()
         standing.append(time.perf_counter() - started)
 
     own = f"shard-{dist.rank() + 1:05d}-*" if dist.world_size() > 1 else "*.safetensors"
     files = checkpoint.newest(Path(folder)).glob(own)
     return {
-        "pause": min(pauses[1:]),
-        "stands": min(standing[1:]),
-        "copy": copy_alone(sum(saved_bytes(training).values())),
+        "pause": statistics.median(pauses[1:]),
+        "stands": statistics.median(standing[1:]),
+        "copy": statistics.median(copies[1:]),
         "bytes": sum(path.stat().st_size for path in files),
         "whole": sum(saved_bytes(training).values()),
     }
 
 
-def copy_alone(n_bytes: int) -> float:
-    """Seconds to copy as many bytes to memory that is there already, by one process."""
-    source = torch.zeros(n_bytes, dtype=torch.uint8)
-    target = torch.ones_like(source)
+def copy_alone(training: Training, saver: Saver) -> float:
+    """Seconds to copy what this rank writes, while the others do the same."""
+    held(training, saver.staging)
+    dist.barrier()
     started = time.perf_counter()
-    target.copy_(source)
+    saver.staging.settle()
     return time.perf_counter() - started
+
+
+def timed(wait: Callable[[], None], seconds: list[float]) -> None:
+    """Call `wait`, and note how long it took."""
+    started = time.perf_counter()
+    wait()
+    seconds.append(time.perf_counter() - started)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def main() -> None:
     notes = (
         f"{N_SOURCES} sources, {ROWS} rows of a rank, {args.repeats} steps a line, on one core. "
         f"Log-log slopes of the weighted median: {of_samples:.2f} of the samples, "
-        f"{of_batch:.2f} of the global batch ({of_whole:.2f} for the whole batch)."
+        f"{of_batch:.2f} of the global batch ({of_whole:.2f} for the whole batch). By the clock a "
+        "step may be longer than its work by the 4 ms or more for which the system gives the core "
+        "to another process; CPU times leave that out."
     )
     report.publish("order", "Order: a process's own rows of a step", rows, args, notes)
 
@@ -88,30 +90,35 @@ def measured(source_size: int, batch: int, repeats: int) -> dict[str, Any]:
 
     # Of a rank in the middle.
     own_rows = range(batch // 2, batch // 2 + ROWS)
-    times = durations(lambda step: weighted.rows(step, batch, own_rows), repeats)
-    epoch_times = durations(lambda step: epochs.rows(step, batch, own_rows), repeats)
-    whole_times = durations(lambda step: weighted.batch(step, batch), 1)
+    times, cpu_times = durations(lambda step: weighted.rows(step, batch, own_rows), repeats)
+    epoch_times, _ = durations(lambda step: epochs.rows(step, batch, own_rows), repeats)
+    whole_times, _ = durations(lambda step: weighted.batch(step, batch), 1)
     return {
         "samples a source": source_size,
         "global batch": batch,
         "weighted, ms (median)": statistics.median(times),
         "weighted, ms (95 %)": float(np.percentile(times, 95)),
+        "weighted, CPU ms (95 %)": float(np.percentile(cpu_times, 95)),
+        "weighted, CPU ms (worst)": max(cpu_times),
         "every sample once, ms (median)": statistics.median(epoch_times),
         "whole batch, ms": whole_times[0],
     }
 
 
-def durations(draw: Callable[[int], Any], repeats: int) -> list[float]:
-    """Milliseconds of `draw` at so many different steps, after a first one."""
+def durations(draw: Callable[[int], Any], repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of `draw` at so many different steps, after a first one: by the clock, in which
+    the core may be another process's, and of this thread's work alone.
+    """
     draw(0)
-    result = []
+    by_clock, of_work = [], []
     for i in range(repeats):
         # Far apart, as of a run that is resumed: the first of a source's epochs costs no less.
         step = 1 + i * 101
-        started = time.perf_counter()
+        started, work_before = time.perf_counter(), time.thread_time()
         draw(step)
-        result.append(1e3 * (time.perf_counter() - started))
-    return result
+        of_work.append(1e3 * (time.thread_time() - work_before))
+        by_clock.append(1e3 * (time.perf_counter() - started))
+    return by_clock, of_work
 
 
 def slope(rows: list[dict[str, Any]], size: str, measure: str) -> float:

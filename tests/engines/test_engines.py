@@ -11,7 +11,8 @@ import torch
 from tests import ranks
 from tests.test_step import assert_close, make_batch, make_training, own_rows
 from vlp import checkpoint
-from vlp.saving import Saver, held
+from vlp.saving import Saver
+from vlp.staging import held
 from vlp.step import train_step
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")

@@ -18,7 +18,10 @@ from vlp.seeds import derive
 
 _ROUNDS = 6
 _GOLDEN_STEP = 0x9E3779B97F4A7C15  # splitmix64's step between two states
-_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64's finaliser
+# Of splitmix64's finaliser, as numpy's numbers: of few elements a conversion would cost as much as
+# the arithmetic.
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFT, _LAST_SHIFT = np.uint64(29), np.uint64(32)
 
 
 def permute(n: int, key: int, i: np.ndarray) -> np.ndarray:
@@ -90,8 +93,11 @@ def _feistel(x: np.ndarray, half: np.ndarray | np.uint64, keys: np.ndarray) -> n
 def _scramble(x: np.ndarray) -> np.ndarray:
     """A hash of uint64 numbers: the finaliser of splitmix64."""
     for multiplier in _MULTIPLIERS:
-        x = (x ^ (x >> np.uint64(29))) * np.uint64(multiplier)
-    return x ^ (x >> np.uint64(32))
+        mixed = x >> _SHIFT
+        mixed ^= x
+        mixed *= multiplier
+        x = mixed
+    return x ^ (x >> _LAST_SHIFT)
 
 
 def uniform(n: int, key: int, i: np.ndarray) -> np.ndarray:

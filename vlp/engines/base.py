@@ -10,6 +10,7 @@
                                              and updates nothing where that is not finite
     engine.tensors()                         what a checkpoint holds, by parameter name: the same
                                              names and whole values for every engine and any W
+    engine.lasts(name)                       whether nothing moves one of them before an update
     engine.state(), engine.load_moments(…)   the same as whole tensors on one rank, and the way back
     engine.average(), engine.follow(…)       a moving average of the model (vlp.teacher)
 
@@ -50,6 +51,7 @@ class Engine(Protocol):
     def update(self, lr: float) -> Tensor: ...
     def forget(self) -> None: ...
     def tensors(self) -> Named: ...
+    def lasts(self, name: str) -> bool: ...
     def state(self, everywhere: bool = False) -> State: ...
     def load_moments(self, moments: Mapping[str, Tensor]) -> None: ...
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module: ...
@@ -67,6 +69,7 @@ def copied(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
+@torch.no_grad()
 def gathered(
     tensors: Iterable[tuple[str, Tensor]], device: torch.device | str = "cpu", keep: bool = True
 ) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class Replicated:
         if compiling.decide(options.compile, self.device):
             compiling.compile_blocks(self.module, options.activation_checkpointing)
         self.wrap(options)
+        self.buffers = {f"model/{name}" for name, _ in self.module.named_buffers()}
 
         # After the wrapping: FSDP2 puts sharded parameters in the place of the whole ones.
         self.optimizer = optim.build(self.module, options.optimizer)
@@ -121,7 +122,9 @@ class Replicated:
 
     def tensors(self) -> Named:
         """What a checkpoint holds of the model and of the optimiser."""
-        for name, value in self.module.state_dict().items():
+        # Without the detached copies that `state_dict` else makes: of sharded tensors they take as
+        # long as copying their values.
+        for name, value in self.module.state_dict(keep_vars=True).items():
             yield f"model/{name}", value
 
         for name, parameter in self.module.named_parameters():
@@ -130,6 +133,12 @@ class Replicated:
             for key, value in optim.named_values(self.optimizer, parameter, self.counters):
                 yield f"optimizer/{key}.{name}", value
 
+    def lasts(self, name: str) -> bool:
+        """Whether one of `tensors` keeps its values until the next `update`: all but the buffers,
+        which a forward pass may move.
+        """
+        return name not in self.buffers
+
     def state(self, everywhere: bool = False) -> State:
         """Whole tensors on the CPU, on the first rank or `everywhere`. Collective."""
         return state_of(self.tensors(), keep=everywhere or dist.is_main())
@@ -137,7 +146,7 @@ class Replicated:
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         named = dict(self.module.named_parameters())
-        optim.restore(self.optimizer, self.optimizer_options, named, moments, _part)
+        optim.restore(self.optimizer, self.optimizer_options, named, moments, part_like)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A frozen copy of the model as `prepare` got it, or with `weights`, for `follow`; every
@@ -198,8 +207,12 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _part(whole: Tensor, like: Tensor) -> Tensor:
+def part_like(whole: Tensor, like: Tensor) -> Tensor:
     """The inverse of `whole`: sharded as `like` is."""
+    if isinstance(whole, DTensor) and isinstance(like, DTensor):
+        return whole.redistribute(like.device_mesh, like.placements)
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
     if isinstance(like, DTensor):
         return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(whole)  # in the order of the parameter's memory

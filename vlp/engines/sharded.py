@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from vlp import config, dist
+from vlp import config, dist, optim
 from vlp.engines.base import gathered
 from vlp.engines.copies import filled, skeleton
+from vlp.engines.own_rows import OwnRows
 from vlp.engines.precision import compute_dtype
-from vlp.engines.replicated import Replicated, local_part
+from vlp.engines.replicated import Replicated, local_part, part_like
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.exact import Scaling
 
@@ -74,6 +75,11 @@ class Sharded(Replicated):
 
         # It runs once a step and micro-batch, without gradient: nothing is worth keeping whole.
         return self.shard(copied, reshard_after_forward=True)
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        named = dict(self.module.named_parameters())
+        own_rows = OwnRows(moments, named)
+        optim.restore(self.optimizer, self.optimizer_options, named, own_rows, part_like)
 
     def micro_batch(self, last: bool) -> AbstractContextManager:
         self.model.set_requires_gradient_sync(last)

@@ -144,6 +144,12 @@ class ZeRO:
                 whole = safe_get_full_optimizer_state(parameter, key)
                 yield f"optimizer/{key}.{name}", whole
 
+    def lasts(self, name: str) -> bool:
+        """Whether one of `tensors` may be read until the next `update`: none, since most are made
+        for the caller, and all of them together would be the whole state.
+        """
+        return False
+
     def forget(self) -> None:
         """Drop the gradients of a rehearsal, which this engine needs none of."""
         self.zero.zero_grad()

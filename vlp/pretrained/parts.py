@@ -192,19 +192,41 @@ class Joined(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.cuts)
 
-    def part(self, cut: Cut, k: int) -> Tensor:
-        """Part k of a tensor, mapped from its file, for a moment: a file that is replaced on a
-        network disk while it is mapped ends the process.
+    def rows_of(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) of a tensor along its first dimension, of which no others are read
+        where the parts are cut along it or not at all.
+        """
+        cut = self.cuts[name]
+        if cut.dim:
+            return self[name][begin:end]
+
+        rows = torch.empty((end - begin, *cut.shape[1:]), dtype=cut.dtype)
+        for k in range(len(cut.files)):
+            first, last = max(begin, int(cut.bounds[k])), min(end, int(cut.bounds[k + 1]))
+            if first < last:
+                start = int(cut.bounds[k])
+                part = self.part(cut, k, first - start, last - start)
+                rows[first - begin : last - begin].copy_(part)
+        return rows
+
+    def part(self, cut: Cut, k: int, first: int = 0, last: int | None = None) -> Tensor:
+        """Part k of a tensor, or its rows [first, last) of a tensor cut along the first dimension:
+        mapped from its file, for a moment. A file that is replaced on a network disk while it is
+        mapped ends the process.
         """
         shape = list(cut.shape)
         if shape:
             shape[cut.dim] = int(cut.bounds[k + 1] - cut.bounds[k])
+        position = int(cut.positions[k])
+        if last is not None:
+            position += first * math.prod(shape[1:]) * cut.dtype.itemsize
+            shape[0] = last - first
         n_bytes = math.prod(shape) * cut.dtype.itemsize
         if not n_bytes:  # nothing can be mapped
             return torch.empty(shape, dtype=cut.dtype)
 
         path = self.folder / self.files[cut.files[k]]
-        mapped = np.memmap(path, np.uint8, "c", int(cut.positions[k]), (n_bytes,))
+        mapped = np.memmap(path, np.uint8, "c", position, (n_bytes,))
         return torch.from_numpy(mapped).view(cut.dtype).view(shape)
 
     def rows(self, name: str, n_samples: int) -> Rows:
@@ -252,6 +274,22 @@ class Rows:
 
         target = rows[j :: n_ranks // common]
         target.copy_(written[i::period][: len(target)])
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read."""
+    if isinstance(tensors, Joined):
+        return tensors.cuts[name].shape
+    return tuple(tensors[name].shape)
+
+
+def rows_of(tensors: Mapping[str, Tensor], name: str, begin: int, end: int) -> Tensor:
+    """A copy of the rows [begin, end) of a tensor along its first dimension; of one that is mapped
+    from files, or lies in parts, no others are read.
+    """
+    if isinstance(tensors, Joined):
+        return tensors.rows_of(name, begin, end)
+    return tensors[name][begin:end].clone()
 
 
 def whole_tables(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
