@@ -79,7 +79,7 @@ def train_step(
     micro_batches = on_device.split(training.micro_batches)
     if engine.rehearses:
         rehearse(training, micro_batches[0])
-    outputs = first_pass(training, micro_batches)
+    outputs, texts_begun = first_pass(training, micro_batches)
 
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.
     leaves = {name: leaf(name, outputs, training) for name in outputs[0]}
@@ -90,7 +90,7 @@ def train_step(
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms, new_states = training.objective.evaluate(
-        **as_terms_read(leaves | constant | of_judge), step=step
+        **as_terms_read(leaves | constant | of_judge), step=step, texts_begun=texts_begun
     )
     gradients = gradients_of(total, leaves)
 
