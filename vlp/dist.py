@@ -27,6 +27,7 @@ from torch import Tensor
 from vlp import log
 from vlp.groups import (
     Group,
+    apart,
     group_of,
     initialised,
     is_main,
@@ -44,10 +45,10 @@ from vlp.groups import (
 ROUNDED_UP_TO = 8
 
 __all__ = [
-    "Gathering", "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "await_all", "barrier",
-    "broadcast_object", "control_handle", "exchange_rows", "first_order", "gather_objects",
-    "group_of", "initialised", "is_main", "local_rank", "local_world_size", "rank",
-    "reduce_scatter", "set_control", "split", "to_first", "within", "world", "world_size",
+    "Gathering", "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "apart", "await_all",
+    "barrier", "broadcast_object", "control_handle", "exchange_rows", "first_order",
+    "gather_objects", "group_of", "initialised", "is_main", "local_rank", "local_world_size",
+    "rank", "reduce_scatter", "set_control", "split", "to_first", "within", "world", "world_size",
 ]  # fmt: skip
 
 _SAY_EVERY_S = 60  # between the lines of a rank that waits

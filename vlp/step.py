@@ -92,6 +92,7 @@ def train_step(
     total, terms, new_states = training.objective.evaluate(
         **as_terms_read(leaves | constant | of_judge), step=step, texts_begun=texts_begun
     )
+    del texts_begun  # the texts of all ranks: backward through the towers needs their memory
     gradients = gradients_of(total, leaves)
 
     # A NaN on any rank makes all gradients NaN, and the update is left out for it.

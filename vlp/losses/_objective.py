@@ -94,10 +94,11 @@ class Objective:
 
     def gathers_texts_in(self, step: int) -> dist.Group | None:
         """The ranks that will gather this rank's texts, as they are, at this step, by what the step
-        before it did; None: nobody, as far as is known. Whoever has the texts early may begin.
+        before it did, alike on all ranks; None: nobody, as far as is known. Whoever has the texts
+        early may begin.
         """
         as_they_are = self._gathers_texts and not self.normalize
-        return self.backend.group(step) if as_they_are else None
+        return self.backend.group_of_texts(step) if as_they_are else None
 
     # A call
 

@@ -477,7 +477,8 @@ class DualEncoder(nn.Module):
         # A locked trunk's batch norms and dropouts stay as they are.
         for module in self._locked:
             module.eval()
-        self._draws.forget()
+        # Another mode draws other numbers. Anew: a copy for evaluation may share the old one.
+        self._draws = Draws()
         return self
 
     def example(self, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,6 @@ class Draws:
         yield
         self._by_side[side] = _random_state(device) != before
 
-    def forget(self) -> None:
-        """The model is in another mode: look again."""
-        self._by_side.clear()
-
 
 def _random_state(device: torch.device) -> list[bytes]:
     states = [torch.get_rng_state()]

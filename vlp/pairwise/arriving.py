@@ -38,6 +38,9 @@ class Arriving:
         return dist.all_gather(values, group, self.begun)
 
     def settle(self) -> None:
-        """Wait for what nobody asked for: no exchange outlives its step."""
+        """Wait for what nobody asked for, and let go of the rows of all ranks, which only their
+        readers hold from here on.
+        """
         if self.begun is not None:
             self.begun.wait()
+        self.begun = None
