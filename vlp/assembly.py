@@ -154,7 +154,7 @@ def begin(run: Run, segment: Segment, source: Path | None) -> Part:
         loader.enter(segment.batches, model.image_spec, segment.text_spec(model))
         segment.say(model)
 
-    objective = build_objective(config, loader, plan)
+    objective = build_objective(config, loader, plan, engine)
     check_objective(config, objective, loader, model)
     later = run.segments[segment.number :]
     check_candidates(later, objective)
@@ -282,7 +282,7 @@ def open_validation(
     return validator
 
 
-def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Objective:
+def build_objective(config: Config, loader: Loader, plan: Plan, engine: Engine) -> losses.Objective:
     """The objective, with what only the run knows: its samples and steps."""
     return losses.build(
         config.objective,
@@ -290,6 +290,7 @@ def build_objective(config: Config, loader: Loader, plan: Plan) -> losses.Object
         seed=config.seed,
         samples=loader.n_samples,
         steps=plan.total,
+        texts_apart=engines.shards_model(engine),
     )
 
 

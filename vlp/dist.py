@@ -27,6 +27,7 @@ from torch import Tensor
 from vlp import log
 from vlp.groups import (
     Group,
+    apart,
     group_of,
     initialised,
     is_main,
@@ -44,10 +45,10 @@ from vlp.groups import (
 ROUNDED_UP_TO = 8
 
 __all__ = [
-    "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "await_all", "barrier",
-    "broadcast_object", "control_handle", "exchange_rows", "first_order", "gather_objects",
-    "group_of", "initialised", "is_main", "local_rank", "local_world_size", "rank",
-    "reduce_scatter", "set_control", "split", "to_first", "within", "world", "world_size",
+    "Gathering", "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "apart", "await_all",
+    "barrier", "broadcast_object", "control_handle", "exchange_rows", "first_order",
+    "gather_objects", "group_of", "initialised", "is_main", "local_rank", "local_world_size",
+    "rank", "reduce_scatter", "set_control", "split", "to_first", "within", "world", "world_size",
 ]  # fmt: skip
 
 _SAY_EVERY_S = 60  # between the lines of a rank that waits
@@ -151,9 +152,12 @@ def to_first(value: Tensor, group: Group) -> list[Tensor]:
 # Tensors, with gradients
 
 
-def all_gather(value: Tensor, group: Group) -> Tensor:
-    """[b, ...] of each rank -> [g·b, ...] in group order. Gradient: reduce-scatter with SUM."""
-    return value if group.size == 1 else _AllGather.apply(value, group)
+def all_gather(value: Tensor, group: Group, begun: Gathering | None = None) -> Tensor:
+    """[b, ...] of each rank -> [g·b, ...] in group order. Gradient: reduce-scatter with SUM.
+
+    begun: the exchange of `value` in this group, where it is under way or over.
+    """
+    return value if group.size == 1 else _AllGather.apply(value, group, begun)
 
 
 def reduce_scatter(value: Tensor, group: Group) -> Tensor:
@@ -196,6 +200,35 @@ def exchange_rows(value: Tensor, send: list[int], receive: list[int], group: Gro
     return arrived.view(value.dtype)
 
 
+class Gathering:
+    """[b, ...] of each rank on its way to [g·b, ...] in group order, while this rank computes.
+
+    Every rank of the group begins it at the same place among its exchanges. Not differentiable:
+    `all_gather` takes it over, and has the gradient.
+    """
+
+    def __init__(self, value: Tensor, group: Group) -> None:
+        self.sent = value.detach().contiguous()  # held until the transfer is over
+        n_rows = group.size * self.sent.shape[0]
+        self.received = self.sent.new_empty(n_rows, *self.sent.shape[1:])
+
+        if group.point_to_point:
+            parts = self.received.chunk(group.size)
+            self.works = _swapping([self.sent] * group.size, parts, group)
+            return
+        work = torch_dist.all_gather_into_tensor(
+            self.received, self.sent, group=group.handle, async_op=True
+        )
+        self.works = [work]
+
+    def wait(self) -> Tensor:
+        """The rows of all ranks, which nobody may change in place."""
+        for work in self.works:
+            work.wait()
+        self.works = []
+        return self.received
+
+
 class Shift:
     """Tensors on their way to the next rank of a ring, while this rank computes.
 
@@ -230,13 +263,7 @@ class Shift:
 
 
 def _gather(value: Tensor, group: Group) -> Tensor:
-    value = value.contiguous()
-    result = value.new_empty(group.size * value.shape[0], *value.shape[1:])
-    if group.point_to_point:
-        _swap([value] * group.size, result.chunk(group.size), group)
-    else:
-        torch_dist.all_gather_into_tensor(result, value, group=group.handle)
-    return result
+    return Gathering(value, group).wait()
 
 
 def _scatter_sum(value: Tensor, group: Group) -> Tensor:
@@ -275,6 +302,14 @@ def _exchange(value: Tensor, group: Group) -> Tensor:
 
 def _swap(outgoing: Sequence[Tensor], arriving: Sequence[Tensor], group: Group) -> None:
     """Send block k to member k, and let its block for this rank arrive in `arriving[k]`."""
+    for work in _swapping(outgoing, arriving, group):
+        work.wait()
+
+
+def _swapping(
+    outgoing: Sequence[Tensor], arriving: Sequence[Tensor], group: Group
+) -> list[torch_dist.Work]:
+    """`_swap` under way: what is still to be waited for."""
     operations = []
     for member, sent, received in zip(group.ranks, outgoing, arriving):
         if member == rank():
@@ -287,9 +322,7 @@ def _swap(outgoing: Sequence[Tensor], arriving: Sequence[Tensor], group: Group) 
             operations.append(torch_dist.P2POp(torch_dist.irecv, received, member, group.handle))
 
     # In one batch, so that no pair of ranks waits for another's turn.
-    works = torch_dist.batch_isend_irecv(operations) if operations else []
-    for work in works:
-        work.wait()
+    return torch_dist.batch_isend_irecv(operations) if operations else []
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,14 +349,17 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: Group, begun: Gathering | None) -> Tensor:
         ctx.group = group
-        return _gather(value, group)
+        if begun is None:
+            return _gather(value, group)
+        # A tensor of its own for each that takes it over: autograd marks it as this call's.
+        return begun.wait().detach()
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum(gradient, ctx.group), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _scatter_sum(gradient, ctx.group), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

@@ -110,6 +110,15 @@ def split(partition: Sequence[Sequence[int]]) -> Group:
     return joined
 
 
+def apart() -> Group:
+    """All ranks, with a communicator of their own: what travels over it does not queue behind other
+    exchanges of the world. Collective, as `split` is.
+    """
+    if world_size() == 1:
+        return world()
+    return Group(world().ranks, torch_dist.new_group())
+
+
 def within(parent: Group, positions: Sequence[int]) -> Group:
     """The ranks at these positions of `parent`, which use the parent's communicator.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,18 +21,42 @@ from vlp.training import Training
 from vlp.types import Batch
 
 
-def first_pass(training: Training, micro_batches: list[Batch]) -> list[dict[str, Tensor]]:
+def first_pass(
+    training: Training, micro_batches: list[Batch]
+) -> tuple[list[dict[str, Tensor]], dist.Gathering | None]:
     """`embed` of every micro-batch: without activations, but for the last one, whose backward then
-    needs no second forward.
+    needs no second forward; and the exchange of all texts, begun before the last pictures pass,
+    where the objective is known to gather them.
     """
     kept = len(micro_batches) - 1
-    outputs = []
+    outputs: list[dict[str, Tensor]] = []
+    texts = TextGathering(training, outputs)
     for i, part in enumerate(micro_batches):
         # Ranks exchange gradients at the end of the second pass, which is here only if there is
         # none. DDP decides that in the forward.
         with torch.set_grad_enabled(i == kept), training.engine.micro_batch(last=kept == 0):
-            outputs.append(embed(training, part, i))
-    return outputs
+            outputs.append(embed(training, part, i, texts.begin if i == kept else None))
+    return outputs, texts.begun
+
+
+class TextGathering:
+    """The exchange of a step's texts, begun when the last of them are embedded."""
+
+    def __init__(self, training: Training, outputs: list[dict[str, Tensor]]) -> None:
+        """`outputs`: of the micro-batches before the last one, at the latest when that begins."""
+        self._training, self._outputs = training, outputs
+        self._group = training.objective.gathers_texts_in(training.step)
+        self.begun: dist.Gathering | None = None
+
+    @property
+    def begin(self) -> Callable[[Tensor], None] | None:
+        """To be called with the texts of the last micro-batch, [rows, D]; None: nobody gathers."""
+        return None if self._group is None else self._begin
+
+    def _begin(self, last: Tensor) -> None:
+        assert self._group is not None
+        parts = [*(output["text"] for output in self._outputs), last]
+        self.begun = dist.Gathering(rows_of("text", parts, self._training), self._group)
 
 
 def rehearse(training: Training, part: Batch) -> None:
@@ -51,23 +75,33 @@ def rehearse(training: Training, part: Batch) -> None:
     statistics.put_back_unless(torch.zeros((), dtype=torch.bool, device=training.engine.device))
 
 
-def embed(training: Training, part: Batch, index: int) -> dict[str, Tensor]:
+def embed(
+    training: Training,
+    part: Batch,
+    index: int,
+    on_text: Callable[[Tensor], None] | None = None,
+) -> dict[str, Tensor]:
     """Everything the objective needs of micro-batch `index`, through the wrapped model in one call.
 
     Returns "image" and "text" [rows, D], further fields [rows, …, D], "scale" and (if the model has
     one) "bias" []. Dropout and patch drop are derived from (seed, step, micro-batch, rank), so that
-    a second call repeats the first.
+    a second call repeats the first. on_text: as in `vlp.models.embedding.embed`.
     """
     torch.manual_seed(derive(training.seed, "model", training.step, index, dist.rank()))
-    return embed_by(training, training.engine.model, part)
+    return embed_by(training, training.engine.model, part, on_text)
 
 
-def embed_by(training: Training, model: nn.Module, part: Batch) -> dict[str, Tensor]:
+def embed_by(
+    training: Training,
+    model: nn.Module,
+    part: Batch,
+    on_text: Callable[[Tensor], None] | None = None,
+) -> dict[str, Tensor]:
     """`embed` by any model of the run, in the arithmetic of the towers."""
     # Precomputed: the batch's embeddings stand for the image tower.
     stored = {"image": part.teacher_image} if training.precomputed else {}
     with _arithmetic(training), attention(training):
-        return stored | embedding.embed(model, part, _wanted(training, part))
+        return stored | embedding.embed(model, part, _wanted(training, part), on_text)
 
 
 def passed(training: Training, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -187,8 +221,13 @@ def leaf(name: str, outputs: list[dict[str, Tensor]], training: Training) -> Ten
     if parts[0].ndim == 0:
         return parts[0].detach().clone().requires_grad_()
 
+    return rows_of(name, parts, training).requires_grad_()
+
+
+def rows_of(name: str, parts: list[Tensor], training: Training) -> Tensor:
+    """Field `name` of all micro-batches as the objective reads it, without gradient."""
     rows = joined([part.detach() for part in parts])
-    return _for_pairs(name, rows, training).requires_grad_()
+    return _for_pairs(name, rows, training)
 
 
 def _for_pairs(name: str, rows: Tensor, training: Training) -> Tensor:

@@ -79,7 +79,7 @@ def train_step(
     micro_batches = on_device.split(training.micro_batches)
     if engine.rehearses:
         rehearse(training, micro_batches[0])
-    outputs = first_pass(training, micro_batches)
+    outputs, texts_begun = first_pass(training, micro_batches)
 
     # 2. One objective over all rows of the step. Its leaves cut the graph: the towers wait.
     leaves = {name: leaf(name, outputs, training) for name in outputs[0]}
@@ -90,8 +90,9 @@ def train_step(
     # Seeded anew: how often the towers drew depends on the number of micro-batches.
     torch.manual_seed(derive(training.seed, "objective", step, dist.rank()))
     total, terms, new_states = training.objective.evaluate(
-        **as_terms_read(leaves | constant | of_judge), step=step
+        **as_terms_read(leaves | constant | of_judge), step=step, texts_begun=texts_begun
     )
+    del texts_begun  # the texts of all ranks: backward through the towers needs their memory
     gradients = gradients_of(total, leaves)
 
     # A NaN on any rank makes all gradients NaN, and the update is left out for it.

@@ -84,6 +84,9 @@ def test_a_step_adds_one_all_reduce_of_scalars_and_the_gradients(by_rank):
     expected: Counter[Call] = Counter()
     for work in rows_of_step:
         expected += modelled("global", work)
+    # Both terms read the texts that are gathered once; each has a gradient in them.
+    texts, *_ = comm.exchanges_of("global", N_RANKS, rows_of_step[0])
+    expected -= calls([texts])
     expected += calls([comm_model.verdict(N_RANKS, n_numbers=2)])
 
     n_compared = 0
@@ -144,6 +147,18 @@ def test_a_ring_waits_for_what_its_tiles_do_not_hide():
     assert 1000 * slow == pytest.approx(15 * 22 + 15 * 26 + 24)
     fast = comm_time.ring_waits_ms(MACHINE, exchanges, 100.0, 16)
     assert 1000 * fast == pytest.approx(24)
+
+
+@pytest.mark.parametrize("forward_ms, exposed_us", [(0.0, 105), (0.1, 5), (9.0, 0)])
+def test_a_step_waits_for_what_the_image_tower_does_not_hide_of_the_texts(forward_ms, exposed_us):
+    # 7 hops inside and 7 of 8 MB; the texts' gradient, in as many bytes, is not hidden.
+    gather = Exchange("texts", Call("all_gather", 8_000_000, 8))
+    scatter = Exchange("texts' gradient", Call("reduce_scatter", 8_000_000, 8))
+    step = comm_time.Step(Work(rows=6, dim=10), 1000, 1, 50.0, forward_ms, pairs_tflops=1.0)
+
+    row = comm_time.simulate(MACHINE, step, [gather, scatter], n_ranks=8, g=8)
+    assert 1000 * row["loss waits ms"] == pytest.approx(exposed_us + 105)
+    assert 1000 * row["hidden ms"] == pytest.approx(105 - exposed_us)
 
 
 # The command

@@ -48,6 +48,7 @@ def build(
     samples: int | None = None,
     steps: int | None = None,
     normalize: bool = False,
+    texts_apart: bool = False,
 ) -> Objective:
     """The callable objective of a configuration's `objective:` section, {name: options, …}.
 
@@ -58,7 +59,7 @@ def build(
     embeddings). seed: of alternating groups and of what terms draw. samples, steps: of the run, for
     terms that keep numbers of each sample, or follow a schedule, and whose options leave them open.
     normalize: divide the rows of all embeddings by their norm; without it, rows that are not unit
-    are refused.
+    are refused. texts_apart: see `vlp.pairwise.Backend`.
 
     Raises ConfigError (a ValueError) naming every problem of the mapping, ValueError for a topology
     that does not fit the ranks or an impl that this machine cannot run.
@@ -77,5 +78,6 @@ def build(
         impl=impl,
         memory_budget=memory_budget,
         seed=seed,
+        texts_apart=texts_apart,
     )
     return Objective(terms, backend, normalize)

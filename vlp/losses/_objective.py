@@ -38,6 +38,7 @@ from vlp.losses._inputs import KEYWORDS, Inputs
 from vlp.losses._table import Table, Write
 from vlp.losses._terms import keeps_state, leaves, needs, reads, state_of, value_of
 from vlp.pairwise import Backend, Pairs, reduction
+from vlp.pairwise.arriving import Arriving
 from vlp.plugin import Plugin
 from vlp.schema import did_you_mean
 
@@ -81,6 +82,8 @@ class Objective:
                     value.place(backend.ranks)
 
         self._shapes: dict[str, tuple[int, ...]] | None = None  # of the first call
+        # Whether the last step's terms gathered the texts, which no plugin declares.
+        self._gathers_texts = False
 
     def candidates(self, n_rows: int) -> int:
         """n = g·b: how many columns a row of this rank is compared with.
@@ -88,6 +91,14 @@ class Objective:
         Uninformative scores give log n.
         """
         return self.backend.group_size * n_rows
+
+    def gathers_texts_in(self, step: int) -> dist.Group | None:
+        """The ranks that will gather this rank's texts, as they are, at this step, by what the step
+        before it did, alike on all ranks; None: nobody, as far as is known. Whoever has the texts
+        early may begin.
+        """
+        as_they_are = self._gathers_texts and not self.normalize
+        return self.backend.group_of_texts(step) if as_they_are else None
 
     # A call
 
@@ -98,21 +109,26 @@ class Objective:
             self.commit(new_states, dist.all_reduce(bad, self.backend.ranks) == 0)
         return total, terms
 
-    def evaluate(self, **keywords: Any) -> tuple[Tensor, dict[str, Tensor], NewStates]:
+    def evaluate(
+        self, *, texts_begun: dist.Gathering | None = None, **keywords: Any
+    ) -> tuple[Tensor, dict[str, Tensor], NewStates]:
         """(total, terms, new_states): as a call, but the state stays.
 
-        `commit` takes the new states, once the step is known to count.
+        `commit` takes the new states, once the step is known to count. texts_begun: the exchange of
+        `text` among `gathers_texts_in(step)`, where it is under way.
         """
         inputs = self._inputs(keywords)
         self._check(inputs)
         pairs = Pairs.at(self.backend, inputs.step)
-        return evaluated(partial(self._evaluate, pairs), inputs)
+        return evaluated(partial(self._evaluate, pairs, texts_begun), inputs)
 
     def _evaluate(
-        self, pairs: Pairs, inputs: Inputs
+        self, pairs: Pairs, texts_begun: dist.Gathering | None, inputs: Inputs
     ) -> tuple[Tensor, dict[str, Tensor], NewStates]:
         inputs = inputs.prepared(self.normalize)
         counts = inputs.step is not None and torch.is_grad_enabled()
+        texts = Arriving(inputs.text, pairs.group, texts_begun)
+        pairs = replace(pairs, texts=texts)
 
         # float32 at least: a total of half precision would lose its small terms.
         dtype = torch.float64 if inputs.image.dtype == torch.float64 else torch.float32
@@ -127,6 +143,10 @@ class Objective:
             for name, share in pairs_of_term.noted.items():
                 terms[f"{plugin.label}.{name}"] = share.to(dtype)
             total = total + plugin.common.weight_at(inputs.step) * value
+
+        texts.settle()
+        if counts:
+            self._gathers_texts = texts.is_asked_for
         return total, terms, new_states
 
     # State

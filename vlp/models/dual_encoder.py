@@ -7,6 +7,7 @@ an open_clip model by a fixed rule (`open_clip_state_dict`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,7 @@ from vlp.models.lengths import Cut
 from vlp.models.multimodal import Prompts
 from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
+from vlp.models.tower_order import Draws, after_texts
 from vlp.models.trunk_features import Passed
 from vlp.pretrained import adapters, projections
 from vlp.schema import plain
@@ -87,6 +89,7 @@ class DualEncoder(nn.Module):
         self._locked: list[nn.Module] = []
         self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
         self._batch_norms = batch_norms(self.visual)
+        self._draws = Draws()
 
         # How texts pass their tower (vlp.models.lengths). A tower of shards gathers its weights
         # for every part, a compiled one wants few shapes.
@@ -123,6 +126,7 @@ class DualEncoder(nn.Module):
         modalities: Tensor | None = None,
         modality_lengths: Tensor | None = None,
         prompts: Prompts | None = None,
+        on_text: Callable[[Tensor], None] | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views, and
@@ -132,30 +136,32 @@ class DualEncoder(nn.Module):
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
         these as well. `sentences` names the rows of texts that the head for regions reads.
+
+        on_text: called with the embeddings of the texts [rows, D], without gradient, as soon as
+        they are there: before the images pass, unless that would change random numbers.
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
         image_tokens = text_tokens = None
         rows_of_images, rows_of_texts = (_of_side(side, token_rows) for side in ("image", "text"))
+        pass_texts = partial(self._pass_texts, views=text_views, token_rows=rows_of_texts, cut=cut)
 
-        # The towers, each once: views follow the other rows.
+        # The towers, each once. Whoever waits for the texts has them first.
+        texts_first = on_text is not None and self._draws.allow_texts_first
+        if text is not None and texts_first:
+            features, text_tokens = pass_texts(text, outputs, on_text)
         if image is not None:
             wants_tokens = bool(rows_of_images) or sentences is not None
-            passed = self._image(_joined(image, image_views), wants_tokens, prompts)
-            image_tokens = passed.tokens
-            outputs |= self._embeddings("image", passed.features, image.shape[0])
-            outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
-            if pairs and self.heads.concepts is not None:
-                read = passed.features if passed.trunk is None else passed.trunk
-                outputs["concept_logits"] = self.heads.concepts(read[:pairs])
-            if pairs and self.heads.concentration is not None:
-                certainty = self.heads.concentration("image", passed.features[:pairs])
-                outputs["image_concentration"] = certainty
+            with self._draws.watched("image", image.device, self.training):
+                passed = self._image(_joined(image, image_views), wants_tokens, prompts)
+                passed = after_texts(passed) if texts_first else passed
+                image_tokens = passed.tokens
+                outputs |= self._embeddings("image", passed.features, image.shape[0])
+                outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
+                outputs |= self._image_heads(passed, pairs)
         if text is not None:
-            texts = _joined(text, text_views)
-            features, text_tokens = self._text(texts, cut, bool(rows_of_texts))
-            outputs |= self._embeddings("text", features, text.shape[0])
-            outputs |= self._tokens(self.text, text_tokens, rows_of_texts)
+            if not texts_first:
+                features, text_tokens = pass_texts(text, outputs, on_text)
             if self.heads.regions is not None and sentences is not None:
                 assert image_tokens is not None, "the head for regions needs pictures"
                 patches = tokens.project(self.visual, image_tokens[:pairs])
@@ -199,6 +205,40 @@ class DualEncoder(nn.Module):
         if others is not None:
             rows |= dict(zip(self.modality_shapes, others.unbind(1), strict=True))
         return rows
+
+    def _pass_texts(
+        self,
+        text: Tensor,
+        outputs: dict[str, Tensor | None],
+        on_text: Callable[[Tensor], None] | None,
+        *,
+        views: Tensor | None,
+        token_rows: dict[str, tuple[int, int]],
+        cut: Cut | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The features and tokens of texts and their views, which follow the other rows; adds their
+        embeddings to `outputs`.
+        """
+        with self._draws.watched("text", text.device, self.training):
+            features, of_places = self._text(_joined(text, views), cut, bool(token_rows))
+            outputs |= self._embeddings("text", features, text.shape[0])
+            outputs |= self._tokens(self.text, of_places, token_rows)
+
+        embeddings = outputs["text"]
+        if on_text is not None and embeddings is not None:
+            on_text(embeddings.detach())
+        return features, of_places
+
+    def _image_heads(self, passed: Passed, pairs: int) -> dict[str, Tensor]:
+        """What heads make of the first `pairs` images alone."""
+        outputs = {}
+        if pairs and self.heads.concepts is not None:
+            read = passed.features if passed.trunk is None else passed.trunk
+            outputs["concept_logits"] = self.heads.concepts(read[:pairs])
+        if pairs and self.heads.concentration is not None:
+            certainty = self.heads.concentration("image", passed.features[:pairs])
+            outputs["image_concentration"] = certainty
+        return outputs
 
     def _caption_nll(
         self,
@@ -464,6 +504,8 @@ class DualEncoder(nn.Module):
         # A locked trunk's batch norms and dropouts stay as they are.
         for module in self._locked:
             module.eval()
+        # Another mode draws other numbers. Anew: a copy for evaluation may share the old one.
+        self._draws = Draws()
         return self
 
     def example(self, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:

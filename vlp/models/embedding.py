@@ -5,7 +5,7 @@ a tower become unit rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +30,12 @@ _QUERIES = replace(EMBEDDED["image"], tower="text", batch_shape="b L", dtype="in
 NUMBERS = ("scale", "bias", "view_scale", "interactive_scale", "region_scale")
 
 
-def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+def embed(
+    model: nn.Module,
+    batch: Batch,
+    wanted: Collection[str],
+    on_text: Callable[[Tensor], None] | None = None,
+) -> dict[str, Tensor]:
     """Embed the wanted fields of a batch by one call of `model`: a DualEncoder or what an engine
     wrapped around one.
 
@@ -38,6 +43,9 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     [b, …, P, D], the outputs of the heads for pairs where any is wanted, [b, …], and the NUMBERS as
     far as the model has them, []. Rows that their mask leaves out do not pass the tower; their
     embeddings are zeros.
+
+    on_text: called with "text" [b, D], without gradient, as soon as it is there
+    (`DualEncoder.forward`); "text" must be wanted.
     """
     fields = _fields(batch, wanted)
     pictures, texts = (_taking_part(batch, fields, tower) for tower in ("image", "text"))
@@ -49,6 +57,10 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
     token_rows = _token_rows((pictures, texts), wanted)
     tokens = {"token_rows": token_rows} if token_rows else {}
 
+    announced = {}
+    if on_text is not None:
+        announced = {"on_text": lambda rows: on_text(_apart(rows, texts)["text"])}
+
     # One call: an engine exchanges gradients once a call, and a tower is fastest with all its rows.
     features = model(
         _joined(pictures),
@@ -59,6 +71,7 @@ def embed(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, 
         **_sentences(texts, batch, wanted),
         **_further(batch, wanted),
         **_cut(model, batch, texts, views, batch.text.device),
+        **announced,
     )
 
     # Apart again, each in the shape of its field.

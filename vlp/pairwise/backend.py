@@ -23,6 +23,8 @@ class Backend:
     topology: which ranks share candidates. impl: `dense` (reference), `tiled` (any device),
     `triton` (CUDA), `auto`. memory_budget: bytes for score tiles kept from forward, which then need
     no recomputation; None: twice the candidates' embeddings, so that memory stays O(n·D).
+    texts_apart: texts that travel while a tower computes get a communicator of their own where they
+    would share the world's; for models whose weights travel there at the same time.
 
     Collective over all ranks of the run: groups get their communicators here, and none later.
     Raises ValueError, naming what is valid, for a group size that does not divide the ranks, an
@@ -35,8 +37,10 @@ class Backend:
     memory_budget: int | None = None
     tile_size: int = 0  # 0: the device's default
     seed: int = 0  # of alternating groups
+    texts_apart: bool = False
     # the group of a fixed layout, by its partition: kept, so that a copy makes no new one
     _fixed: dict[Partition, dist.Group] = field(default_factory=dict, repr=False, compare=False)
+    _apart: list[dist.Group] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLEMENTATIONS:
@@ -47,6 +51,12 @@ class Backend:
             _triton_or_explain()
         self.topology.group_size(self.ranks.size)
         self._make_group()
+
+        # A ring gathers nothing, and smaller groups are apart already or have no communicator.
+        gathers = self.topology.exchange == "gather" and self.group_size > 1
+        of_world = self.group().ranks == dist.world().ranks
+        if self.texts_apart and gathers and of_world:
+            self._apart.append(dist.apart())
 
     @property
     def group_size(self) -> int:
@@ -61,6 +71,10 @@ class Backend:
             return self._fixed[partition]
         positions = next(members for members in partition if self.ranks.index in members)
         return dist.within(self.ranks, positions)
+
+    def group_of_texts(self, step: int = 0) -> dist.Group:
+        """The same ranks, for texts that travel while a tower computes."""
+        return self._apart[0] if self._apart else self.group(step)
 
     def _make_group(self) -> None:
         """Make the communicators of a fixed layout, on all ranks at once.

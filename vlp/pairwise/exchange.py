@@ -17,6 +17,7 @@ the same statistics in O(b·D) memory instead of O(n·D).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,13 @@ from vlp.pairwise.reduction import SUM, Block, Reduction, logsumexp
 from vlp.pairwise.ring import Ring
 from vlp.pairwise.tiled import Kept
 
+# How tensors of this rank's columns become those of the group.
+Gather = Callable[[Tensor, dist.Group], Tensor]
 
-def reduce(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
+
+def reduce(
+    reduction: Reduction, block: Block, execution: Execution, gather: Gather = dist.all_gather
+) -> tuple[Tensor, ...]:
     """Statistics of this rank's rows [b], then of its own columns [b], over the whole group.
 
     `block` holds this rank's rows and its own columns; `block.offset` is 0 where the pair of row i
@@ -43,7 +49,7 @@ def reduce(reduction: Reduction, block: Block, execution: Execution) -> tuple[Te
     if execution.ring and group.size > 1:
         statistics = Ring.apply(reduction, block, execution, *block.tensors)
     else:
-        statistics = _gathered(reduction, block, execution)
+        statistics = _gathered(reduction, block, execution, gather)
 
     # Rows are complete; columns have met this rank's rows only.
     rows, partial_columns = statistics[:n_row_kinds], statistics[n_row_kinds:]
@@ -54,7 +60,9 @@ def reduce(reduction: Reduction, block: Block, execution: Execution) -> tuple[Te
     return (*rows, *columns)
 
 
-def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple[Tensor, ...]:
+def _gathered(
+    reduction: Reduction, block: Block, execution: Execution, gather: Gather
+) -> tuple[Tensor, ...]:
     """Row statistics [b] and partial column statistics [n] against the gathered columns."""
     group = execution.group
 
@@ -66,8 +74,8 @@ def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple
     # From here on the block is against the columns of all the group.
     whole = replace(
         block,
-        right=_gather_once(block.right, group),
-        column_values=_gather_once(block.column_values, group),
+        right=_gather_once(block.right, group, gather),
+        column_values=_gather_once(block.column_values, group, gather),
         offset=offset,
     )
     # Autograd finds its own way through the dense reference.
@@ -76,10 +84,12 @@ def _gathered(reduction: Reduction, block: Block, execution: Execution) -> tuple
     return _Local.apply(reduction, whole, execution, *whole.tensors)
 
 
-def _gather_once(tensors: tuple[Tensor, ...], group: dist.Group) -> tuple[Tensor, ...]:
+def _gather_once(
+    tensors: tuple[Tensor, ...], group: dist.Group, gather: Gather
+) -> tuple[Tensor, ...]:
     """Gather each distinct tensor once, however often it appears."""
     distinct = {id(tensor): tensor for tensor in tensors}
-    gathered = {key: dist.all_gather(tensor, group) for key, tensor in distinct.items()}
+    gathered = {key: gather(tensor, group) for key, tensor in distinct.items()}
     return tuple(gathered[id(tensor)] for tensor in tensors)
 
 

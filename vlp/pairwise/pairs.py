@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlp import dist
 from vlp.pairwise import exchange, tiled
+from vlp.pairwise.arriving import Arriving
 from vlp.pairwise.backend import Backend
 from vlp.pairwise.products import in_students_dtype
 from vlp.pairwise.reduction import (
@@ -45,6 +46,8 @@ class Pairs:
     group: dist.Group
     # what a term has to say beside its value, by name (see `note`)
     noted: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    # the texts, whose exchange may be under way; None: what is asked for is exchanged then
+    texts: Arriving | None = field(default=None, compare=False)
 
     @classmethod
     def at(cls, backend: Backend, step: int | None = None) -> Pairs:
@@ -86,7 +89,8 @@ class Pairs:
 
         offset = 0 if paired else None
         block = Block(left, right, tuple(row_values), tuple(column_values), tuple(shared), offset)
-        return exchange.reduce(reduction, block, self.backend.execution(self.group, block))
+        execution = self.backend.execution(self.group, block)
+        return exchange.reduce(reduction, block, execution, self._gather)
 
     def logsumexp(
         self,
@@ -205,7 +209,7 @@ class Pairs:
 
     def _hardest(self, left: Tensor, right: Tensor, k: int, paired: bool) -> tuple[Tensor, Tensor]:
         # The columns are needed whole: their positions are over the group.
-        gathered = dist.all_gather(right, self.group)
+        gathered = self._gather(right, self.group)
         remaining = len(gathered) - int(paired)
         if k > remaining:
             raise ValueError(
@@ -238,7 +242,7 @@ class Pairs:
         offset = self.group.index * right[0].shape[0] if paired else None
         block = Block(
             left,
-            tuple(dist.all_gather(columns, self.group) for columns in right),
+            tuple(self._gather(columns, self.group) for columns in right),
             tuple(row_values),
             tuple(dist.all_gather(values, self.group) for values in column_values),
             offset=offset,
@@ -290,7 +294,12 @@ class Pairs:
 
         What ranks ask of a row in their backward is summed.
         """
-        return dist.all_gather(values, self.group)
+        return self._gather(values, self.group)
+
+    def _gather(self, values: Tensor, group: dist.Group) -> Tensor:
+        if self.texts is None:
+            return dist.all_gather(values, group)
+        return self.texts.gather(values, group)
 
     def sum_over_group(self, values: Tensor) -> Tensor:
         """Elementwise sum of `values` over the ranks of the group, whole on each of them."""
