@@ -36,8 +36,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.benchmarks import evidence_data, report
-from tests.benchmarks.evidence_arms import FIRST_SHARDS, MINER, Table
-from tests.benchmarks.evidence_families import ARMS, TABLES
+from tests.benchmarks.evidence_arms import MINER, Table
+from tests.benchmarks.evidence_data import FIRST_SHARDS
+from tests.benchmarks.evidence_families import ARMS
+from tests.benchmarks.evidence_second import TABLES
 from vlp.eval import confidence
 from vlp.eval.report.records import items_path
 
@@ -240,13 +242,17 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     if not runs:
         print(f"\n{table.title}: no run has finished")
         return
-    for of_arm in runs.values():
-        for run in of_arm:
-            run["results"] |= afterwards(run["folder"], table.evaluated)
+    for arm, of_arm in runs.items():
+        if not table.evaluated_arms or arm in table.evaluated_arms:
+            for run in of_arm:
+                run["results"] |= afterwards(run["folder"], table.evaluated)
 
-    first = next(iter(runs.values()))[0]
+    # Chances are those of any arm that was evaluated so.
+    results: dict[str, Any] = {}
+    for of_arm in runs.values():
+        results |= of_arm[0]["results"]
     baseline = runs.get(next(iter(table.arms)), [])
-    rows = [guessing(first["results"], table)]
+    rows = [guessing(results, table)]
     rows += [row(table.arms[arm], of_arm, baseline, table) for arm, of_arm in runs.items()]
     commits = ", ".join(sorted({run["cost"]["commit"] for found in runs.values() for run in found}))
     samples = sorted({run["cost"]["samples"] for found in runs.values() for run in found})
@@ -262,7 +268,7 @@ def guessing(results: dict[str, Any], table: Table) -> dict[str, Any]:
     """The row of scores under random guessing, where there is such a thing."""
     scores = {}
     for heading, (label, score) in table.columns.items():
-        chance = results[label]["chance"].get(score)
+        chance = results[label]["chance"].get(score) if label in results else None
         scores[heading] = None if chance is None else chance * unit(heading)
 
     no_distance = dict.fromkeys(map(distance_heading, table.paired))
@@ -279,10 +285,11 @@ def row(
     name: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], table: Table
 ) -> dict[str, Any]:
     """An arm's scores over its seeds, how far they lie from the baseline's, and what it cost."""
-    scores = {
-        heading: spread([unit(heading) * run["results"][label]["metrics"][score] for run in runs])
-        for heading, (label, score) in table.columns.items()
-    }
+    scores = {}
+    for heading, (label, score) in table.columns.items():
+        records = [run["results"][label] for run in runs if label in run["results"]]
+        values = [unit(heading) * record["metrics"][score] for record in records]
+        scores[heading] = spread(values) if values else None
     distances = {
         distance_heading(heading): distance(
             runs, baseline, "/".join(table.columns[heading]), unit(heading)
