@@ -35,7 +35,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.benchmarks import evidence_data, report
+from tests.benchmarks import evidence_cost, evidence_data, report
 from tests.benchmarks.evidence_arms import MINER, Table
 from tests.benchmarks.evidence_data import FIRST_SHARDS
 from tests.benchmarks.evidence_families import ARMS
@@ -96,6 +96,12 @@ def main() -> None:
 
 def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     """Make the data, and every run of these arms that has not finished."""
+    # A run of another recipe is refused here, before anything is made.
+    runs = all_runs(arms, seeds)
+    records = {run: finished(out, *run) for run in runs}
+    costs = {run: record["cost"]["cpu_s"] for run, record in records.items() if record}
+    print(evidence_cost.outlook(runs, costs, evidence_cost.published(TABLES)), flush=True)
+
     evidence_data.make(out / "data")
     train_missing(out, [run for arm in arms if (run := ARMS[arm].needs)], jobs)
     if "mined" in arms:
@@ -107,6 +113,17 @@ def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     then = [arm for arm in arms if arm not in begun_with]
     for of_wave in (begun_with, then):
         train_missing(out, [(arm, seed) for seed in seeds for arm in of_wave], jobs)
+
+
+def all_runs(arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
+    """The runs of these arms, and those that they or their data begin with."""
+    runs = [run for arm in arms if (run := ARMS[arm].needs)]
+    for seed in seeds:
+        for arm in arms:
+            runs += [(ARMS[arm].after or arm, seed), (arm, seed)]
+    if "mined" in arms:
+        runs.append(MINER)
+    return list(dict.fromkeys(runs))
 
 
 def train_missing(out: Path, runs: list[tuple[str, int]], jobs: int) -> None:

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.benchmarks import evidence, evidence_arms, evidence_data
+from tests.benchmarks import evidence, evidence_arms, evidence_cost, evidence_data
 from tests.benchmarks.evidence_second import NOT_SHOWN
 from vlp import config, plugin
 
@@ -184,6 +184,45 @@ def records(folder):
     """The JSON of every sample."""
     for sample in evidence_data.samples_of(folder):
         yield json.loads(sample["json"])
+
+
+def test_the_command_says_first_what_is_missing_and_what_it_costs(tmp_path):
+    tables = {
+        "one": evidence_arms.Table("", {"plain": "Plain", "slow": "Slow"}, {}, ""),
+        "two": evidence_arms.Table("", {"new": "New"}, {}, ""),
+    }
+    rows = [{"arm": "chance", "CPU s": None}, {"arm": "Slow", "CPU s": 7200.0}]
+    (tmp_path / "one.json").write_text(json.dumps({"rows": rows}))
+    known = evidence_cost.published(tables, tmp_path)
+    assert known == {"slow": 7200.0}
+
+    runs = [(arm, seed) for arm in ("plain", "slow", "new") for seed in (0, 1)]
+    done = {("plain", 0): 3600.0}
+    # 1 h for plain as measured, 2 h twice, and twice the mean of both for what nobody ran.
+    assert evidence_cost.outlook(runs, done, known) == (
+        "1 of 6 runs have finished, 5 are missing: about 8.0 CPU hours, 2 runs of unknown cost "
+        "taken as 5400 s each"
+    )
+    assert evidence_cost.outlook(runs[:1], done, known) == "1 of 1 runs have finished"
+    assert "is not known" in evidence_cost.outlook(runs, {}, {})
+
+
+def test_runs_that_others_begin_with_are_counted():
+    runs = evidence.all_runs(["resumed", "mined", "taught_all"], [1])
+    assert sorted(runs) == [
+        ("counted", 1),
+        ("infonce", 0),
+        ("infonce_256", 0),
+        ("mined", 1),
+        ("resumed", 1),
+        ("taught_all", 1),
+    ]
+    every = evidence.all_runs(list(evidence.ARMS), [0, 1, 2])
+    assert len(every) == 3 * len(evidence.ARMS) >= 240
+
+    # Six hours on two cores are what the whole evidence may take.
+    told = evidence_cost.outlook(every, {}, evidence_cost.published(evidence.TABLES))
+    assert float(re.findall(r"about ([\d.]+) CPU hours", told)[0]) <= 12
 
 
 def test_spread():
