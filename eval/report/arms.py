@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlp.eval import confidence
 from vlp.eval.pictures import DataError
-from vlp.eval.report import markup
+from vlp.eval.report import certain, charts, markup
 from vlp.eval.report.comparison import why_not
 from vlp.eval.report.markup import Html
 from vlp.eval.report.records import Opened, aligned, open_results
@@ -208,7 +208,20 @@ def page(arms: list[Arm], scores: list[Score]) -> str:
         key = f"task-{len(sections)}"
         title = f"{label} · {', '.join(dict.fromkeys(score.dataset for score in of_task))}"
         sections.append(markup.section(key, title, *tables, lead=None if sections else lead))
+    final = [(arm.name, [r for opened in arm.seeds for r, _ in opened]) for arm in arms]
+    of_certainty = certain.certainty(final, _legend(arms))
+    if of_certainty is not None:
+        sections.append(of_certainty)
     return markup.page(" against ".join(_named(arms)), sections)
+
+
+def _legend(arms: list[Arm]) -> Html:
+    """Every arm's name in its colour."""
+    names = []
+    for place, arm in enumerate(arms):
+        key = markup.tag("i", class_=f"k{place % charts.COLORS}")
+        names.append(markup.tag("span", key, arm.name, class_="legend"))
+    return markup.tag("p", names, class_="legends")
 
 
 def _named(arms: list[Arm]) -> list[str]:
