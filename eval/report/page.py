@@ -4,9 +4,10 @@
     look.py       the newest checkpoint on a bounded sample of the run's evaluation sets
     evidence.py   what it showed, as values, and notes on what could not be had
     findings.py   what embeddings show: projection, confusions, rankings, choices (pure)
-    arms.py       several runs' scores side by side (--compare)
+    arms.py       several runs' scores side by side (--compare), and scaling.py where they differ in
+                  samples seen
     numbers.py, curves.py, certain.py, pictures.py, settings.py    the page's sections
-    charts.py, markup.py, style.css, page.js    how they are drawn
+    charts.py, planes.py, logarithms.py, markup.py, style.css, page.js    how they are drawn
 
 The page needs no network, loads nothing and contains no path beyond the run's own folder.
 """
@@ -31,6 +32,8 @@ EXAMPLE = """examples:
       (both alike, with pictures from both models)
   vlp report --compare runs/infonce runs/siglip cua=runs/seeds_of_cua
       (all that they were evaluated in, with distances from the first)
+  vlp report --compare short=runs/1ep longer=runs/3ep longest=runs/9ep --to scaling.html
+      (beside it errors over samples seen, with a power law from four runs on)
 """
 SAMPLES = 400
 
