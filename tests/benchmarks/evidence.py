@@ -328,6 +328,8 @@ def distance(
     """
     if runs is baseline or len(runs) != len(baseline):
         return None
+    if not all(outcomes_of(run).exists() for run in (*runs, *baseline)):
+        return "no outcomes kept"
     pair = (mean_outcomes(of_arm, score) for of_arm in (runs, baseline))
     middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
     return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -335,8 +337,13 @@ def distance(
 
 def mean_outcomes(runs: list[dict[str, Any]], score: str) -> Tensor:
     """What every item gives to a score, [items, 2], as the mean over the seeds."""
-    files = [items_path(run["folder"] / "results.json") for run in runs]
-    return torch.stack([load_file(path)[score] for path in files]).double().mean(0)
+    of_seeds = [load_file(outcomes_of(run))[score] for run in runs]
+    return torch.stack(of_seeds).double().mean(0)
+
+
+def outcomes_of(run: dict[str, Any]) -> Path:
+    """The file of what every item gave; runs of before it was written lack it."""
+    return items_path(run["folder"] / "results.json")
 
 
 def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -179,6 +179,9 @@ def test_a_distance_is_paired_over_items(tmp_path):
     assert middle == 25 and 20 < low < 25 < high < 30
     assert evidence.distance(runs["b"], runs["b"], "negatives/acc", 100) is None
 
+    (tmp_path / "a" / "0" / "results.items.safetensors").unlink()
+    assert evidence.distance(runs["a"], runs["b"], "negatives/acc", 100) == "no outcomes kept"
+
 
 def records(folder):
     """The JSON of every sample."""
