@@ -41,7 +41,7 @@ def page(source: str, measured: dict[str, Any]) -> str:
             for share, value in zip(measured["shares"], measured[way]["recall@1_of_share"])
         ]
         series = [charts.Series(way, points[::-1])]
-        cards.append(charts.curve(f"R@1, {title}, over the percentage kept", series))
+        cards.append(charts.curve(f"R@1, {title}, over the percentage kept", series, over="% kept"))
 
     rows = [
         (title, f"{measured[way]['spearman']:.2f}", _shown(measured[way]["recall@1_by_bin"]))

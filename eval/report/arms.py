@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlp.eval import confidence
 from vlp.eval.pictures import DataError
-from vlp.eval.report import markup
+from vlp.eval.report import certain, charts, markup, scaling
 from vlp.eval.report.comparison import why_not
 from vlp.eval.report.markup import Html
 from vlp.eval.report.records import Opened, aligned, open_results
@@ -30,10 +30,13 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm: its name, and for every seed the records and outcomes of its evaluation."""
+    """One arm: its name, and for every seed the records and outcomes of its evaluation, and the
+    folder that they lie in.
+    """
 
     name: str
     seeds: list[list[Opened]]
+    folders: list[Path]
 
     def of(self, label: str, dataset: str | None) -> list[Opened]:
         """The record of one task, and its outcomes, of every seed that has it."""
@@ -106,7 +109,9 @@ def read(places: Sequence[str]) -> list[Arm]:
         name, equals, path = place.partition("=")
         if not equals or Path(place).exists():
             name, path = Path(place).resolve().name, place
-        arms.append(Arm(name, [open_results(str(file)) for file in _results_at(Path(path))]))
+        files = _results_at(Path(path))
+        seeds = [open_results(str(file)) for file in files]
+        arms.append(Arm(name, seeds, [file.parent for file in files]))
 
     names = [arm.name for arm in arms]
     twice = {name for name in names if names.count(name) > 1}
@@ -208,7 +213,28 @@ def page(arms: list[Arm], scores: list[Score]) -> str:
         key = f"task-{len(sections)}"
         title = f"{label} · {', '.join(dict.fromkeys(score.dataset for score in of_task))}"
         sections.append(markup.section(key, title, *tables, lead=None if sections else lead))
+    final = [(arm.name, [r for opened in arm.seeds for r, _ in opened]) for arm in arms]
+    further = [certain.certainty(final, _legend(arms)), scaling.scaling(_scales(arms))]
+    sections += [section for section in further if section is not None]
     return markup.page(" against ".join(_named(arms)), sections)
+
+
+def _scales(arms: list[Arm]) -> list[tuple[scaling.Scale | None, list[dict[str, Any]]]]:
+    """Every run of every arm, with how much it is."""
+    shown = []
+    for arm in arms:
+        for opened, folder in zip(arm.seeds, arm.folders):
+            shown.append((scaling.scale_of(folder), [record for record, _ in opened]))
+    return shown
+
+
+def _legend(arms: list[Arm]) -> Html:
+    """Every arm's name in its colour."""
+    names = []
+    for place, arm in enumerate(arms):
+        key = markup.tag("i", class_=f"k{place % charts.COLORS}")
+        names.append(markup.tag("span", key, arm.name, class_="legend"))
+    return markup.tag("p", names, class_="legends")
 
 
 def _named(arms: list[Arm]) -> list[str]:

@@ -12,13 +12,14 @@ from vlp.eval.report.markup import Html, number, tag
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 8, 24
 SCATTER_SIDE, SCATTER_EDGE = 360, 12
+COLORS = 4  # of the page's style
 MAX_POINTS = 240  # a curve has no more than this; a screen shows no more
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve of one run; `color` is the run's place on the page."""
+    """A curve of one run; `color` is the run's place on the page, of which four differ."""
 
     name: str
     points: Sequence[Point]
@@ -28,9 +29,11 @@ class Series:
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def curve(title: str, series: Sequence[Series], level: float | None = None) -> Html:
-    """A card with curves over steps; `level` draws the chance level. Values that are not finite are
-    left out.
+def curve(
+    title: str, series: Sequence[Series], level: float | None = None, over: str = "step"
+) -> Html:
+    """A card with curves over steps, or over what `over` names; `level` draws the chance level.
+    Values that are not finite are left out.
     """
     drawn = _drawable(series)
     if not drawn:
@@ -56,7 +59,8 @@ def curve(title: str, series: Sequence[Series], level: float | None = None) -> H
         data_x=_pair(plot.x),
         data_y=_pair(plot.y),
         data_box=f"{LEFT} {WIDTH - RIGHT} {TOP} {HEIGHT - BOTTOM}",
-        aria_label=f"{title} over steps, last {number(latest)}",
+        data_over=over,
+        aria_label=f"{title} over {over}, last {number(latest)}",
     )
     return tag("figure", tag("figcaption", title, tag("b", number(latest))), drawing, class_="card")
 
@@ -283,4 +287,4 @@ class Plot:
         drawn = [tag("polyline", points=path, data_name=series.name)]
         if len(spots) <= 12:
             drawn += [tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4) for x, y in spots]
-        return tag("g", drawn, class_=f"s{series.color}")
+        return tag("g", drawn, class_=f"s{series.color % COLORS}")

@@ -66,7 +66,7 @@ def curves(runs: list[Run]) -> Html:
     return section(
         "curves",
         "Training",
-        _legend(runs),
+        legend(runs),
         cards,
         _counter_table(runs),
         lead="By optimiser step; beside a title the latest value.",
@@ -130,7 +130,7 @@ def scores(runs: list[Run]) -> Html:
     return section(
         "scores",
         title,
-        _legend(runs),
+        legend(runs),
         score_cards(runs, main),
         folded,
         lead="On held-out data. The dashed line is chance, where results.json states it.",
@@ -205,7 +205,7 @@ def _cards(
     return tag("div", drawn, class_="cards")
 
 
-def _legend(runs: list[Run]) -> Html | None:
+def legend(runs: list[Run]) -> Html | None:
     if len(runs) < 2:
         return None
     return tag("p", [tagged(run, runs) for run in runs], class_="legends")

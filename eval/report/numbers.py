@@ -104,7 +104,7 @@ def _facts(run: Run) -> Html:
 # --- score tables ---------------------------------------------------------------------------------
 
 
-def _records(run: Run) -> dict[str, dict[str, Any]]:
+def records_of(run: Run) -> dict[str, dict[str, Any]]:
     """By label the final records, or what metrics.jsonl last said in the same form (it knows no
     chance and no interval).
     """
@@ -123,7 +123,7 @@ def _records(run: Run) -> dict[str, dict[str, Any]]:
 def _score_tables(runs: list[Run]) -> list[Html | None]:
     """A heading and tables for every task, then what would make the numbers say more."""
     # Tasks of either run, in the order of the first.
-    per_run = [_records(run) for run in runs]
+    per_run = [records_of(run) for run in runs]
     labels = list(dict.fromkeys(chain.from_iterable(per_run)))
     if not labels:
         return [note("No scores: nothing has been evaluated, or the run has no eval section.")]

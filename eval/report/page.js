@@ -12,7 +12,7 @@ function show(event) {
     for (const p of line.points) if (Math.abs(p.x - px) < Math.abs(best.x - px)) best = p;
     const step = x0 + (best.x - left) / (right - left) * (x1 - x0);
     const value = y0 + (bottom - best.y) / (bottom - top) * (y1 - y0);
-    return `${line.dataset.name}  step ${Math.round(step)}: ${Number(value.toPrecision(3))}`;
+    return `${line.dataset.name}  ${svg.dataset.over} ${Math.round(step)}: ${Number(value.toPrecision(3))}`;
   });
   tip.textContent = lines.join("\n");
   tip.hidden = false;

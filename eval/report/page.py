@@ -4,9 +4,10 @@
     look.py       the newest checkpoint on a bounded sample of the run's evaluation sets
     evidence.py   what it showed, as values, and notes on what could not be had
     findings.py   what embeddings show: projection, confusions, rankings, choices (pure)
-    arms.py       several runs' scores side by side (--compare)
-    numbers.py, curves.py, pictures.py, settings.py    the page's sections
-    charts.py, markup.py, style.css, page.js    how they are drawn
+    arms.py       several runs' scores side by side (--compare), and scaling.py where they differ in
+                  samples seen
+    numbers.py, curves.py, certain.py, pictures.py, settings.py    the page's sections
+    charts.py, planes.py, logarithms.py, markup.py, style.css, page.js    how they are drawn
 
 The page needs no network, loads nothing and contains no path beyond the run's own folder.
 """
@@ -31,6 +32,8 @@ EXAMPLE = """examples:
       (both alike, with pictures from both models)
   vlp report --compare runs/infonce runs/siglip cua=runs/seeds_of_cua
       (all that they were evaluated in, with distances from the first)
+  vlp report --compare short=runs/1ep longer=runs/3ep longest=runs/9ep --to scaling.html
+      (beside it errors over samples seen, with a power law from four runs on)
 """
 SAMPLES = 400
 
@@ -164,12 +167,14 @@ def _look(runs: list[Run], data: list[str], samples: int) -> list[Evidence]:
 
 def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) -> str:
     """The document, its sections in the order of reading."""
-    from vlp.eval.report import curves, markup, numbers, pictures, settings
+    from vlp.eval.report import certain, curves, markup, numbers, pictures, settings
 
+    final = [(run.name, list(numbers.records_of(run).values())) for run in runs]
     sections = [
         numbers.summary(runs, evidence),
         curves.curves(runs),
         curves.scores(runs),
+        certain.certainty(final, curves.legend(runs)),
         pictures.space(runs, evidence, with_model),
         pictures.confusion(runs, evidence, with_model),
         pictures.retrieval(runs, evidence, with_model),
@@ -178,7 +183,8 @@ def _page(runs: list[Run], evidence: list[Evidence | None], with_model: bool) ->
         settings.configuration(runs),
         settings.environment(runs),
     ]
-    return markup.page(" and ".join(run.name for run in runs), sections)
+    shown = [section for section in sections if section is not None]
+    return markup.page(" and ".join(run.name for run in runs), shown)
 
 
 def _save(target: Path, text: str) -> Path:

@@ -35,9 +35,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.benchmarks import evidence_data, report
-from tests.benchmarks.evidence_arms import FIRST_SHARDS, MINER, Table
-from tests.benchmarks.evidence_families import ARMS, TABLES
+from tests.benchmarks import evidence_cost, evidence_data, report
+from tests.benchmarks.evidence_arms import MINER, Table
+from tests.benchmarks.evidence_data import FIRST_SHARDS
+from tests.benchmarks.evidence_families import ARMS
+from tests.benchmarks.evidence_second import TABLES
 from vlp.eval import confidence
 from vlp.eval.report.records import items_path
 
@@ -94,6 +96,12 @@ def main() -> None:
 
 def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     """Make the data, and every run of these arms that has not finished."""
+    # A run of another recipe is refused here, before anything is made.
+    runs = all_runs(arms, seeds)
+    records = {run: finished(out, *run) for run in runs}
+    costs = {run: record["cost"]["cpu_s"] for run, record in records.items() if record}
+    print(evidence_cost.outlook(runs, costs, evidence_cost.published(TABLES)), flush=True)
+
     evidence_data.make(out / "data")
     train_missing(out, [run for arm in arms if (run := ARMS[arm].needs)], jobs)
     if "mined" in arms:
@@ -105,6 +113,17 @@ def train_all(out: Path, arms: list[str], seeds: list[int], jobs: int) -> None:
     then = [arm for arm in arms if arm not in begun_with]
     for of_wave in (begun_with, then):
         train_missing(out, [(arm, seed) for seed in seeds for arm in of_wave], jobs)
+
+
+def all_runs(arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
+    """The runs of these arms, and those that they or their data begin with."""
+    runs = [run for arm in arms if (run := ARMS[arm].needs)]
+    for seed in seeds:
+        for arm in arms:
+            runs += [(ARMS[arm].after or arm, seed), (arm, seed)]
+    if "mined" in arms:
+        runs.append(MINER)
+    return list(dict.fromkeys(runs))
 
 
 def train_missing(out: Path, runs: list[tuple[str, int]], jobs: int) -> None:
@@ -240,13 +259,17 @@ def show(out: Path, name: str, table: Table, args: argparse.Namespace) -> None:
     if not runs:
         print(f"\n{table.title}: no run has finished")
         return
-    for of_arm in runs.values():
-        for run in of_arm:
-            run["results"] |= afterwards(run["folder"], table.evaluated)
+    for arm, of_arm in runs.items():
+        if not table.evaluated_arms or arm in table.evaluated_arms:
+            for run in of_arm:
+                run["results"] |= afterwards(run["folder"], table.evaluated)
 
-    first = next(iter(runs.values()))[0]
+    # Chances are those of any arm that was evaluated so.
+    results: dict[str, Any] = {}
+    for of_arm in runs.values():
+        results |= of_arm[0]["results"]
     baseline = runs.get(next(iter(table.arms)), [])
-    rows = [guessing(first["results"], table)]
+    rows = [guessing(results, table)]
     rows += [row(table.arms[arm], of_arm, baseline, table) for arm, of_arm in runs.items()]
     commits = ", ".join(sorted({run["cost"]["commit"] for found in runs.values() for run in found}))
     samples = sorted({run["cost"]["samples"] for found in runs.values() for run in found})
@@ -262,7 +285,7 @@ def guessing(results: dict[str, Any], table: Table) -> dict[str, Any]:
     """The row of scores under random guessing, where there is such a thing."""
     scores = {}
     for heading, (label, score) in table.columns.items():
-        chance = results[label]["chance"].get(score)
+        chance = results[label]["chance"].get(score) if label in results else None
         scores[heading] = None if chance is None else chance * unit(heading)
 
     no_distance = dict.fromkeys(map(distance_heading, table.paired))
@@ -279,10 +302,11 @@ def row(
     name: str, runs: list[dict[str, Any]], baseline: list[dict[str, Any]], table: Table
 ) -> dict[str, Any]:
     """An arm's scores over its seeds, how far they lie from the baseline's, and what it cost."""
-    scores = {
-        heading: spread([unit(heading) * run["results"][label]["metrics"][score] for run in runs])
-        for heading, (label, score) in table.columns.items()
-    }
+    scores = {}
+    for heading, (label, score) in table.columns.items():
+        records = [run["results"][label] for run in runs if label in run["results"]]
+        values = [unit(heading) * record["metrics"][score] for record in records]
+        scores[heading] = spread(values) if values else None
     distances = {
         distance_heading(heading): distance(
             runs, baseline, "/".join(table.columns[heading]), unit(heading)
@@ -304,6 +328,8 @@ def distance(
     """
     if runs is baseline or len(runs) != len(baseline):
         return None
+    if not all(outcomes_of(run).exists() for run in (*runs, *baseline)):
+        return "no outcomes kept"
     pair = (mean_outcomes(of_arm, score) for of_arm in (runs, baseline))
     middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
     return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
@@ -311,8 +337,13 @@ def distance(
 
 def mean_outcomes(runs: list[dict[str, Any]], score: str) -> Tensor:
     """What every item gives to a score, [items, 2], as the mean over the seeds."""
-    files = [items_path(run["folder"] / "results.json") for run in runs]
-    return torch.stack([load_file(path)[score] for path in files]).double().mean(0)
+    of_seeds = [load_file(outcomes_of(run))[score] for run in runs]
+    return torch.stack(of_seeds).double().mean(0)
+
+
+def outcomes_of(run: dict[str, Any]) -> Path:
+    """The file of what every item gave; runs of before it was written lack it."""
+    return items_path(run["folder"] / "results.json")
 
 
 def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:

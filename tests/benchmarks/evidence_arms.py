@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from tests.benchmarks.evidence_data import FIRST_SHARDS
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -57,7 +59,6 @@ ARMS |= {
 }
 
 # Arms at the size of SMALL that differ in their data, too.
-FIRST_SHARDS = "{00000..00003}.tar"
 PROOFS_OF_NEGATIVES = (
     "eval={negatives: [{data: data/scenes/binding}, {data: data/scenes/relations}], "
     "retrieval: {data: data/scenes/retrieval}, zeroshot: {data: data/scenes/zeroshot}}"
@@ -144,6 +145,8 @@ class Table:
     paired: tuple[str, ...] = ()
     # What training does not evaluate: label -> arguments of `vlp eval RUN`.
     evaluated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # The arms that can be evaluated so, others have empty cells there; none named: all.
+    evaluated_arms: tuple[str, ...] = ()
 
 
 TABLES = {

@@ -6,15 +6,20 @@ whole.
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from tests.benchmarks import report
 from vlp.data.format import ShardWriter
@@ -29,6 +34,9 @@ NUMBER_BEFORE = re.compile(_NUMBER)
 COUNTED_SHAPE = re.compile(rf"{_NUMBER}(?:\w+ )*?({'|'.join(SINGULAR)})\b")
 MISPLACED = 0.4  # share of the samples whose captions are another's
 DUPLICATED = 0.3  # share of the samples whose caption many others have, too
+FIRST_SHARDS = "{00000..00003}.tar"  # of the arms that are trained on 4,000 scenes
+N_FIRST_SHARDS = 4
+PATCH = 8  # side of the squares of a picture of edges that are a row each
 
 
 def make(folder: Path) -> None:
@@ -50,6 +58,7 @@ def make(folder: Path) -> None:
         "numberless": lambda part: without_numbers(train, part),
         "counted": lambda part: count(train, part),
         "proofs_of_counting": prove_counting,
+        "edged": lambda part: draw_edges(folder / "scenes", part),
     }
     for name, fill in derived.items():
         if not (folder / name).exists():
@@ -164,6 +173,49 @@ def prove_counting(to: Path) -> None:
                     captions = record.pop("captions")
                     writer.add(record.pop("key"), sample["jpg"], "jpg", captions, record)
     shutil.rmtree(to / "every")
+
+
+def draw_edges(scenes: Path, to: Path) -> None:
+    """The scenes that arms of a third modality are trained and tested on, each with a second
+    picture of itself that has no color: its edges, as rows beside the shards.
+    """
+    sets = {"train": sorted((scenes / "train").glob("*.tar"))[:N_FIRST_SHARDS]}
+    sets["retrieval/test"] = sorted((scenes / "retrieval" / "test").glob("*.tar"))
+    for name, shards in sets.items():
+        (to / name).mkdir(parents=True)
+        for shard in shards:
+            add_edges(shard, to / name / shard.name)
+        rows = to / f"{name.partition('/')[0]}_edges"
+        vlp("modality", str(to / name), "--vectors", "edges", "--to", str(rows))
+
+    # Beside its shards the layout says what they are.
+    for file in ("dataset_type.txt", "test/nshards.txt"):
+        shutil.copy(scenes / "retrieval" / file, to / "retrieval" / file)
+
+
+def add_edges(shard: Path, to: Path) -> None:
+    """The samples of a shard, each with the edges of its picture as KEY.edges.npy."""
+    with tarfile.open(shard) as before, tarfile.open(to, "w") as after:
+        for member in before:
+            file = before.extractfile(member)
+            content = file.read() if file else b""
+            after.addfile(member, io.BytesIO(content))
+            if member.name.endswith(".jpg"):
+                written = io.BytesIO()
+                np.save(written, edges(content))
+                named = tarfile.TarInfo(f"{Path(member.name).stem}.edges.npy")
+                named.size = written.tell()
+                written.seek(0)
+                after.addfile(named, written)
+
+
+def edges(picture: bytes) -> np.ndarray:
+    """How much the lightness of a picture changes at each pixel, [squares, PATCH²] from 0 to 1."""
+    light = np.asarray(Image.open(io.BytesIO(picture)).convert("L"), np.float32) / 255
+    change = np.hypot(*np.gradient(light))
+    down, across = (side // PATCH for side in change.shape)
+    squares = change[: down * PATCH, : across * PATCH].reshape(down, PATCH, across, PATCH)
+    return squares.swapaxes(1, 2).reshape(down * across, PATCH**2)
 
 
 def mine(folder: Path, model: Path, shards: str) -> None:

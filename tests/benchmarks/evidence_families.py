@@ -62,10 +62,15 @@ def of(prefix: str, arms: dict[str, tuple[str, ...]], **data: str) -> dict[str, 
 
 
 def add(
-    name: str, title: str, arms: dict[str, str], columns: dict[str, Column], notes: str
+    name: str,
+    title: str,
+    arms: dict[str, str],
+    columns: dict[str, Column],
+    notes: str,
+    paired: tuple[str, ...] = (),
 ) -> None:
     """Add a table whose arms may differ in data, views, heads and teachers."""
-    TABLES[f"evidence_{name}"] = Table(title, arms, columns, notes, other_data=True)
+    TABLES[f"evidence_{name}"] = Table(title, arms, columns, notes, other_data=True, paired=paired)
 
 
 # --- beside or in place of InfoNCE, on clean pairs ------------------------------------------------
@@ -130,6 +135,7 @@ NOISY = of(
         "mixup": ("+ mixup .2 (M3CoL)", "{infonce: {}, mixup: {weight: 0.2}}"),
         "siglip": ("SigLIP", "{siglip: {}}", "model.scale.init=10", "model.bias=-10"),
         "taught": ("+ similarities of a clean teacher", TAUGHT, TAUGHT_BY),
+        "attract": ("CACR", "{cacr: {}}"),
     },
     data="noisy",
 )

@@ -5,6 +5,7 @@
 One process a measurement, as in loss.py. Extra memory is the peak above what stood before the call:
 embeddings, queues and whatever else the term reads. `growth` is its ratio to the row above: at a
 fourfold batch 4 is O(B·D), less where tiles of a fixed size weigh, and 16 would be a stored matrix.
+`time / infonce` is against the row of infonce at the same batch, where this call measures it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.benchmarks import report
 from tests.benchmarks.loss import peak_memory, seconds
 
 # Objectives whose rows meet the rows of others, with options where the defaults would not show the
-# point. (Own-sample terms and captioning hold what they are given, and nothing of B².)
+# point.
 TERMS: dict[str, dict[str, Any]] = {
     "infonce": {"label_smoothing": 0.1},
     "infonce.positives": {"positives": "label"},
@@ -78,6 +79,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "prior": {},
     "matryoshka": {},
 }
+# Terms of which each row stands alone: they hold what they are given, and nothing of B².
+ALONE = ("alignment", "captioning", "counting", "self_distillation", "siam")
 PLACES = 8  # patches of a picture, and tokens of a text
 # What the term has a gradient for, beside the pair.
 LEAVES = (
@@ -103,22 +106,32 @@ def main() -> None:
         return
 
     rows: list[dict[str, Any]] = []
+    times: dict[int, float | None] = {}  # of infonce, by batch
     for term in args.terms:
         smaller = None
         for batch in args.batch:
             row = in_own_process(args, term, batch)
-            row["growth"] = row["extra MiB"] / smaller if smaller and row["extra MiB"] else None
+            if term == "infonce":
+                times[batch] = row["ms"]
+            row["time / infonce"] = ratio(row["ms"], times.get(batch))
+            row["growth"] = ratio(row["extra MiB"], smaller)
             smaller = row["extra MiB"]
             rows.append(row)
 
     notes = (
         "Extra memory: peak above the inputs; one matrix: B² float32 scores, which no term stores. "
         "growth: extra memory against the batch above. Queues hold B keys, views are 2, hard "
-        "captions and true ones 2 a sample, patches and tokens 8; filip and mil hold n² scores, "
-        "which is the B of a group or of a rank; mixing mixes 80 a row, mc_infonce draws 16; "
-        "mann_whitney makes all n³ comparisons up to 1,024 candidates and interpolates above."
+        "captions, true ones and further modalities 2 a sample, patches and tokens 8; filip and "
+        "mil hold n² scores, which is the B of a group or of a rank; mixing mixes 80 a row, "
+        "mc_infonce draws 16; mann_whitney makes all n³ comparisons up to 1,024 candidates and "
+        "interpolates above."
     )
     report.publish("terms", "Objectives over pairs, forward and backward", rows, args, notes)
+
+
+def ratio(value: float | None, of: float | None) -> float | None:
+    """None where one of them was not measured, or the other is 0."""
+    return value / of if value is not None and of else None
 
 
 def in_own_process(args: argparse.Namespace, term: str, batch: int) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 exist.
 """
 
+import io
 import json
 import re
+import tarfile
 from dataclasses import replace
 
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 
-from tests.benchmarks import evidence, evidence_arms, evidence_data
-from vlp import config
+from tests.benchmarks import evidence, evidence_arms, evidence_cost, evidence_data
+from tests.benchmarks.evidence_second import NOT_SHOWN
+from vlp import config, plugin
 
 
 def test_arms_of_a_table_are_runs_that_differ_in_objective_topology_or_teacher():
@@ -27,18 +32,20 @@ def test_arms_of_a_table_are_runs_that_differ_in_objective_topology_or_teacher()
             assert not is_longer or arm.endswith("_long")
             assert replace(chosen.train, duration=baseline.train.duration) == baseline.train
 
-            # Heads leave with the objective that reads them; SigLIP brings a scale and bias.
+            # Heads leave with the objective that reads them; SigLIP brings a scale and bias, and
+            # Symile's product of three rows is smaller than that of two.
+            has_own_scale = "siglip" in arm or "symile" in arm
             plain = replace(
                 chosen.model,
                 heads=baseline.model.heads,
-                scale=chosen.model.scale if "siglip" not in arm else baseline.model.scale,
+                scale=baseline.model.scale if has_own_scale else chosen.model.scale,
                 bias=chosen.model.bias if "siglip" not in arm else baseline.model.bias,
             )
             assert plain == baseline.model
             assert table.other_data or chosen.model.heads == baseline.model.heads
             assert baseline.train.batch % evidence.ARMS[arm].ranks == 0
             compared.add(arm)
-    assert len(compared) >= 60
+    assert len(compared) >= 70
 
 
 def test_arms_of_the_first_tables_are_the_file_itself():
@@ -67,7 +74,52 @@ def test_tables_compare_known_arms_by_scores_of_the_evaluation():
         labels = {task.label for task in loaded.eval}
         assert labels.isdisjoint(table.evaluated)
         assert {label for label, _ in table.columns.values()} <= labels | table.evaluated.keys()
+        assert set(table.evaluated_arms) <= table.arms.keys()
     assert set().union(*(table.arms for table in evidence.TABLES.values())) == evidence.ARMS.keys()
+
+
+def test_every_objective_is_in_an_arm_or_it_is_said_why_not():
+    in_arms = set()
+    for arm in evidence.ARMS.values():
+        in_arms |= yaml.safe_load(arm.objective).keys()
+    names = set(plugin.names("vlp.losses"))
+    assert names - in_arms == NOT_SHOWN.keys()
+    assert len(names) >= 45 and all(NOT_SHOWN.values())
+
+
+def test_a_third_modality_is_the_edges_of_the_same_samples(scenes, tmp_path):
+    shard = next((scenes / "train").glob("*.tar"))
+    evidence_data.add_edges(shard, tmp_path / "with.tar")
+    before, after = names_in(shard), names_in(tmp_path / "with.tar")
+    pictures = [name for name in before if name.endswith(".jpg")]
+    added = [name for name in after if name not in before]
+    assert [name for name in after if name in before] == before
+    assert added == [name.replace(".jpg", ".edges.npy") for name in pictures]
+    assert len(added) >= 200
+
+    # A square of one lightness has none, a step in it has some where it is.
+    picture = Image.new("RGB", (32, 32), "black")
+    picture.paste("white", (16, 0, 32, 32))
+    written = io.BytesIO()
+    picture.save(written, "PNG")
+    rows = evidence_data.edges(written.getvalue())
+    assert rows.shape == (16, 64)
+    assert [bool(row.any()) for row in rows] == [False, True, True, False] * 4
+
+
+def names_in(shard):
+    with tarfile.open(shard) as tar:
+        return tar.getnames()
+
+
+def test_a_cell_is_empty_where_an_arm_cannot_be_evaluated_so():
+    record = {"metrics": {"acc": 0.5}, "chance": {"acc": 0.1}}
+    cost = dict.fromkeys(evidence.COSTS, 1.0)
+    columns = {"a, %": ("first", "acc"), "b, %": ("second", "acc")}
+    table = evidence_arms.Table("title", {"plain": "plain"}, columns, "notes")
+    row = evidence.row("plain", [{"results": {"first": record}, "cost": cost}], [], table)
+    assert (row["a, %"], row["b, %"]) == ("50.0", None)
+    assert evidence.guessing({"first": record}, table)["b, %"] is None
 
 
 def test_misplaced_captions_are_those_of_others(scenes, tmp_path):
@@ -127,11 +179,53 @@ def test_a_distance_is_paired_over_items(tmp_path):
     assert middle == 25 and 20 < low < 25 < high < 30
     assert evidence.distance(runs["b"], runs["b"], "negatives/acc", 100) is None
 
+    (tmp_path / "a" / "0" / "results.items.safetensors").unlink()
+    assert evidence.distance(runs["a"], runs["b"], "negatives/acc", 100) == "no outcomes kept"
+
 
 def records(folder):
     """The JSON of every sample."""
     for sample in evidence_data.samples_of(folder):
         yield json.loads(sample["json"])
+
+
+def test_the_command_says_first_what_is_missing_and_what_it_costs(tmp_path):
+    tables = {
+        "one": evidence_arms.Table("", {"plain": "Plain", "slow": "Slow"}, {}, ""),
+        "two": evidence_arms.Table("", {"new": "New"}, {}, ""),
+    }
+    rows = [{"arm": "chance", "CPU s": None}, {"arm": "Slow", "CPU s": 7200.0}]
+    (tmp_path / "one.json").write_text(json.dumps({"rows": rows}))
+    known = evidence_cost.published(tables, tmp_path)
+    assert known == {"slow": 7200.0}
+
+    runs = [(arm, seed) for arm in ("plain", "slow", "new") for seed in (0, 1)]
+    done = {("plain", 0): 3600.0}
+    # 1 h for plain as measured, 2 h twice, and twice the mean of both for what nobody ran.
+    assert evidence_cost.outlook(runs, done, known) == (
+        "1 of 6 runs have finished, 5 are missing: about 8.0 CPU hours, 2 runs of unknown cost "
+        "taken as 5400 s each"
+    )
+    assert evidence_cost.outlook(runs[:1], done, known) == "1 of 1 runs have finished"
+    assert "is not known" in evidence_cost.outlook(runs, {}, {})
+
+
+def test_runs_that_others_begin_with_are_counted():
+    runs = evidence.all_runs(["resumed", "mined", "taught_all"], [1])
+    assert sorted(runs) == [
+        ("counted", 1),
+        ("infonce", 0),
+        ("infonce_256", 0),
+        ("mined", 1),
+        ("resumed", 1),
+        ("taught_all", 1),
+    ]
+    every = evidence.all_runs(list(evidence.ARMS), [0, 1, 2])
+    assert len(every) == 3 * len(evidence.ARMS) >= 240
+
+    # Six hours on two cores are what the whole evidence may take.
+    told = evidence_cost.outlook(every, {}, evidence_cost.published(evidence.TABLES))
+    assert float(re.findall(r"about ([\d.]+) CPU hours", told)[0]) <= 12
 
 
 def test_spread():
