@@ -37,7 +37,7 @@ def search(
     n_fixed: int = 0,
     rows_at_once: int = 10**6,
     embeddings: np.ndarray | None = None,
-    n_cells: int = 4,
+    rows_a_cell: int = 30,
     probes: int = 4,
     pool: Pool | None = None,
 ) -> tuple[Any, Search]:
@@ -54,7 +54,7 @@ def search(
             save_file({"image": embeddings[low:high]}, file)
         rows = Rows(files, sizes, embeddings.shape[1])
 
-    division = Division(rows_at_once * BYTES_A_ROW, n_cells, probes)
+    division = Division(rows_at_once * BYTES_A_ROW, rows_a_cell, probes)
     made = planned(folder / arrays.SEARCH_FOLDER, len(prints), n_fixed, limits, division)
     stages = Search(folder / arrays.SEARCH_FOLDER, paths, sizes, made, pool or Pool())
     return stages.copies(rows), stages
@@ -141,7 +141,7 @@ def test_embeddings_in_cells_are_decided_as_by_comparing_all(
         # All cells are looked into: nothing is missed.
         copies, _ = search(
             tmp_path / str(seed), prints, [100, 0, 150], limits, n_fixed=n_fixed,
-            rows_at_once=120, embeddings=rows, n_cells=3, probes=3,
+            rows_at_once=120, embeddings=rows, rows_a_cell=60, probes=99,
         )  # fmt: skip
         expected, cosines = decide_exactly(prints, [rows[:100], rows[100:]], n_fixed, limits)
         found = as_exact(copies, n, n_fixed, limits)
@@ -272,7 +272,7 @@ def test_a_crowd_of_similar_embeddings_keeps_few_pairs(
     rows = np.ones((400, 4), np.float16) / 2
     limits = Limits(-1, 0.95, False)
     prints = np.zeros(400, FINGERPRINT)
-    copies, stages = search(tmp_path, prints, [400], limits, embeddings=rows, n_cells=1, probes=1)
+    copies, stages = search(tmp_path, prints, [400], limits, embeddings=rows, rows_a_cell=400)
     assert as_exact(copies, 400, 0, limits).tolist() == [-1] + [0] * 399
     assert len(copies.similar) < 400 * 5
     assert stages.counts[cells.LEFT_OUT] == 394 * 395 // 2
@@ -283,13 +283,13 @@ def test_a_crowded_cell_is_compared_with_those_that_stay(
 ) -> None:
     """One picture many times, others between: the same is dropped, without all pairs."""
     monkeypatch.setattr(cells, "_BLOCK", 32)
-    monkeypatch.setattr(cells.SearchCells, "_most_members", 60)
+    monkeypatch.setattr(cells, "MOST_MEMBERS", 60)
     rng = np.random.default_rng(0)
     rows = unit_rows(rng, 300)
     rows[rng.random(300) < 0.7] = rows[rows.any(1)][0]
     limits = Limits(-1, 0.95, False)
     prints = np.zeros(300, FINGERPRINT)
-    copies, stages = search(tmp_path, prints, [300], limits, embeddings=rows, n_cells=1, probes=1)
+    copies, stages = search(tmp_path, prints, [300], limits, embeddings=rows, rows_a_cell=400)
     expected, _ = decide_exactly(prints, [rows], 0, limits)
     assert 200 < (expected >= 0).sum() < 290
     assert ((as_exact(copies, 300, 0, limits) >= 0) == (expected >= 0)).all()
@@ -382,7 +382,7 @@ def test_a_plan_that_is_damaged_or_of_other_samples_is_refused(tmp_path: Path) -
 
 STAGES = ["sort", "group", "compare", "centres", "assign", "cells"]
 KINDS = [("run", "sort"), ("near", "compare"), ("cells", "assign"), ("centres", "centres")]
-KINDS += [("similar", "cells")]
+KINDS += [("children", "centres"), ("similar", "cells")]
 
 
 def stage_of(path: Path) -> str:
