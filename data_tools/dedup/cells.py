@@ -11,7 +11,8 @@ Files in the folder of the search:
     centres, children     of the tree (`tree.Tree`)
     cells                 of a run of shards: the samples that look into each cell, divided by cell;
                           2 · number, + 1 where the cell is the sample's own
-    similar               of some cells: SIMILAR pairs
+    similar               of some cells: SIMILAR pairs, between the first samples of equal rows
+    equal                 of some cells: int64 [m, 2], the first sample of a row and a further one
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS_A_CELL = 256  # fewer need more probes for the same share of pairs, and a deeper tree
-MOST_MEMBERS = 16_384  # of a cell that are all compared
+MOST_MEMBERS = 4096  # of a cell that are all compared; only crowds of alike ones have so many
 PASSED_OVER = "not compared: pairs of samples, because too many embeddings are alike"
 MOST_SIMILAR = 64  # pairs that are kept of one sample in one block of a cell, the earliest
 LEFT_OUT = "not kept: pairs of samples with very many similar ones"
@@ -130,7 +131,7 @@ class SearchCells:
         visits, starts = arrays.part_of_all(paths, low, high)
         counts["samples read"] = len(visits)
 
-        similar = [np.empty(0, SIMILAR)]
+        similar, equal = [np.empty(0, SIMILAR)], [np.empty((0, 2), np.int64)]
         most_rows = max(1, self.plan.memory // (8 * self.rows.width))
         for first, end, n_visits in arrays.even_parts(np.diff(starts), most_rows):
             # Cells that follow one another are near each other: the same samples look into them.
@@ -138,7 +139,11 @@ class SearchCells:
             if n_visits <= most_rows:
                 rows = self.rows.kept(np.unique(visits[starts[first] : starts[end]] >> 1))
             for cell in range(first, end):
-                similar += self._of_cell(visits[starts[cell] : starts[cell + 1]], rows, counts)
+                of_cell = visits[starts[cell] : starts[cell + 1]]
+                of_cell, further = _without_equal(of_cell, rows)
+                equal.append(further)
+                similar += self._of_cell(of_cell, rows, counts)
+        arrays.save(file(self.folder, number, "equal"), np.concatenate(equal))
         arrays.save(file(self.folder, number, "similar"), np.concatenate(similar))
         return {"counts": counts}
 
@@ -188,6 +193,36 @@ class SearchCells:
                 is_copy[place] = bool((within[place] & ~is_copy).any())
             leaders = np.concatenate([leaders, block[~is_copy]])[:MOST_MEMBERS]
         return leaders
+
+
+def _without_equal(visits: np.ndarray, rows: Rows | KeptRows) -> tuple[np.ndarray, np.ndarray]:
+    """(the visits without the cell's own samples whose row an earlier one of them has; these, each
+    behind the first sample of its row, int64 [m, 2]): a picture that comes a million times is
+    compared once.
+    """
+    places = np.flatnonzero(visits % 2 == 1)
+    members = visits[places] >> 1
+    digests = [_digests(rows.gathered(block)) for block in _blocks(members)]
+    if len(members) < 2:
+        return visits, np.empty((0, 2), np.int64)
+    _, firsts, of_members = np.unique(
+        np.concatenate(digests), return_index=True, return_inverse=True
+    )
+    firsts = firsts[of_members]
+
+    # Rows of one digest are compared, or a collision would drop a sample.
+    is_further = firsts != np.arange(len(members))
+    for block in _blocks(np.flatnonzero(is_further)):
+        one, other = rows.gathered(members[block]), rows.gathered(members[firsts[block]])
+        is_further[block] = (one == other).all(1)
+    further = np.stack([members[firsts[is_further]], members[is_further]], 1)
+    return np.delete(visits, places[is_further]), further
+
+
+def _digests(rows: np.ndarray) -> np.ndarray:
+    """A number of each row, uint64 [n], that equal rows share: its bits times odd numbers."""
+    factors = np.random.default_rng(0).integers(0, 2**63, rows.shape[1], np.uint64) * 2 + 1
+    return (rows.view(np.uint16) * factors).sum(1)
 
 
 def _first_ones(rows: np.ndarray, counts: Counter[str]) -> np.ndarray:

@@ -94,17 +94,35 @@ def _divided(
         rows.shape[1], n_children, niter=_ROUNDS, spherical=True, seed=1, min_points_per_centroid=1
     )
     kmeans.train(rows)
+    centres = _merged(kmeans.centroids, rows, cosine)
     nearest = np.empty(len(numbers), np.int64)
     for start in range(0, len(numbers), _AT_ONCE):
         block = slice(start, start + _AT_ONCE)
-        of_block = gathered(numbers[block]).astype(np.float32)
-        nearest[block] = (of_block @ kmeans.centroids.T).argmax(1)
+        nearest[block] = (gathered(numbers[block]).astype(np.float32) @ centres.T).argmax(1)
 
     # Equal rows cannot be divided.
     used = np.unique(nearest)
     if len(used) == 1:
         return None
-    return kmeans.centroids[used], [numbers[nearest == child] for child in used]
+    return centres[used], [numbers[nearest == child] for child in used]
+
+
+def _merged(centres: np.ndarray, rows: np.ndarray, cosine: float) -> np.ndarray:
+    """The centres of children, those in one whose rows are copies of each other on average: cells
+    far apart within a crowd would each keep one of it.
+    """
+    nearest = (rows @ centres.T).argmax(1)
+    used, of_rows = np.unique(nearest, return_inverse=True)
+    means = np.stack([rows[of_rows == child].mean(0) for child in range(len(used))])
+    are_copies = means @ means.T >= cosine
+
+    # Each goes to the first child before it that it fits and that stays itself.
+    into = np.arange(len(used))
+    for child in range(len(used)):
+        stay = np.flatnonzero(are_copies[child, :child] & (into[:child] == np.arange(child)))
+        into[child] = stay[0] if len(stay) else child
+    sums = np.stack([rows[into[of_rows] == child].sum(0) for child in np.unique(into)])
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
 
 
 def _n_children(n_cells: float) -> int:
