@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     decision = Decision(folder, sources, sizes[len(fixed) :], compared.n_fixed)
     if args.captions == "merge":
         decision.check_unchanged()
-    method, division = _method(args, sum(sizes)), _division(args, sum(sizes))
+    method, division = _method(args, sum(sizes)), _division(args)
     passed_over = decided(decision, compared, method, division, pool)
     if passed_over is None:
         return 0
@@ -199,12 +199,12 @@ def _method(args: argparse.Namespace, n: int) -> Method:
     return "buckets"
 
 
-def _division(args: argparse.Namespace, n: int) -> Division:
-    from vlp.data_tools.dedup.cells import n_cells
+def _division(args: argparse.Namespace) -> Division:
+    from vlp.data_tools.dedup.cells import ROWS_A_CELL
     from vlp.data_tools.dedup.plan import Division
 
-    cells = n_cells(n) if args.embeddings else 0
-    return Division(round(args.memory * 1e9), cells, args.probes)
+    rows_a_cell = ROWS_A_CELL if args.embeddings else 0
+    return Division(round(args.memory * 1e9), rows_a_cell, args.probes)
 
 
 def _settings(args: argparse.Namespace, fixed: list[Path]) -> dict[str, Any]:

@@ -72,6 +72,21 @@ def part(path: Path, low: int, high: int) -> np.ndarray:
     return np.array(load(path)[starts[low] : starts[high]])
 
 
+def part_of_all(paths: Iterable[Path], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the rows of values from low to below high of all files, value by value and each in the order
+    of the files; where each value begins, and the end).
+    """
+    parts, values = [], []
+    for path in paths:
+        parts.append(part(path, low, high))
+        sizes_here = np.diff(load(_starts(path))[low : high + 1])
+        values.append(np.repeat(np.arange(high - low), sizes_here))
+    of_rows = np.concatenate(values)
+    order = np.argsort(of_rows, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(of_rows, minlength=high - low))])
+    return np.concatenate(parts)[order], starts
+
+
 def even_parts(sizes: np.ndarray, most_rows: int) -> Iterator[tuple[int, int, int]]:
     """(low, high, rows) of ranges of values, each of at most `most_rows` rows or of one value; one
     range at least.

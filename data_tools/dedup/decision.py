@@ -2,7 +2,7 @@
 
 The rule is that of `vlp.data_tools.dedup.near.decide`: a sample is dropped if and only if it is a
 copy of one that stays before it. Samples without a pair stay, and take no memory here: about 100
-bytes for each of the others, and 50 for each pair.
+bytes for each of the others, and 100 for each pair.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Copies:
 
     members: np.ndarray  # [m, 2] the first sample of a fingerprint, a further one
     near: np.ndarray  # PAIR of fingerprints, by their first samples
+    equal: np.ndarray  # [m, 2] the first sample of an embedding, a further one
     similar: np.ndarray  # SIMILAR
 
 
@@ -56,10 +57,12 @@ class _Deciding:
         # Memory that Python reads number by number, which it does slowly from arrays.
         self.group = _groups(copies.members, involved).data
         self.near = _near(copies.near, involved)
-        self.similar, self.cosines = _similar(copies.similar, involved)
-        # The first sample of each group that stays; -1: none so far.
+        row = _groups(copies.equal, involved)
+        self.similar, self.cosines = _similar(copies.similar, involved, row)
+        self.row = row.data
+        # The first sample of each group, and of each embedding, that stays; -1: none so far.
         self.first = np.full(len(involved), -1).data
-        self.is_kept = np.zeros(len(involved), bool).data
+        self.first_of_row = np.full(len(involved), -1).data
 
     def earlier_copy(self, sample: int) -> tuple[int, float]:
         """(the sample that stays and that this one is a copy of, else -1; their cosine or nan)."""
@@ -71,17 +74,21 @@ class _Deciding:
             if self.first[other_group] >= 0:
                 return self.first[other_group], np.nan
 
-        for place in self.similar.places(sample):
-            other = self.similar.others[place]
-            if self.is_kept[other]:
+        row = self.row[sample]
+        if self.first_of_row[row] >= 0:
+            return self.first_of_row[row], 1.0
+        for place in self.similar.places(row):
+            other = self.first_of_row[self.similar.others[place]]
+            if other >= 0:
                 return other, self.cosines[place]
         return -1, np.nan
 
     def stays(self, sample: int) -> None:
         """Later samples may be copies of this one."""
-        self.is_kept[sample] = True
         if self.first[self.group[sample]] < 0:
             self.first[self.group[sample]] = sample
+        if self.first_of_row[self.row[sample]] < 0:
+            self.first_of_row[self.row[sample]] = sample
 
 
 class _Neighbours:
@@ -103,12 +110,12 @@ class _Neighbours:
 def _involved(copies: Copies) -> np.ndarray:
     """The numbers of all samples that have a pair, rising."""
     near, similar = copies.near, copies.similar
-    numbers = [copies.members.ravel(), near["earlier"], near["later"]]
+    numbers = [copies.members.ravel(), near["earlier"], near["later"], copies.equal.ravel()]
     return np.unique(np.concatenate([*numbers, similar["earlier"], similar["later"]]))
 
 
 def _groups(members: np.ndarray, involved: np.ndarray) -> np.ndarray:
-    """For each involved sample the place of the first one of its fingerprint."""
+    """For each involved sample the place of the first one of its fingerprint, or embedding."""
     group = np.arange(len(involved))
     firsts, others = np.searchsorted(involved, members).T
     group[others] = firsts
@@ -126,9 +133,15 @@ def _near(pairs: np.ndarray, involved: np.ndarray) -> _Neighbours:
     return _Neighbours(len(involved), of[order], others[order])
 
 
-def _similar(pairs: np.ndarray, involved: np.ndarray) -> tuple[_Neighbours, np.ndarray]:
-    """The earlier samples similar to each, the most similar first; and the cosines of all."""
-    of = np.searchsorted(involved, pairs["later"])
-    order = np.lexsort((pairs["earlier"], -pairs["cosine"], of))
-    others = np.searchsorted(involved, pairs["earlier"])
-    return _Neighbours(len(involved), of[order], others[order]), pairs["cosine"][order]
+def _similar(
+    pairs: np.ndarray, involved: np.ndarray, row: np.ndarray
+) -> tuple[_Neighbours, np.ndarray]:
+    """The embeddings similar to each, by the place of their first sample, the most similar first;
+    and the cosines of all.
+    """
+    earlier = row[np.searchsorted(involved, pairs["earlier"])]
+    later = row[np.searchsorted(involved, pairs["later"])]
+    of, others = np.concatenate([earlier, later]), np.concatenate([later, earlier])
+    cosines = np.concatenate([pairs["cosine"], pairs["cosine"]])
+    order = np.lexsort((others, -cosines, of))
+    return _Neighbours(len(involved), of[order], others[order]), cosines[order]

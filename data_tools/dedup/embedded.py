@@ -43,9 +43,25 @@ class Rows:
             rows[start:stop] = of_shard[numbers[start:stop] - first]
         return rows
 
+    def kept(self, numbers: np.ndarray) -> KeptRows:
+        """The rows of some samples, whose numbers rise, in memory."""
+        return KeptRows(numbers, self.gathered(numbers))
+
     def __getstate__(self) -> dict[str, Any]:
         # Each process maps its own.
         return self.__dict__ | {"_mapped": {}}
+
+
+class KeptRows:
+    """The rows of some samples, read once."""
+
+    def __init__(self, numbers: np.ndarray, rows: np.ndarray) -> None:
+        self._numbers = numbers
+        self._rows = rows
+
+    def gathered(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of some of these samples, float16 [n, D]."""
+        return self._rows[np.searchsorted(self._numbers, numbers)]
 
 
 def opened(groups: list[list[Path]], folders: list[str]) -> Rows:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from vlp.files import write_atomically
 
 BYTES_A_ROW = 250  # of any stage, at most
 _JOBS = 64  # of a stage, where memory allows as many rows in each
+_OTHER_CELLS = -1  # rows a cell, of a plan of cells that are not those of now
 _LEAST_ROWS = 100_000  # a job of fewer costs more to begin than to do
 
 
@@ -33,12 +34,12 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Division:
-    """What may be chosen: the memory of a process in bytes; into how many cells embeddings are
-    divided (0: there are none), and how many of them a sample looks into.
+    """What may be chosen: the memory of a process in bytes; how many embeddings a cell has (0:
+    there are none), and how many cells a sample looks into.
     """
 
     memory: int
-    n_cells: int
+    rows_a_cell: int
     probes: int
 
 
@@ -53,7 +54,7 @@ class Plan:
     keep_copies: bool
     n_blocks: int
     memory: int  # bytes of a process
-    n_cells: int  # 0: no embeddings
+    rows_a_cell: int  # 0: no embeddings
     probes: int
 
     @property
@@ -94,11 +95,16 @@ def planned(folder: Path, n: int, n_fixed: int, limits: Limits, division: Divisi
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(asdict(plan), indent=1).encode())
     try:
-        kept = Plan(**read_note(path))
+        kept = Plan(**_with_cells(read_note(path)))
     # The folder, because what lies beside it was divided as the plan said.
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete the folder {folder}") from None
 
+    if kept.rows_a_cell == _OTHER_CELLS:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, which divided embeddings into cells "
+            "otherwise: delete the folder, and the same call searches anew"
+        )
     # What its stages found names samples by their numbers.
     if (kept.n, kept.n_fixed) != (n, n_fixed):
         raise ValueError(
@@ -111,6 +117,14 @@ def planned(folder: Path, n: int, n_fixed: int, limits: Limits, division: Divisi
             f"it for {division.memory / 1e9:g}, delete the folder {folder}"
         )
     return kept
+
+
+def _with_cells(note: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan, also of one that tells the number of cells, as they did before."""
+    n_cells = note.pop("n_cells", None)
+    if n_cells is not None:
+        note["rows_a_cell"] = _OTHER_CELLS if n_cells else 0
+    return note
 
 
 def runs(sizes: list[int], most_rows: int) -> Iterator[Run]:

@@ -23,6 +23,7 @@ from vlp.data_tools.dedup.hashed import file
 from vlp.data_tools.dedup.plan import Plan, Run, runs
 
 _NO_HASHES = (np.empty((0, 2), np.int64), np.empty(0, hashed.PAIR))
+_NO_ROWS = (np.empty((0, 2), np.int64), np.empty(0, SIMILAR))
 
 
 class Search:
@@ -44,11 +45,10 @@ class Search:
         by_hash = self._near() if self.plan.distance >= 0 else _NO_HASHES
         if by_hash is None:
             return None
-        similar = self._similar(rows) if rows is not None else np.empty(0, SIMILAR)
-        if similar is None:
+        by_cosine = self._similar(rows) if rows is not None else _NO_ROWS
+        if by_cosine is None:
             return None
-        members, near = by_hash
-        return Copies(members, near, similar)
+        return Copies(*by_hash, *by_cosine)
 
     def _near(self) -> tuple[np.ndarray, np.ndarray] | None:
         """(members, near) of `Copies`."""
@@ -82,8 +82,8 @@ class Search:
                 parts.append(((len(parts), block, low, high), n_rows))
         return parts
 
-    def _similar(self, rows: Rows) -> np.ndarray | None:
-        """SIMILAR pairs of all cells."""
+    def _similar(self, rows: Rows) -> tuple[np.ndarray, np.ndarray] | None:
+        """(equal, similar) of `Copies`."""
         folder, plan, n_runs = self.folder, self.plan, len(self.runs)
         if self._carry_out("centres", cells.FitCentres(folder, plan, rows), [(None, 1)]) is None:
             return None
@@ -99,7 +99,8 @@ class Search:
         search = cells.SearchCells(folder, plan, rows, n_runs)
         if self._carry_out("cells", search, parts) is None:
             return None
-        return self._joined((i, "similar") for i in range(len(parts)))
+        equal = self._joined((i, "equal") for i in range(len(parts)))
+        return equal, self._joined((i, "similar") for i in range(len(parts)))
 
     def _run_jobs(self) -> list[tuple[Run, int]]:
         return [(run, len(run.shards)) for run in self.runs]

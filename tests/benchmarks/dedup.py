@@ -165,12 +165,12 @@ def _searched(
 ) -> tuple[Any, Any]:
     from vlp.data_tools._run.work import Pool
     from vlp.data_tools.dedup import PROBES
-    from vlp.data_tools.dedup.cells import n_cells
+    from vlp.data_tools.dedup.cells import ROWS_A_CELL
     from vlp.data_tools.dedup.plan import Division, planned
     from vlp.data_tools.dedup.stages import Search
 
     n = sum(sizes)
-    division = Division(MEMORY, n_cells(n) if rows is not None else 0, PROBES)
+    division = Division(MEMORY, 0 if rows is None else ROWS_A_CELL, PROBES)
     plan = planned(folder / "search", n, 0, limits, division)
     search = Search(folder / "search", paths, sizes, plan, Pool())
     return search.copies(rows), plan
