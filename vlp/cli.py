@@ -401,9 +401,7 @@ def _giving_back(run: Callable[[argparse.Namespace], int]) -> Callable[..., int]
         try:
             return run(options)
         finally:
-            from vlp.data_tools._run import pool
-
-            pool.give_back()
+            lifetime.release_all()
 
     return giving_back
 

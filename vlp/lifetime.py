@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children, connection, parent_process
 from types import FrameType, TracebackType
@@ -235,3 +235,18 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+# What holds more than a command needs.
+_releases: list[Callable[[], None]] = []
+
+
+def when_done(release: Callable[[], None]) -> None:
+    """Call `release` at the end of each command of this process, whatever ends it."""
+    _releases.append(release)
+
+
+def release_all() -> None:
+    """Give back what this process holds beyond a command."""
+    for release in _releases:
+        release()

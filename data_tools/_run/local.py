@@ -64,11 +64,6 @@ def finished(
     _waiting.add(kind, group)
 
 
-def give_back() -> None:
-    """End the processes that wait for another round: the call has none."""
-    _waiting.end()
-
-
 def _kind(n: int) -> Kind:
     """What processes must be like that have waited."""
     surroundings = (os.getcwd(), dict(os.environ), [*sys.path], deepcopy(stores.options))

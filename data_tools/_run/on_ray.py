@@ -77,11 +77,6 @@ def finished(
         workers.wait_for_next()
 
 
-def give_back() -> None:
-    """End the processes that wait for another round: the call has none."""
-    _waiting.end()
-
-
 def _end(actor: Any) -> None:
     ray = cluster.import_ray()
     with suppress(ray.exceptions.RayError):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -66,14 +65,6 @@ class Pool:
         from vlp.data_tools._run import on_ray
 
         return on_ray.finished(do, items, self.processes, self.device)
-
-
-def give_back() -> None:
-    """End the processes that wait for another round of work: the call has none."""
-    local.give_back()
-    # A call without a cluster has not imported it.
-    if on_ray := sys.modules.get("vlp.data_tools._run.on_ray"):
-        on_ray.give_back()
 
 
 def source_argument(parser: argparse.ArgumentParser) -> None:

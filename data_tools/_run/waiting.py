@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from vlp.lifetime import when_done
+
 # Longer than a tool mostly needs between two rounds; a core that waits is nobody's.
 KEPT_S = 30.0
 
@@ -21,13 +23,14 @@ class Kind(NamedTuple):
 
 
 class Waiting:
-    """The processes that wait. `end`: how one is ended."""
+    """The processes that wait, at most to the end of the command. `end`: how one is ended."""
 
     def __init__(self, end: Callable[[Any], None]) -> None:
         self._end = end
         self._lock = threading.Lock()
         self._actors: list[tuple[Kind, Any]] = []
         self._timer: threading.Timer | None = None
+        when_done(self.end)
 
     def add(self, kind: Kind, actor: Any) -> None:
         """Let a process wait. All that wait end KEPT_S after the last one has begun to."""

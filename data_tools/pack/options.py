@@ -14,8 +14,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "source",
-        help="folder or tar of images: with texts beside them, one sub-folder a class, "
-        "or named by --captions",
+        help="folder or tar of images, also of a store: with texts beside them, one sub-folder a "
+        "class, or named by --captions",
     )
     add("--to", required=True, metavar="DIR", help="the new folder")
 

@@ -204,6 +204,6 @@ def test_nodes_pack_a_folder_of_a_store(
             on_ray = ["--to", to, "--ray", running.address]
             assert pack("s3://bucket/folder", *options, *on_ray) == 0
         whole = content(tmp_path / f"whole{n}")
-        assert content(server.root / f"out{n}") == whole and len(whole) > 3
+        assert content(server.root / f"out{n}") == whole and len(whole) >= 3
         assert content(tmp_path / f"out{n}") == whole
     assert not list((tmp_path / "cache" / "packs").glob("*"))

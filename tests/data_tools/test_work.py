@@ -28,9 +28,8 @@ from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
 from vlp.data_tools._run import local, progress, work
 from vlp.data_tools._run.kept import Kept
-from vlp.data_tools._run.pool import give_back
 from vlp.data_tools._run.tensors import as_bytes
-from vlp.lifetime import Stopped
+from vlp.lifetime import Stopped, release_all
 
 
 def write(folder: Path, n_shards: int, per_shard: int) -> Path:
@@ -121,7 +120,7 @@ def test_processes_wait_for_the_next_round(tmp_path: Path, monkeypatch: pytest.M
     second = pids_of("three")
     assert len(second) == 2 and not second & first
 
-    give_back()
+    release_all()
     _, alive = psutil.wait_procs(map(psutil.Process, filter(psutil.pid_exists, second)), 60)
     assert not alive
 
