@@ -87,7 +87,7 @@ def configured(world, case, out, *overrides):
         "log": {"every": 1},
         "checkpoint": {"every": 2, "keep": 2},
     }
-    path = world / "config.json"
+    path = world / f"{case} {dist.rank()}.json"  # each rank writes its own
     path.write_text(json.dumps(sections))
     return config.load(path, list(overrides))
 

@@ -128,6 +128,9 @@ def test_embeddings_that_do_not_fit_are_refused_by_name(embedded, tmp_path):
     with pytest.raises(ValueError, match="holds no embeddings"):
         opened(mixed)
 
+    with pytest.raises(ValueError, match="other_pictures is of embeddings, and there are none"):
+        data_of({"name": "shards", "path": str(shards), "other_pictures": True})
+
     source = {"name": "shards", "path": f"{shards}::{shards}", "embeddings": str(teacher)}
     with pytest.raises(ValueError, match="several shards have one name"):
         loader_of(data_of(source, captions=captions), 4)

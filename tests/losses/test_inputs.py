@@ -85,7 +85,7 @@ def test_every_wrong_shape_of_every_term_is_refused_by_name():
     assert n == 2 * N_SHAPES
 
 
-N_SHAPES = 6279
+N_SHAPES = 6435
 
 
 def test_every_wrong_dtype_is_refused_with_the_conversion():
@@ -110,7 +110,7 @@ def test_every_wrong_dtype_is_refused_with_the_conversion():
     assert n == N_DTYPES
 
 
-N_DTYPES = 1205
+N_DTYPES = 1237
 
 
 @pytest.mark.parametrize(

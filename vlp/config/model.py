@@ -67,6 +67,11 @@ class TranslatorHead:
             )
 
     @property
+    def names(self) -> set[str]:
+        """The modalities that are translated."""
+        return {source for source, _ in self.directions}
+
+    @property
     def directions(self) -> list[tuple[str, str]]:
         """From which modality to which each translator leads; the way back stands beside it."""
         both_ways = []
@@ -230,7 +235,7 @@ class Heads:
 
     def _check_translators(self, translators: TranslatorHead) -> None:
         names = ["image", "text", *self.modalities]
-        unknown = sorted({name for pair in translators.pairs for name in pair} - set(names))
+        unknown = sorted(translators.names - set(names))
         if unknown:
             raise ValueError(
                 f"translators.pairs names {', '.join(unknown)}; expected modalities of the model: "
@@ -292,8 +297,7 @@ class Model:
             )
 
         translators = self.heads.translators
-        reads_image = translators is not None and "image" in sum(translators.pairs, ())
-        if reads_image and self.precomputed:
+        if self.precomputed and translators is not None and "image" in translators.names:
             raise ValueError(
                 "heads.translators reads the embeddings of pictures as the image tower gives them, "
                 "and a precomputed one does not run; set image_tower.precomputed: false, or "

@@ -122,10 +122,10 @@ class Inputs(Readable):
             )
 
         directions, translated = self.translations, self.translated
-        both = directions is not None and translated is not None
-        if both and len(directions) != len(translated):
+        n_directions = None if directions is None else len(directions)
+        if translated is not None and n_directions not in (None, len(translated)):
             lines.append(
-                f"translations: found {len(directions)}, expected one for each of the "
+                f"translations: found {n_directions}, expected one for each of the "
                 f"{len(translated)} of translated"
             )
 

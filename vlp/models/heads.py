@@ -89,7 +89,7 @@ class Translators(nn.Module):
 
     def __init__(self, embed_dim: int, options: config.TranslatorHead) -> None:
         super().__init__()
-        self.directions = options.directions
+        self.directions, self.names = options.directions, options.names
         self.maps = nn.ModuleDict()
         for source, target in self.directions:
             if options.width is None:
@@ -102,7 +102,7 @@ class Translators(nn.Module):
         """`translated` and, of these back, `cycled`, [b, X, D] unit rows, of the rows [b, D] of
         each modality; nothing where one of the modalities is not there.
         """
-        if not {source for source, _ in self.directions} <= rows.keys():
+        if not self.names <= rows.keys():
             return {}
 
         translated, cycled = [], []
