@@ -69,14 +69,16 @@ class Staging:
                 targets, sources = zip(*self.pending)
                 # In one call, which leaves Python to the thread that trains.
                 torch._foreach_copy_(list(targets), list(sources))
-            if self.asked is not None:
-                self.asked.synchronize()
         finally:
             self.pending.clear()
             self.copied.set()
 
+        # Of this no update need be told: it stands behind the copies in the GPU's own order.
+        if self.asked is not None:
+            self.asked.synchronize()
+
     def wait(self) -> None:
-        """Return when nothing that was to be copied is read any more, in whichever thread."""
+        """Return when nothing is read any more that the host may change."""
         self.copied.wait()
 
     def copy(self, name: str, value: Tensor, lasts: bool) -> Tensor:
