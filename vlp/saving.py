@@ -110,7 +110,7 @@ class Saver:
             # First of all: the next update waits for it.
             self.staging.settle()
             if config is not None:
-                contents.config = configuration.dump(config)  # tens of milliseconds
+                contents.config = configuration.dump(config)
             if self.group.size == 1:
                 checkpoint.save(self.run, step, contents, self.keep)
             else:

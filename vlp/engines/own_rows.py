@@ -4,6 +4,7 @@ others are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
@@ -42,6 +43,24 @@ class OwnRows(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def elements_of(stored: Mapping[str, Tensor], name: str, begin: int, end: int) -> Tensor:
+    """Elements [begin, end) of a tensor, counted row after row, as far as it has so many; only the
+    rows in which they lie are read.
+    """
+    shape = shape_of(stored, name)
+    if not shape:
+        return stored[name].reshape(1)[begin:end]
+
+    n_of_row = math.prod(shape[1:])
+    end = min(end, shape[0] * n_of_row)
+    if begin >= end:
+        return stored[name].new_empty(0)
+    first_row, last_row = begin // n_of_row, -(-end // n_of_row)
+    elements = rows_of(stored, name, first_row, last_row).flatten()
+    skipped = first_row * n_of_row
+    return elements[begin - skipped : end - skipped]
 
 
 def bounds(parameter: DTensor) -> tuple[int, int]:

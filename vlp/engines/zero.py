@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vlp import config, dist, optim
 from vlp.engines.base import Named, State, gathered, state_of
 from vlp.engines.copies import filled, skeleton
+from vlp.engines.own_rows import elements_of
 from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
 from vlp.joining import LaunchError
@@ -198,14 +199,16 @@ class ZeRO:
             if parameter.requires_grad
         }
         numbers: dict[str, Tensor] = {}
-        for name, saved in optim.by_parameter(moments):
+        for name, full_names in optim.by_parameter(moments).items():
             if name not in trained:
                 continue
             for key in self.moments:
-                whole = optim.saved_value(saved, key, name)
-                self._scatter(trained[name], whole.to(self.device), key)
+                full_name = optim.saved_value(full_names, key, name)
+                self._scatter(trained[name], moments, full_name, key)
+
             # Numbers are the same for all parameters: those of the last one.
-            numbers = {key: optim.saved_value(saved, key, name) for key in self.numbers}
+            names = {key: optim.saved_value(full_names, key, name) for key in self.numbers}
+            numbers = {key: moments[full_name] for key, full_name in names.items()}
 
         # A parameter that has none, since it was locked before, starts anew as it is.
         for state in self.zero.optimizer.state.values():
@@ -215,12 +218,14 @@ class ZeRO:
                 else:
                     state[key] = type(state[key])(value.item())
 
-    def _scatter(self, parameter: nn.Parameter, value: Tensor, key: str) -> None:
-        """Put this rank's part of a whole moment where DeepSpeed keeps it."""
+    def _scatter(
+        self, parameter: nn.Parameter, moments: Mapping[str, Tensor], full_name: str, key: str
+    ) -> None:
+        """Put this rank's part of a stored moment where DeepSpeed keeps it."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if self.stage < 3:
-            safe_set_full_optimizer_state(parameter, value, key)
+            safe_set_full_optimizer_state(parameter, moments[full_name].to(self.device), key)
             return
 
         # Stage 3 pads parameters that the ranks do not divide, and DeepSpeed's setter does not know
@@ -228,11 +233,10 @@ class ZeRO:
         shard, _ = self.zero._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False, optim_state_key=key
         )
-        n_local = shard.numel()
-        n_padding = n_local * dist.world_size() - value.numel()
-        padded = torch.cat([value.flatten(), value.new_zeros(n_padding)])
-        start = dist.rank() * n_local
-        shard.data.copy_(padded[start : start + n_local])
+        start = dist.rank() * shard.numel()
+        own = elements_of(moments, full_name, start, start + shard.numel())
+        shard.data.zero_()
+        shard.data[: len(own)].copy_(own)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
         """A frozen copy of the model as `prepare` got it, or with `weights`, whole on every rank at

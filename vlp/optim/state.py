@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from vlp.config import Optimizer
 from vlp.optim.build import create
 
+T = TypeVar("T")
 # (whole, like) -> a rank's part of a whole tensor, as `like` lies on this rank
 Part = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,16 +104,15 @@ def initial_states(
     return {parameter: {**base.state[c], **base.state[c].first} for parameter, c in copies.items()}
 
 
-def by_parameter(moments: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Saved state, "key.name of the parameter" → tensor, as (name, {key: tensor}) one parameter
-    after another: no more of it is read at a time.
+def by_parameter(moments: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """{name of a parameter: {key: full name}} of saved state, "key.name of the parameter" → tensor,
+    of which nothing is read.
     """
     names: dict[str, dict[str, str]] = {}
     for full_name in moments:
         key, _, name = full_name.partition(".")
         names.setdefault(name, {})[key] = full_name
-    for name, full_names in names.items():
-        yield name, {key: moments[full_name] for key, full_name in full_names.items()}
+    return names
 
 
 def restore(
@@ -134,10 +134,13 @@ def restore(
     # Its form, and on which device each part of it lives, is the optimiser's affair.
     templates = initial_states(optimizer.param_groups, options)
     base = _base(optimizer)
-    for name, saved in by_parameter(moments):
+    for name, full_names in by_parameter(moments).items():
         parameter = parameters.get(name)
         if parameter is None or parameter not in templates:
             continue
+
+        # One parameter after another: no more is read at a time.
+        saved = {key: moments[full_name] for key, full_name in full_names.items()}
         base.state[parameter] = _fill(templates[parameter], saved, parameter, part, name)
         _load_counters(base, parameter, saved)
 
@@ -184,8 +187,10 @@ def _filled(value: Any, left: dict[str, Tensor], key: str, part: Part, place: st
     return part(whole.to(value.dtype), value)
 
 
-def saved_value(saved: Mapping[str, Tensor], key: str, place: str) -> Tensor:
-    """A value of a parameter's saved state; ValueError, which names `place`, where it is not."""
+def saved_value(saved: Mapping[str, T], key: str, place: str) -> T:
+    """A value of a parameter's saved state, or its name there; ValueError, which names `place`,
+    where there is none.
+    """
     if key not in saved:
         raise ValueError(
             f"the checkpoint's state of the optimiser has no {key!r} of {place}; give the "
