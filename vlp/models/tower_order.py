@@ -23,7 +23,7 @@ class Draws:
     """Which sides of a model draw random numbers while it trains, as its first pass shows.
 
     Only one side may, if texts are to pass first: two draw from one stream, and would get each
-    other's numbers.
+    other's numbers. All ranks find the same, since they run the same modules in the same mode.
     """
 
     def __init__(self) -> None:

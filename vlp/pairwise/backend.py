@@ -40,6 +40,7 @@ class Backend:
     texts_apart: bool = False
     # the group of a fixed layout, by its partition: kept, so that a copy makes no new one
     _fixed: dict[Partition, dist.Group] = field(default_factory=dict, repr=False, compare=False)
+    # one group, or none; kept likewise
     _apart: list[dist.Group] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class Backend:
         # A ring gathers nothing, and smaller groups are apart already or have no communicator.
         gathers = self.topology.exchange == "gather" and self.group_size > 1
         of_world = self.group().ranks == dist.world().ranks
-        if self.texts_apart and gathers and of_world:
+        if self.texts_apart and gathers and of_world and not self._apart:
             self._apart.append(dist.apart())
 
     @property
