@@ -32,7 +32,10 @@ class Claim:
     cause: str = ""  # most likely, where it does not show; what was examined of it
 
 
-NOT_LEARNT = "in six epochs no wrong caption is learnt by heart, against which these terms help"
+NOT_LEARNT = (
+    "in six epochs no wrong caption is learnt by heart, against which these terms help. Examined: "
+    "InfoNCE ends at a loss of 4.8 with noise, of log n = 5.5, and at 2.5 without"
+)
 LAGS = (
     "estimates lag behind a model that learns as fast; FastCLIP's, which is alike, is better "
     "without memory (see the table of small batches)"
@@ -59,9 +62,15 @@ CLAIMS = [
         "clean_plain",
         ZEROSHOT,
         "its sum grows with the batch (8.4 beside InfoNCE's 5.8 at the first step of B = 256), and "
-        "alike cosines end it: uniformity −.5. Examined: weight .02 (next row)",
+        "alike cosines end it: uniformity −.5. Examined: a weight of .02 (next row) loses nothing",
     ),
-    Claim("clean", "clean_cyclip_light", "clean_plain", ZEROSHOT),
+    Claim(
+        "clean",
+        "clean_cyclip_light",
+        "clean_plain",
+        ZEROSHOT,
+        "InfoNCE alone makes a small gap here (.2), which consistency is to close",
+    ),
     Claim(
         "clean",
         "clean_within",
@@ -137,7 +146,13 @@ CLAIMS = [
     Claim("few", "few_mv_infonce", "few_plain", TEXT, ONE_PAIR),
     Claim("few", "few_mv_infonce_two", "few_mv_infonce", TEXT),
     Claim("few", "few_mv_dhel", "few_plain", TEXT, ONE_PAIR),
-    Claim("few", "few_poly_view", "few_plain", TEXT, CROPS),
+    Claim(
+        "few",
+        "few_poly_view",
+        "few_plain",
+        TEXT,
+        "one of its 15 pairs of six views is of picture and caption themselves",
+    ),
     Claim("few", "few_mixup", "few_plain", TEXT),
     # Narrow embeddings.
     Claim("widths", "narrow_matryoshka", "clean_plain", "text R@1 at 8, %"),
