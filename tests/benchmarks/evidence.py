@@ -5,6 +5,8 @@ scenes, over several seeds.
     # the arms of one table alone; the tables of what has finished
     python tests/benchmarks/evidence.py --tables evidence_negatives --publish
     python tests/benchmarks/evidence.py --table
+    # which of the papers' claims show in what has finished (tests/benchmarks/evidence_claims.py)
+    python tests/benchmarks/evidence.py --claims --publish
 
 Every arm is evidence.yaml (model, optimiser, duration, data: chosen with plain `infonce` on a
 validation split, then frozen) with another objective or topology, on one thread a process, so that
@@ -31,17 +33,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from tests.benchmarks import evidence_cost, evidence_data, report
+from tests.benchmarks import evidence_claims, evidence_cost, evidence_data, report
 from tests.benchmarks.evidence_arms import MINER, Table
 from tests.benchmarks.evidence_data import FIRST_SHARDS
 from tests.benchmarks.evidence_families import ARMS
+from tests.benchmarks.evidence_outcomes import distance, distance_heading, unit
 from tests.benchmarks.evidence_second import TABLES
-from vlp.eval import confidence
-from vlp.eval.report.records import items_path
 
 BASE = Path(__file__).with_suffix(".yaml").resolve()
 COSTS = {"image_rows": "image rows", "text_rows": "text rows", "cpu_s": "CPU s", "wall_s": "wall s"}
@@ -74,6 +71,9 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="train nothing, print the tables of what has finished"
     )
+    parser.add_argument(
+        "--claims", action="store_true", help="train nothing, print which claims show"
+    )
     # This script, in its own process.
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument(
@@ -86,6 +86,9 @@ def main() -> None:
     out = Path(args.out).resolve()
     if args.run:
         train(args.run[0], int(args.run[1]))
+        return
+    if args.claims:
+        evidence_claims.show(TABLES, lambda arm, seed: finished(out, arm, seed), args)
         return
     if not args.table:
         of_tables = [arm for name in args.tables for arm in TABLES[name].arms]
@@ -320,32 +323,6 @@ def row(
     return {"arm": name, "seeds": len(runs), **scores, **distances, **costs}
 
 
-def distance(
-    runs: list[dict[str, Any]], baseline: list[dict[str, Any]], score: str, unit: int
-) -> str | None:
-    """A score, "label/name", minus the baseline's with its 95 % interval, paired over items; None
-    for the baseline, and where not as many of its seeds have finished.
-    """
-    if runs is baseline or len(runs) != len(baseline):
-        return None
-    if not all(outcomes_of(run).exists() for run in (*runs, *baseline)):
-        return "no outcomes kept"
-    pair = (mean_outcomes(of_arm, score) for of_arm in (runs, baseline))
-    middle, low, high = (unit * value for value in confidence.paired_difference(*pair))
-    return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
-
-
-def mean_outcomes(runs: list[dict[str, Any]], score: str) -> Tensor:
-    """What every item gives to a score, [items, 2], as the mean over the seeds."""
-    of_seeds = [load_file(outcomes_of(run))[score] for run in runs]
-    return torch.stack(of_seeds).double().mean(0)
-
-
-def outcomes_of(run: dict[str, Any]) -> Path:
-    """The file of what every item gave; runs of before it was written lack it."""
-    return items_path(run["folder"] / "results.json")
-
-
 def afterwards(run: Path, tasks: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     """Results of tasks that training does not evaluate, by the label that a table gives them."""
     results = {}
@@ -361,14 +338,6 @@ def evaluated(run: Path, name: str, arguments: tuple[str, ...]) -> Path:
         command = [sys.executable, "-m", "vlp.cli", "eval", str(run), *arguments]
         subprocess.run([*command, "--out", str(out)], check=True, cwd=run.parent.parent)
     return out
-
-
-def distance_heading(heading: str) -> str:
-    return f"{heading.removesuffix(', %')}: distance"
-
-
-def unit(heading: str) -> int:
-    return 100 if heading.endswith("%") else 1
 
 
 def spread(values: list[float]) -> str:

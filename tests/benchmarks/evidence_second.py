@@ -51,7 +51,8 @@ add(
     {"clean_plain": "InfoNCE"} | LOCAL,
     COMPOSITION | GUARDS,
     f"{SIX_EPOCHS} Two hard captions by rule for both arms of own-sample terms; three "
-    "captions of a scene, which tell of the same groups, are the sentences of MIL and PRIOR. FILIP "
+    "captions of a scene, which tell of the same groups, are the sentences of MIL and PRIOR; what "
+    "more captions give alone stands in the table of several captions. FILIP "
     "compares the places of the 256 samples of a rank; its share is not confirmed from the paper.",
     paired=("binding, %", "text R@1, %", "image R@1, %"),
 )

@@ -2,6 +2,7 @@
 exist.
 """
 
+import argparse
 import io
 import json
 import re
@@ -13,7 +14,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.benchmarks import evidence, evidence_arms, evidence_cost, evidence_data
+from tests.benchmarks import (
+    evidence,
+    evidence_arms,
+    evidence_claims,
+    evidence_cost,
+    evidence_data,
+    evidence_outcomes,
+)
 from tests.benchmarks.evidence_second import NOT_SHOWN
 from vlp import config, plugin
 
@@ -187,6 +195,57 @@ def records(folder):
     """The JSON of every sample."""
     for sample in evidence_data.samples_of(folder):
         yield json.loads(sample["json"])
+
+
+def test_claims_are_of_arms_and_scores_of_their_tables(tmp_path):
+    for claim in evidence_claims.CLAIMS:
+        table = evidence.TABLES[f"evidence_{claim.table}"]
+        assert {claim.arm, claim.against} <= table.arms.keys(), claim
+        assert claim.score in table.columns, claim
+    assert len(evidence_claims.CLAIMS) >= 40
+
+    verdicts = {(2, 1, 3): "shown", (-2, -3, -1): "reversed", (1, -1, 3): "not shown"}
+    for difference, told in verdicts.items():
+        assert evidence_claims.verdict(difference) == told
+        claim = evidence_claims.Claim("clean", "a", "b", "text R@1, %", "why")
+        row = evidence_claims.row(claim, {"a": "A", "b": "B"}, 3, difference)
+        assert row["most likely cause"] == (None if told == "shown" else "why")
+
+
+def test_a_claim_is_looked_at_over_the_seeds_of_both_arms(tmp_path, capsys):
+    # Seed 2 of one arm is missing, seed 1 of the other kept no outcomes.
+    records = {}
+    for arm, hits, seeds in (("clean_koleo", 1.0, (0, 1, 2)), ("clean_plain", 0.5, (0, 1))):
+        for seed in seeds:
+            folder = tmp_path / arm / str(seed)
+            folder.mkdir(parents=True)
+            records[arm, seed] = {"folder": folder, "cost": {"commit": f"c{seed}"}}
+            items = torch.tensor([[hits, 1.0]] * 50)
+            if (arm, seed) != ("clean_plain", 1):
+                name = "retrieval/text_retrieval_recall@1"
+                save_file({name: items}, folder / "results.items.safetensors")
+
+    out = tmp_path / "claims.json"
+    args = argparse.Namespace(seeds=[0, 1, 2], json=str(out), publish=False)
+    evidence_claims.show(evidence.TABLES, lambda arm, seed: records.get((arm, seed)), args)
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["arm"], row["seeds"], row["higher"]) == ("+ KoLeo .1", 1, "shown")
+    assert row["difference, points (95 %)"].startswith("+50.0 (+")
+    assert json.loads(out.read_text())["notes"].endswith("Trained at c0.")
+
+    evidence_claims.show(evidence.TABLES, lambda arm, seed: None, args)
+    assert "no claim can be looked at" in capsys.readouterr().out
+
+
+def test_outcomes_of_what_was_evaluated_afterwards_lie_in_their_own_file(tmp_path):
+    run = {"folder": tmp_path}
+    of_training = torch.tensor([[1.0, 1.0]])
+    save_file({"retrieval/r": of_training}, tmp_path / "results.items.safetensors")
+    save_file({"retrieval/r": 0 * of_training}, tmp_path / "width_8.items.safetensors")
+    assert evidence_outcomes.mean_outcomes([run], "retrieval/r")[0, 0] == 1
+    assert evidence_outcomes.mean_outcomes([run], "width_8/r")[0, 0] == 0
+    # Never those of another task instead.
+    assert evidence_outcomes.outcomes(run, "width_16/r") is None
 
 
 def test_the_command_says_first_what_is_missing_and_what_it_costs(tmp_path):
