@@ -196,27 +196,27 @@ class SearchCells:
 
 
 def _without_equal(visits: np.ndarray, rows: Rows | KeptRows) -> tuple[np.ndarray, np.ndarray]:
-    """(the visits without the cell's own samples whose row an earlier one of them has; these, each
+    """(the visits without those whose row an earlier one has; of these the cell's own samples, each
     behind the first sample of its row, int64 [m, 2]): a picture that comes a million times is
     compared once.
     """
-    places = np.flatnonzero(visits % 2 == 1)
-    members = visits[places] >> 1
-    digests = [_digests(rows.gathered(block)) for block in _blocks(members)]
-    if len(members) < 2:
-        return visits, np.empty((0, 2), np.int64)
-    _, firsts, of_members = np.unique(
-        np.concatenate(digests), return_index=True, return_inverse=True
-    )
-    firsts = firsts[of_members]
+    numbers, is_own = visits >> 1, visits % 2 == 1
+    digests = [
+        np.empty(0, np.uint64),
+        *(_digests(rows.gathered(part)) for part in _blocks(numbers)),
+    ]
+    # Rounding may give equal rows other cells, so the cell's own ones stand for no visitor.
+    keys = 2 * np.concatenate(digests) + is_own.astype(np.uint64)
+    _, firsts, of_visits = np.unique(keys, return_index=True, return_inverse=True)
+    firsts = firsts[of_visits]
 
     # Rows of one digest are compared, or a collision would drop a sample.
-    is_further = firsts != np.arange(len(members))
+    is_further = firsts != np.arange(len(visits))
     for block in _blocks(np.flatnonzero(is_further)):
-        one, other = rows.gathered(members[block]), rows.gathered(members[firsts[block]])
+        one, other = rows.gathered(numbers[block]), rows.gathered(numbers[firsts[block]])
         is_further[block] = (one == other).all(1)
-    further = np.stack([members[firsts[is_further]], members[is_further]], 1)
-    return np.delete(visits, places[is_further]), further
+    of_cell = is_further & is_own
+    return visits[~is_further], np.stack([numbers[firsts[of_cell]], numbers[of_cell]], 1)
 
 
 def _digests(rows: np.ndarray) -> np.ndarray:

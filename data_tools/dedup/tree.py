@@ -34,7 +34,10 @@ class Tree:
         """
         self.centres = centres
         self.children = np.array(children)
-        self.has_children = self.children[:, 0] < self.children[:, 1]
+        first, end = self.children.T
+        self.has_children = first < end
+        n_divided = np.concatenate([[0], np.cumsum(self.has_children)])
+        self.has_grandchildren = n_divided[end] > n_divided[first]
 
     @cached_property
     def cells(self) -> np.ndarray:
@@ -148,19 +151,23 @@ class Descent:
         nodes = np.zeros((len(rows), 1), np.int64)
         scores = rows.new_zeros((len(rows), 1))
         while (self.tree.has_children[nodes] & (nodes >= 0)).any():
-            nodes, scores = self._one_level_down(rows, nodes, scores)
+            # On the last level no more are asked for than are wanted, which takes half the time.
+            goes_on = (self.tree.has_grandchildren[nodes] & (nodes >= 0)).any()
+            nodes, scores = self._one_level_down(
+                rows, nodes, scores, self.beam if goes_on else n_cells
+            )
         nodes = nodes[:, :n_cells]
         return np.where(nodes >= 0, self.tree.cells[nodes], -1)
 
     def _one_level_down(
-        self, rows: Tensor, nodes: np.ndarray, scores: Tensor
+        self, rows: Tensor, nodes: np.ndarray, scores: Tensor, most: int
     ) -> tuple[np.ndarray, Tensor]:
         """The nearest of the children of `nodes` [m, w], and of those nodes that are cells."""
         import torch
 
         n_columns = self.tree.most_children
         candidates = self._scored(rows, nodes, scores).view(len(rows), -1)
-        best = candidates.topk(min(self.beam, candidates.shape[1]), 1)
+        best = candidates.topk(min(most, candidates.shape[1]), 1)
         places = best.indices.cpu().numpy()
 
         parents = np.take_along_axis(nodes, places // n_columns, 1)

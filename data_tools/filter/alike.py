@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlp.data.tensor_file import header
 from vlp.data_tools._run.arrays import load, save
 from vlp.data_tools.filter.heads import is_known
 
@@ -87,7 +88,7 @@ class Alike:
         """What the output depends on; files by name, size, and whose embeddings they are."""
         files = []
         for path in self.files():
-            about = _metadata(path)
+            about = header(path).metadata
             whose = [about.get("weights", ""), about.get("keys", "")]
             files.append([path.name, path.stat().st_size, *whose])
         return {"like": files, "cells": self.n_cells, "cells_seed": self.seed}
@@ -190,17 +191,14 @@ def _cells(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _check(path: Path, teacher: Teacher) -> None:
     """Raise ValueError for a file of another model's rows, whose cosines would mean nothing."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "numpy") as file:
-            _, width = file.get_slice("image").get_shape()
-    except (OSError, SafetensorError, ValueError) as error:
+        about, shapes, _ = header(path)
+        _, width = shapes["image"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no embeddings of pictures ({error}); make it with `vlp data embed`"
         ) from None
 
-    about = _metadata(path)
     model, weights = about.get("model", ""), about.get("weights", "")
     # Older files do not tell their weights.
     has_other_weights = bool(weights and teacher.weights) and weights != teacher.weights
@@ -210,10 +208,3 @@ def _check(path: Path, teacher: Teacher) -> None:
             f"source's embeddings are of {teacher.model}, width {teacher.width}, weights "
             f"{teacher.weights or '?'}: embed both with one model"
         )
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    from safetensors import safe_open
-
-    with safe_open(path, "numpy") as file:
-        return file.metadata() or {}

@@ -4,7 +4,8 @@
 
 Fingerprints are fabricated: random hashes and colors, 10 % near copies of another one (1 to 4 bits
 and some levels off), 5 % equal ones, 1 % blank pictures of one hash in many shades. Embeddings are
-random unit rows, the hardest case for cells, 10 % of them copies with cosines from 0.95 to 1.
+random unit rows, 10 % of them copies with cosines from 0.95 to 1; at one size also rows of 384
+numbers in clusters, rows in one dense region (mean cosine 0.7), and rows of which 10 % are equal.
 Measured is the search in buckets and the decision, by one process on one thread, in a process of
 its own; memory is its peak above that of its imports. For comparison with all pairs: fingerprints
 are decided by both, and of embeddings some copies are compared with all others.
@@ -31,12 +32,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 SIZES = [100_000, 1_000_000, 3_000_000, 10_000_000]
-EMBEDDED = [100_000, 200_000, 500_000, 1_000_000]
+EMBEDDED = [10_000, 100_000, 300_000, 1_000_000]
+OTHER_ROWS = 100_000  # of each of the other kinds
 COMPARED = (100_000, 1_000_000)  # fingerprints of which all pairs are compared as well
 N_ROWS = 5_000
 EXTRAPOLATED = [400_000_000, 5_000_000_000]
 A_SHARD = 100_000
 WIDTH = 64
+WIDTHS = {"clustered": 384}
 COSINE = 0.95
 MEMORY = 1 << 30
 
@@ -49,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--embedded", type=int, nargs="+", default=EMBEDDED)
+    parser.add_argument("--other-rows", type=int, default=OTHER_ROWS)
     parser.add_argument(
         "--lines",
         type=Path,
@@ -65,8 +69,10 @@ def main() -> None:
 
     by_hash = [line("fingerprints", n, args.lines) for n in args.sizes]
     by_cosine = [line("embeddings", n, args.lines) for n in args.embedded]
+    of_others = [line(f"embeddings, {kind}", args.other_rows, args.lines) for kind in OTHERS]
     rows = [*by_hash, *(extrapolated("fingerprints", by_hash, n) for n in EXTRAPOLATED)]
     rows += [*by_cosine, *(extrapolated("embeddings", by_cosine, n) for n in EXTRAPOLATED)]
+    rows += of_others
     for row in rows:
         # With all its digits: a table's three would make 100 of 99.99.
         row["found, %"] = row["found, %"] and f"{row['found, %']:.3f}"
@@ -82,7 +88,7 @@ def main() -> None:
         f"pairs of {N_ROWS:,} copies with all others. Every pair is compared before it counts, so "
         "none is wrong. The extrapolated lines are core hours: of fingerprints, seconds a row of "
         "the largest measured line, times the sorts that the cheapest number of blocks takes; "
-        "of embeddings, n to the power of 1.5. They count no waiting for disks; shuffled bytes are "
+        "of embeddings, n · log n. They count no waiting for disks; shuffled bytes are "
         "what the stages write for one another."
     )
     report.publish("dedup", "Deduplication in buckets", rows, args, notes)
@@ -117,7 +123,7 @@ def measured(kind: str, n: int) -> dict[str, Any]:
         folder = Path(name)
         if kind == "fingerprints":
             return _of_fingerprints(folder, n)
-        return _of_embeddings(folder, n)
+        return _of_embeddings(folder, n, kind)
 
 
 def _of_fingerprints(folder: Path, n: int) -> dict[str, Any]:
@@ -144,19 +150,20 @@ def _of_fingerprints(folder: Path, n: int) -> dict[str, Any]:
     return result
 
 
-def _of_embeddings(folder: Path, n: int) -> dict[str, Any]:
+def _of_embeddings(folder: Path, n: int, what: str) -> dict[str, Any]:
     from vlp.data_tools.dedup import decision
     from vlp.data_tools.dedup.embedded import Rows
     from vlp.data_tools.dedup.near import Limits
 
     limits = Limits(-1, COSINE, keep_copies=False)
-    sizes, files, copied = fabricate_rows(folder, n)
-    rows = Rows(files, sizes, WIDTH)
+    kind = what.removeprefix("embeddings, ")
+    sizes, files, copied = fabricate_rows(folder, n, kind)
+    rows = Rows(files, sizes, WIDTHS.get(kind, WIDTH))
     before, started, used = forget_peak(), time.perf_counter(), time.process_time()
     copies, _ = _searched(folder, sizes, [], limits, rows)
     dropped = decision.decide(copies, 0, keep_copies=False)
-    result = _line("embeddings", n, started, used, before, folder, len(dropped))
-    result["found, %"] = 100 * _recall(rows, n, copied, copies.similar)
+    result = _line(what, n, started, used, before, folder, len(dropped))
+    result["found, %"] = 100 * _recall(rows, n, copied, copies)
     return result
 
 
@@ -194,7 +201,7 @@ def _line(
     }
 
 
-def _recall(rows: Any, n: int, copied: np.ndarray, similar: np.ndarray) -> float:
+def _recall(rows: Any, n: int, copied: np.ndarray, copies: Any) -> float:
     """Which part of the pairs of some copies with all others was found."""
     rng = np.random.default_rng(1)
     queries = np.sort(rng.choice(copied, min(N_ROWS, len(copied)), replace=False))
@@ -206,9 +213,13 @@ def _recall(rows: Any, n: int, copied: np.ndarray, similar: np.ndarray) -> float
         for low in range(0, len(x), 2000):
             row, column = np.nonzero(x[low : low + 2000] @ y.T >= COSINE)
             pairs.append(np.stack([queries[low + row], numbers[column]], 1))
-    all_pairs = np.sort(np.concatenate(pairs), 1)
+    # Equal rows are one in the pairs that are found.
+    first = np.arange(n)
+    first[copies.equal[:, 1]] = copies.equal[:, 0]
+    all_pairs = np.sort(first[np.concatenate(pairs)], 1)
     expected = np.unique(_key(all_pairs[all_pairs[:, 0] != all_pairs[:, 1]].T, n))
-    found = np.isin(expected, _key((similar["earlier"], similar["later"]), n))
+    similar = np.stack([copies.similar["earlier"], copies.similar["later"]], 1)
+    found = np.isin(expected, _key(np.sort(first[similar], 1).T, n))
     print(f"{len(expected)} pairs of {N_ROWS} rows", file=sys.stderr)
     return float(found.mean())
 
@@ -250,7 +261,9 @@ def fabricate_prints(folder: Path, n: int) -> tuple[list[int], list[Path]]:
     return sizes, paths
 
 
-def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path], np.ndarray]:
+def fabricate_rows(
+    folder: Path, n: int, kind: str = "embeddings"
+) -> tuple[list[int], list[Path], np.ndarray]:
     """Embeddings of n samples in shards: (their sizes, their files, the numbers of the copies)."""
     from safetensors.numpy import save_file
 
@@ -258,13 +271,14 @@ def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path], np.ndar
     sizes, files = _sizes(n), []
     copies = []
     earlier = None
+    draw = OTHERS.get(kind, _random)
     for number, size in enumerate(sizes):
-        rows = _unit(rng.normal(size=(size, WIDTH)))
-        copied = rng.choice(size, size // 10, replace=False)
+        rows, n_copied = draw(rng, size), size // 10
+        copied = rng.choice(size // 10 * 9, n_copied, replace=False)
         copies.append(number * A_SHARD + copied)
         pool = rows if earlier is None else earlier
-        originals = pool[rng.integers(0, len(pool), len(copied))]
-        cosines = rng.uniform(COSINE, 1, (len(copied), 1))
+        originals = pool[rng.integers(0, len(pool) // 10 * 9, n_copied)]
+        cosines = rng.uniform(COSINE, 1, (n_copied, 1))
         away = rng.normal(size=originals.shape)
         away = _unit(away - (away * originals).sum(1, keepdims=True) * originals)
         rows[copied] = cosines * originals + np.sqrt(1 - cosines**2) * away
@@ -273,6 +287,36 @@ def fabricate_rows(folder: Path, n: int) -> tuple[list[int], list[Path], np.ndar
         save_file({"image": rows.astype(np.float16)}, files[-1])
         earlier = rows
     return sizes, files, np.concatenate(copies)
+
+
+def _random(rng: np.random.Generator, n: int) -> np.ndarray:
+    return _unit(rng.normal(size=(n, WIDTH)))
+
+
+def _clustered(rng: np.random.Generator, n: int) -> np.ndarray:
+    """50 rows a cluster, which lie in 20 of the dimensions; noise, and a mean, in all."""
+    of_all = np.random.default_rng(1)
+    width, n_dimensions = WIDTHS["clustered"], 20
+    turned = of_all.normal(size=(n_dimensions, width)) / n_dimensions**0.5
+    centres = rng.normal(size=(n // 50 + 1, n_dimensions))
+    places = centres[rng.integers(0, len(centres), n)] + 0.7 * rng.normal(size=(n, n_dimensions))
+    return _unit(places @ turned + 0.3 * rng.normal(size=(n, width)) + 0.5)
+
+
+def _dense(rng: np.random.Generator, n: int) -> np.ndarray:
+    """All around one direction: two rows have a cosine of 0.7 on average."""
+    mean = _unit(np.random.default_rng(1).normal(size=(1, WIDTH)))
+    return _unit(0.7**0.5 * mean + 0.3**0.5 * _random(rng, n))
+
+
+def _with_equal(rng: np.random.Generator, n: int) -> np.ndarray:
+    """The last tenth is one row."""
+    rows = _random(rng, n)
+    rows[n // 10 * 9 :] = _unit(np.ones((1, WIDTH)))
+    return rows
+
+
+OTHERS = {"clustered": _clustered, "dense": _dense, "a tenth equal": _with_equal}
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -289,7 +333,7 @@ def extrapolated(kind: str, rows: list[dict[str, Any]], n: int) -> dict[str, Any
 
     largest = rows[-1]
     times = n / largest["samples"]
-    growth = times**1.5
+    growth = times * math.log(n) / math.log(largest["samples"])
     shuffled = largest["shuffled, GB"] * times
     if kind == "fingerprints":
         costs = [Bands.cheapest(4, size).cost_ns(size) for size in (n, largest["samples"])]

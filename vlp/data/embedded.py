@@ -12,18 +12,19 @@ and "keys" (SHA-256 in hex of the samples' keys, one a line). A file may also ho
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from vlp.data.rows import Shard
 from vlp.data.stored import source
 from vlp.data.stored_views import StoredViews
+from vlp.data.tensor_file import header, of_each
 from vlp.text_store import digest
 
 
@@ -57,7 +58,7 @@ class Embeddings:
         self._files = files_beside(folder, paths, "embeddings")
 
         # Rows of two models cannot be compared.
-        written = {_check(path, shard): path for path, shard in zip(self._files, shards)}
+        written = dict(zip(of_each(_check, self._files, shards), self._files))
         if len(written) > 1:
             listed = "; ".join(f"{path}: {by}" for by, path in written.items())
             raise ValueError(
@@ -128,14 +129,12 @@ def files_beside(folder: str, paths: Sequence[str], kind: str) -> list[Path]:
 
 def mapped(path: Path, name: str) -> np.ndarray:
     """A float16 tensor [n, D] of a .safetensors file, mapped."""
-    with open(path, "rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(n_header))[name]
-    start = 8 + n_header + about["data_offsets"][0]
-    shape = tuple(about["shape"])
+    local = Path(os.fspath(path))  # all of it is wanted
+    about = header(local)
+    shape = about.shapes[name]
     if not all(shape):  # an empty file cannot be mapped
         return np.zeros(shape, np.float16)
-    return np.memmap(path, np.float16, "r", start, shape)
+    return np.memmap(local, np.float16, "r", about.places[name][0], shape)
 
 
 class Ensemble:
@@ -211,20 +210,17 @@ def _check(path: Path, shard: Shard) -> Written:
     """Whose embeddings the file of a shard holds."""
     remedy = f"make it with `vlp data embed` from the shard {shard.name}"
     try:
-        with safe_open(path, "numpy") as file:
-            about = file.metadata()
-            names = set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        about, shapes, _ = header(path)
         model, scale, keys = about["model"], float(about["scale"]), about["keys"]
         n, width = shapes["image"]
-        views = StoredViews.read(about["views"]) if "views" in names else None
+        views = StoredViews.read(about["views"]) if "views" in shapes else None
         expected: dict[str, tuple[Any, ...]] = {"image": (n, width), "text": (n, width)}
         if views is not None:
             expected["views"] = (n, views.n, width)
-        if "captions" in names:
+        if "captions" in shapes:
             expected["captions"] = (*shapes["digest"], width)
         complete = all(shapes[name] == shape for name, shape in expected.items())
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no embeddings ({type(error).__name__}: {error}); {remedy}"
         ) from None
@@ -237,7 +233,7 @@ def _check(path: Path, shard: Shard) -> Written:
             f"{remedy}"
         )
     teacher = Teacher(model, scale, width, about.get("weights", ""))
-    return Written(teacher, views, "captions" in names)
+    return Written(teacher, views, "captions" in shapes)
 
 
 # A process keeps this many files mapped; only the rows that are read take memory.

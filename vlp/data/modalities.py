@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from vlp.data.embedded import files_beside
 from vlp.data.rows import Shard
+from vlp.data.tensor_file import header, of_each, part
 
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
 
@@ -35,7 +36,7 @@ class Rows:
         self.folder = folder
         self.files = files_beside(folder, paths, "modality")
 
-        shapes = {_check(path, shard): path for path, shard in zip(self.files, shards)}
+        shapes = dict(zip(of_each(_check, self.files, shards), self.files))
         if len(shapes) > 1:
             listed = "; ".join(f"{path}: {list(shape)}" for shape, path in shapes.items())
             raise ValueError(
@@ -116,16 +117,16 @@ def _check(path: Path, shard: Shard) -> tuple[int, int]:
     """(T, F) of the rows of a shard."""
     remedy = f"make it with `vlp data modality` from the shard {shard.name}"
     try:
-        with safe_open(path, "numpy") as file:
-            keys = file.metadata()["keys"]
-            n, *shape = file.get_slice("rows").get_shape()
-            lengths = np.zeros(n, np.int32)
-            if "length" in set(file.keys()):
-                lengths = file.get_tensor("length")
+        about = header(path)
+        keys = about.metadata["keys"]
+        n, *shape = about.shapes["rows"]
+        lengths = np.zeros(n, np.int32)
+        if "length" in about.shapes:
+            lengths = np.frombuffer(part(path, *about.places["length"]), "<i4")
         n_rows, n_features = shape if len(shape) == 2 else (1, *shape)
         right = lengths.shape == (n,) and lengths.min(initial=0) >= 0
         right = right and lengths.max(initial=0) <= n_rows
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no rows of a modality ({type(error).__name__}: {error}); {remedy}"
         ) from None

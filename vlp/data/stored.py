@@ -28,13 +28,16 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from vlp import caches
 from vlp.data import stores
 from vlp.files import write_atomically
 from vlp.privacy import address
+
+if TYPE_CHECKING:
+    from vlp.data.fetch import Cache
 
 CACHE_BYTES = 50 * 10**9  # of copies of sources
 SENT_EVERY_S = 60.0  # what a kill can cost of a file that grows in place
@@ -211,19 +214,34 @@ def _known(path: StoredPath) -> stores.Info:
 
 def _copy_of(path: StoredPath) -> str:
     """The copy of a source's file in the cache."""
-    from vlp.data.fetch import Cache, version_of
+    from vlp.data.fetch import version_of
 
     if _is_temporary(path):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     known, url = _known(path), stores.whole(str(path))
     version = version_of(known)
-    cache = Cache(CACHE_BYTES, stores.options_for(url), {address(url): version}, since=_STARTED)
+    cache = _cache(url, version)
     # Once a process: a shard that changes in mid-call is met when it is read.
     if url not in _compared:
         cache.drop_if_changed(url, int(known["size"]), version)
         _compared.add(url)
     return cache.get(url)
+
+
+def has_copy(path: Path) -> bool:
+    """Whether a file is here, so that opening it fetches nothing, or belongs to a destination."""
+    if not isinstance(path, StoredPath) or _root_of(path) is not None:
+        return True
+    url = stores.whole(str(path))
+    return _cache(url, "").place(url).exists()
+
+
+def _cache(url: str, version: str) -> Cache:
+    """Where copies of sources lie, for one address of this version."""
+    from vlp.data.fetch import Cache
+
+    return Cache(CACHE_BYTES, stores.options_for(url), {address(url): version}, since=_STARTED)
 
 
 def _fitting(places: Iterable[str], pattern: str) -> Iterator[StoredPath]:

@@ -273,6 +273,24 @@ def fetch(place: str, local: Path, size: int | None = None, *, partly: bool = Fa
         temporary.unlink(missing_ok=True)
 
 
+def part(place: str, start: int, stop: int) -> bytes:
+    """The bytes of a file from start to below stop; raises OSError."""
+
+    def once() -> bytes:
+        file_system, name = _file_system(place)
+        data: bytes = file_system.cat_file(name, start=start, end=stop)
+
+        # Some http servers know no ranges, and send all.
+        if len(data) > stop - start:
+            data = data[start:stop]
+        if len(data) < stop - start:
+            look_again(folder_of(place))
+            raise OSError(f"{len(data)} of {stop - start} bytes came")
+        return data
+
+    return _tried(once, "read", place)
+
+
 def remove(place: str) -> None:
     """Remove a file, if it is there."""
     # The Hub refuses to remove what is not.
