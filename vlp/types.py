@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
     from torch import Tensor
 
     from vlp.data.embedded import Stored
+    from vlp.data.further_members import Files
     from vlp.data.modalities import Stored as StoredModalities
 
 
@@ -53,6 +54,8 @@ class Sample:
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
     roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
     modalities: StoredModalities | None = None  # further ones, on disk
+    # members that make further modalities, by their names, as far as these are looked for
+    members: Mapping[str, Files] = field(default_factory=dict)
 
 
 _READ_ON_HOST = {

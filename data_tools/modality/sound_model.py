@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vlp.data_tools.modality.members import Member
+from vlp.data.further_members import Member
 from vlp.data_tools.modality.sounds import Sounds, decoded, resampled
 
 

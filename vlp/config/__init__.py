@@ -7,12 +7,12 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
 from vlp.config.durations import Duration, Plan, WholePlan
+from vlp.config.modality import Modality, Sound
 from vlp.config.model import (
     Captioner,
     ConcentrationHead,
     Decoder,
     Heads,
-    Modality,
     Model,
     PredictorHead,
     RegionHead,
@@ -54,6 +54,7 @@ __all__ = [
     "PredictorHead",
     "RegionHead",
     "Scale",
+    "Sound",
     "Stage",
     "Stop",
     "StrongAugment",

@@ -8,22 +8,31 @@ DIR/STEM.safetensors belongs to the shard STEM.tar:
               samples whose rows are all zeros lack it
     metadata  "keys" (SHA-256 in hex of the samples' keys, one a line); "model": what made them
 
+A modality that the model decodes is made of members of the samples instead (vlp.data.sounds,
+vlp.data.further_members), whatever lies beside the shards.
+
 A batch carries the modalities that the model reads side by side, [b, S], in the order of their
 names, and their lengths, [b, O].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vlp.config import Sound
+from vlp.data import sounds
 from vlp.data.embedded import files_beside
+from vlp.data.further_members import SOUND_TYPES, Table
 from vlp.data.rows import Shard
+from vlp.types import Sample
 
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
 
@@ -72,13 +81,24 @@ class Stored(NamedTuple):
 def check(
     offered: Sequence[Mapping[str, Rows]],  # of each source
     shapes: Shapes,
+    decoded: Collection[str] = (),
 ) -> None:
-    """Refuse modalities that no source has, or the model does not read, or of another shape."""
+    """Refuse modalities that no source has, or the model does not read, or of another shape.
+
+    `decoded`: those that are made of members of the samples.
+    """
     named = sorted({name for of_source in offered for name in of_source})
-    for name in sorted(shapes.keys() - set(named)):
+    for name in sorted(set(named).intersection(decoded)):
+        raise ValueError(
+            f"a source names rows of {name!r}, which the model makes of the samples' members; "
+            f"leave {name} out of the source's modalities, or give model.heads.modalities.{name} "
+            "features and length in place of sound"
+        )
+    for name in sorted(shapes.keys() - set(named) - set(decoded)):
         raise ValueError(
             f"model.heads.modalities reads {name!r}, which no source has; name the folder of its "
-            f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}]"
+            f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}], or read "
+            f"sounds among the samples' members: model.heads.modalities.{name}.sound"
         )
     for name in sorted(set(named) - shapes.keys()):
         raise ValueError(
@@ -97,12 +117,54 @@ def check(
                 )
 
 
-def side_by_side(stored: Stored | None, shapes: Shapes) -> Further:
-    """What a sample has of the modalities that a model reads; ValueError for NaN or infinity."""
+def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Sound]) -> None:
+    """Refuse members that no sample of any source has, or that need a package that is absent."""
+    for name, sound in wanted.items():
+        tables = [of_source[name] for of_source in found if name in of_source]
+        if not any(table.n_samples for table in tables):
+            expected = f"KEY.{sound.member}.wav" if sound.member else "KEY.wav or KEY.NAME.wav"
+            raise ValueError(
+                f"model.heads.modalities.{name} reads sounds among the samples' members, and no "
+                f"sample of any source has one; expected {expected} beside KEY.jpg "
+                f"({', '.join(SOUND_TYPES)})"
+            )
+        extensions = {extension for table in tables for extension in table.extensions}
+        sounds.check_installed(extensions - {"wav"}, name)
+
+
+def further(
+    sample: Sample,
+    shapes: Shapes,
+    decoded: Mapping[str, Sound],
+    chance: Callable[[str], random.Random] | None,
+) -> Further:
+    """What a sample has of the modalities that a model reads; ValueError where it cannot be used.
+
+    chance: of what is cut from each; None: the middle.
+    """
+    rows = {
+        name: sounds.rows_of(sample.members[name], sound, None if chance is None else chance(name))
+        for name, sound in decoded.items()
+        if name in sample.members
+    }
+    return side_by_side(sample.modalities, shapes, rows)
+
+
+def side_by_side(
+    stored: Stored | None,
+    shapes: Shapes,
+    decoded: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Further:
+    """What a sample has of the modalities that a model reads, stored or made of its members;
+    ValueError for NaN or infinity.
+    """
     parts, lengths = [], []
     for name, (most, features) in sorted(shapes.items()):
         whole, length = np.zeros((most, features), np.float32), 0
-        if stored is not None and name in stored.of:
+        if name in decoded:
+            length = len(decoded[name])
+            whole[:length] = decoded[name]
+        elif stored is not None and name in stored.of:
             rows, length = stored.of[name].of(stored.shard, stored.place)
             whole[:length] = rows[:length]
         parts.append(whole.ravel())

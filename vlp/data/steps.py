@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vlp.config import Data
+from vlp.config import Data, Sound
 from vlp.data import decode, labels, modalities, nodes, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.modalities import Further, Shapes
@@ -26,7 +26,7 @@ from vlp.data.row_texts import TEXTS, Texts
 from vlp.data.sources import StoreAway
 from vlp.fields import CARRIED, EMBEDDED, LABELS
 from vlp.text_store import TextStore
-from vlp.types import Batch, ImageSpec, Sample, TextSpec
+from vlp.types import Batch, ImageSpec, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
 
@@ -72,6 +72,8 @@ class Steps(Dataset):
         store: TextStore | None = None,
         stored_crops: bool = True,
         modalities: Shapes = MappingProxyType({}),
+        decoded: Mapping[str, Sound] = MappingProxyType({}),
+        random_pieces: bool = True,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
@@ -80,6 +82,8 @@ class Steps(Dataset):
         self.store = store  # of text embeddings, which take the place of token ids
         self.stored_crops = stored_crops  # rows have the crops that teachers embedded
         self.modalities = dict(modalities)  # further ones: (T, F) of each by name
+        self.decoded = dict(decoded)  # those of them that members of the samples make
+        self.random_pieces = random_pieces  # of longer sounds; False: their middle
 
         # This rank's rows of each step.
         self.size = batch
@@ -201,7 +205,7 @@ class Steps(Dataset):
                 row = replace(row, caption=caption)
                 self._check_label(row)
                 self._check_stored(row)
-                row = replace(row, further=self._further(sample))
+                row = replace(row, further=self._further(row))
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -315,13 +319,14 @@ class Steps(Dataset):
                 result[name] = to_bytes([row.caption for row in rows])
         return result
 
-    def _further(self, sample: Sample) -> Further | None:
-        """The further modalities of a sample, side by side; ValueError where they cannot be
+    def _further(self, row: Row) -> Further | None:
+        """The further modalities of a row's sample, side by side; ValueError where they cannot be
         used.
         """
         if "modalities" not in self.widths:
             return None
-        return modalities.side_by_side(sample.modalities, self.modalities)
+        chance = (lambda name: row.chance(f"piece of {name}")) if self.random_pieces else None
+        return modalities.further(row.sample, self.modalities, self.decoded, chance)
 
     def _of_teachers(self, row: Row, name: str) -> np.ndarray:
         """The stored embeddings of a row's crop, or of its caption."""

@@ -100,6 +100,12 @@ class DualEncoder(nn.Module):
         return {} if self.heads.modalities is None else self.heads.modalities.shapes
 
     @property
+    def decoded_modalities(self) -> dict[str, config.Sound]:
+        """Those of them that are made of members of the samples."""
+        options = self.heads_config.modalities
+        return {name: tower.sound for name, tower in options.items() if tower.sound is not None}
+
+    @property
     def logit_scale(self) -> nn.Parameter:
         """[1] float32: the logarithm of the scale, not clamped."""
         return self.scaling.logit_scale

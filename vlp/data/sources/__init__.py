@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from vlp import log
 from vlp.data.wrong_captions import LISTS, read
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from vlp.config import Captions
+    from vlp.config import Captions, Sound
     from vlp.data.embedded import Ensemble
+    from vlp.data.further_members import Table
     from vlp.data.modalities import Rows
     from vlp.types import Sample
 
@@ -85,6 +87,8 @@ class Source(Protocol):
     labels: frozenset[str] = frozenset()  # those of vlp.data.index.LABELS that every sample has
     embeddings: Ensemble | None = None  # of one teacher or several, of every sample
     modalities: Mapping[str, Rows] = MappingProxyType({})  # further ones, by name
+    # where the members of further modalities lie, by name, once `find_members` has looked
+    members: Mapping[str, Table] = MappingProxyType({})
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time
@@ -103,6 +107,16 @@ class Source(Protocol):
         here.
         """
         return
+
+    def find_members(self, wanted: Mapping[str, Sound]) -> None:
+        """Look for the members that make modalities, by name; raises ValueError where they cannot
+        be read.
+        """
+        log.warn(
+            f"{', '.join(wanted)} cannot be read from a source of the kind "
+            f"{type(self).__name__.lower()}: its samples lack it; members are read of local shards "
+            "(vlp data pack or reshard makes some)"
+        )
 
     def is_lost(self, i: int) -> bool:
         """Whether the shard of sample i could not be fetched lately."""

@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -21,10 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from vlp.config import Captions
+from vlp import log
+from vlp.config import Captions, Sound
 from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
+from vlp.data.further_members import Files, of_tar, sound_of
+from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
 from vlp.data.members import open_sample
 from vlp.data.modalities import Rows
@@ -129,7 +132,7 @@ class Shards(Source):
             self.left_out.update(shard.left_out)
         self._problems: list[str] = []
         if self.left_out:
-            self._problems.append(f"{self._name()}: odd or passed over: {said(self.left_out)}")
+            self._problems.append(self._passed_over())
 
         if not any(shard.count for shard in shards):
             of_shards = chain.from_iterable(shard.problems for shard in shards)
@@ -292,7 +295,47 @@ class Shards(Source):
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),
             self._modalities_of(i, path),
+            self._members_of(i, path, content.key),
         )
+
+    def find_members(self, wanted: Mapping[str, Sound]) -> None:
+        tars = [of_tar(Path(path)) for path in self.paths]
+        for path, of_one in zip(self.paths, tars):
+            if of_one.damage:
+                log.warn(
+                    f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
+                    f"({of_one.damage}); restore the shard"
+                )
+        self.members = {
+            name: MemberTable(tars, partial(sound_of, name=sound.member))
+            for name, sound in wanted.items()
+        }
+        self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
+
+    def _take_back(self, endings: frozenset[str]) -> None:
+        """Tell no longer that members with these endings are passed over."""
+        read = {f"members {ending}" for ending in endings} & self.left_out.keys()
+        # The index tells of KEY.audio.wav as of a .wav.
+        read |= {
+            f"members .{ending.rpartition('.')[2]}" for ending in endings
+        } & self.left_out.keys()
+        if not read:
+            return
+        self._problems.remove(self._passed_over())
+        for kind in read:
+            del self.left_out[kind]
+        if self.left_out:
+            self._problems.insert(0, self._passed_over())
+
+    def _passed_over(self) -> str:
+        return f"{self._name()}: odd or passed over: {said(self.left_out)}"
+
+    def _members_of(self, i: int, path: str, key: str) -> dict[str, Files]:
+        """The members of sample i that make further modalities."""
+        if not self.members:
+            return {}
+        shard = self.shard_of(i)
+        return {name: table.files(shard, path, key) for name, table in self.members.items()}
 
     def _modalities_of(self, i: int, path: str) -> StoredModalities | None:
         """The further modalities of sample i."""
