@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.config import Sound
 from vlp.eval import describers
 from vlp.eval.describers import Describer
 from vlp.eval.legible import Vocabulary, vocabulary_of
@@ -78,6 +79,8 @@ class Encoder:
     others: Callable[[Tensor, Tensor], Tensor] | None = None
     # (T, F) of each, by name (vlp.data.modalities)
     modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # those of them that are made of members of the samples (vlp.data.sounds)
+    decoded_modalities: Mapping[str, Sound] = field(default_factory=dict)
     describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
@@ -216,6 +219,7 @@ def from_model(
         decoding=model.image_spec.decoding,
         others=lambda rows, lengths: model(modalities=rows, modality_lengths=lengths).others,
         modality_shapes=getattr(model, "modality_shapes", {}),
+        decoded_modalities=getattr(model, "decoded_modalities", {}),
         describer=describers.of_model(model, tokenizer),
     )
 
