@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.material import encoded, picture
+from tests.data.test_sounds import tone
 from tests.models import multimodals
 from tests.test_modalities import write_rows
 from vlp import cli, config, plugin
@@ -49,7 +50,8 @@ def shards(tmp_path_factory):
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             images = dict.fromkeys(range(2), Picture(other, "png"))
             captions = [f"this is picture {i}"]
-            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images)
+            sound = {} if i % 4 == 0 else {"wav": tone(200 + 20 * i)}
+            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images, further=sound)
     return folder
 
 
@@ -99,7 +101,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 57
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 58
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -163,8 +165,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 30, "demo": 1, "eval": 4, "export": 4, "train": 76}
-    assert n_tools == 38
+    assert counts == {"data": 31, "demo": 1, "eval": 4, "export": 4, "train": 78}
+    assert n_tools == 39
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):
