@@ -5,16 +5,20 @@ rows beside the shards, or members of the samples, decoded as in training but fr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlp.config import Frames
 from vlp.data import sounds
-from vlp.data.further_members import Files, Member, of_tar, sound_of
+from vlp.data.frames import chosen
+from vlp.data.further_members import Files, Member, members_of, of_tar
 from vlp.data.index import located
 from vlp.data.modalities import Further, Rows, Stored, check, side_by_side
 from vlp.eval import embed
@@ -128,7 +132,14 @@ def digest(beside: Beside, encoder: Encoder) -> str:
 def _files(beside: Beside, number: int, encoder: Encoder, name: str) -> Files:
     """The members of a record that make a modality."""
     path, of_sample = beside.members[number]
-    return Files(path, sound_of(of_sample, encoder.decoded_modalities[name].member))
+    return Files(path, members_of(of_sample, encoder.decoded_modalities[name]))
+
+
+class _Prepared(NamedTuple):
+    """A record as its batch takes it."""
+
+    further: Further
+    frames: Tensor | None  # [F, 3, H, W]; None: no video is scored
 
 
 def embedded(
@@ -140,20 +151,28 @@ def embedded(
     shapes = dict(sorted(encoder.modality_shapes.items()))
     _check(encoder, beside, shapes)
 
-    def prepare(number: int) -> Further:
+    def prepare(number: int) -> _Prepared:
         stored = Stored(beside.rows, *beside.places[number]) if beside.places else None
-        decoded = {
-            name: _decoded(_files(beside, number, encoder, name), encoder, name)
-            for name in beside.decoded
-        }
-        return side_by_side(stored, shapes, decoded)
+        decoded: dict[str, np.ndarray] = {}
+        frames = None
+        for name in beside.decoded:
+            files, members = _files(beside, number, encoder, name), encoder.decoded_modalities[name]
+            with _naming(name, files):
+                if isinstance(members, Frames):
+                    frames, n_frames = _frames(files, members.n, encoder)
+                    decoded[name] = np.zeros((n_frames, 0), np.float32)
+                else:
+                    decoded[name] = sounds.rows_of(files, members, None)
+        return _Prepared(side_by_side(stored, shapes, decoded), frames)
 
-    def encode(batch: list[Further]) -> Tensor:
+    def encode(batch: list[_Prepared]) -> Tensor:
         rows, lengths = (
-            torch.stack([torch.from_numpy(of_one[k]) for of_one in batch]) for k in (0, 1)
+            torch.stack([torch.from_numpy(of_one.further[k]) for of_one in batch]) for k in (0, 1)
         )
+        videos = [of_one.frames for of_one in batch if of_one.frames is not None]
+        frames = torch.stack(videos) if videos else None
         # Beside the embeddings whether there is anything that they are of.
-        embeddings = encoder.encode_others(rows, lengths)
+        embeddings = encoder.encode_others(rows, lengths, frames)
         has = (lengths > 0).unsqueeze(2).to(embeddings)
         return torch.cat([embeddings, has], 2).flatten(1)
 
@@ -185,10 +204,22 @@ def _check(encoder: Encoder, beside: Beside, shapes: Mapping[str, tuple[int, int
         raise DataError(str(error)) from None
 
 
-def _decoded(files: Files, encoder: Encoder, name: str) -> np.ndarray:
-    """The rows of a record's members; DataError for what cannot be read."""
+def _frames(files: Files, most: int, encoder: Encoder) -> tuple[Tensor, int]:
+    """Pixels [F, 3, H, W] of a record's video, zeros behind its last frame, and how many it has."""
+    assert encoder.prepare_frame is not None, "asked of a model that reads frames"
+    places = chosen(len(files.members), most, None)
+    pictures = [encoder.prepare_frame(files.read(place)) for place in places]
+    whole = torch.zeros(most, *encoder.frame_shape, dtype=torch.uint8)
+    if pictures:
+        whole[: len(pictures)] = torch.stack(pictures)
+    return whole, len(places)
+
+
+@contextmanager
+def _naming(name: str, files: Files) -> Iterator[None]:
+    """DataError, which names the place, for a record's members that cannot be read."""
     try:
-        return sounds.rows_of(files, encoder.decoded_modalities[name], None)
+        yield
     except (OSError, ValueError) as error:
         place = f"{files.path}, byte {files.members[0].offset}"
         raise DataError(f"{name} at {place}: {error}; repair or remove it") from None

@@ -33,6 +33,7 @@ TOWERS = {
     "depth": {"features": 3},
     "audio": {"features": 4, "length": 6, "patch": 2, "layers": 1, "width": 8, "heads": 2},
 }
+WITH_VIDEO = TOWERS | {"video": {"frames": {"n": 3}, "layers": 1, "width": 8, "heads": 2}}
 ALL = {"modality_pairs": {}, "gram": {}, "symile": {}}
 
 
@@ -181,10 +182,12 @@ def test_towers_that_cannot_be_are_refused(towers, message):
 
 
 def with_modalities(rows=slice(None)) -> Batch:
-    """Samples of which some lack the sound, some the depth, and the last both."""
+    """Samples of which some lack the sound, some the depth or the video, and the last all."""
     generator = torch.Generator().manual_seed(7)
     batch = make_batch(slice(None))
-    lengths = torch.tensor([[6, 1], [3, 1], [0, 1], [1, 0], [2, 1], [5, 1]]).repeat(2, 1)
+    lengths = torch.tensor(
+        [[6, 1, 3], [3, 1, 1], [0, 1, 2], [1, 0, 3], [2, 1, 0], [5, 1, 2]]
+    ).repeat(2, 1)
     lengths[-1] = 0
     batch = Batch(
         batch.image,
@@ -193,6 +196,7 @@ def with_modalities(rows=slice(None)) -> Batch:
         batch.key,
         modalities=torch.randn(ROWS, 27, generator=generator, dtype=torch.float64),
         modality_lengths=lengths,
+        frames=batch.image.unsqueeze(1).expand(-1, 3, -1, -1, -1).flip(0).contiguous(),
     )
     return batch._rows(rows)
 
@@ -202,7 +206,7 @@ def trained(micro_batches=1, engine="ddp"):
         micro_batches,
         steps=1,
         batch=with_modalities,
-        heads={"modalities": TOWERS},
+        heads={"modalities": WITH_VIDEO},
         objective=ALL,
         engine=engine,
     )
@@ -224,12 +228,13 @@ def test_micro_batches_and_ranks_change_nothing():
 
 
 def test_a_batch_in_which_a_modality_is_absent_trains_on():
-    training = make_training(2, heads={"modalities": TOWERS}, objective=ALL)
+    training = make_training(2, heads={"modalities": WITH_VIDEO}, objective=ALL)
     batch = with_modalities()
-    batch.modality_lengths[:, 0] = 0
+    batch.modality_lengths[:, [0, 2]] = 0
     scalars = train_step(training, batch)
     assert scalars["gram"] == scalars["symile"] == scalars["gram.complete"] == 0
-    assert scalars["modality_pairs.image_0"] == 0 and scalars["modality_pairs.image_1"] > 0.5
+    assert scalars["modality_pairs.image_0"] == scalars["modality_pairs.image_2"] == 0
+    assert scalars["modality_pairs.image_1"] > 0.5
     assert all(p.isfinite().all() for p in training.engine.module.parameters())
 
 

@@ -14,7 +14,7 @@ Shape legend, used in every docstring of this project:
     M   concepts in all                 N   concepts that a sample names, at most
     Q   keys of a queue
     O   modalities beside image and text
-    S   numbers of all of them together
+    S   numbers of all of them together     F   frames of a video
     Z   tokens of the vocabulary        U   bytes of a caption
 
 A `Batch` says what it carries: an optional field that is None is absent, and a term that needs it
@@ -60,7 +60,7 @@ class Sample:
 
 _READ_ON_HOST = {
     name for name, row in CARRIED.items() if row.tower == "text" or row.dtype == "bool"
-}
+} | {"modality_lengths"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
 from vlp.config.durations import Duration, Plan, WholePlan
-from vlp.config.modality import Modality, Sound
+from vlp.config.modality import Frames, Members, Modality, Sound
 from vlp.config.model import (
     Captioner,
     ConcentrationHead,
@@ -41,11 +41,13 @@ __all__ = [
     "Data",
     "Decoder",
     "Duration",
+    "Frames",
     "Group",
     "Heads",
     "HeldOut",
     "LayerDecay",
     "Log",
+    "Members",
     "Modality",
     "Model",
     "Optimizer",

@@ -46,27 +46,53 @@ class Sound:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """A video that lies beside picture and text in the shards as frames KEY.000.jpg, KEY.001.jpg,
+    …: the image tower embeds each frame, and the modality's tower reads these embeddings in time.
+    """
+
+    # T, frames that the tower sees: one of each of so many equal parts of a longer video, drawn
+    # anew at every visit in training and the middle one in validation and evaluation
+    n: int = 8
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; expected at least 1 frame")
+
+
+Members = Sound | Frames  # what makes a modality of members of the samples
+
+
+@dataclass(frozen=True)
 class Modality:
     """A tower of a further modality over rows in time (vlp.models.modalities): frames of a sound or
     a video, or one embedding. The rows lie beside the shards, or are made of members of the samples
     when these are read.
     """
 
-    # F, numbers of a row: width of stored embeddings; of `sound` its bands, and may be left out
+    # F, numbers of a row: width of stored embeddings; of `sound` and `frames` it is left out
     features: int = 0
-    length: int = 1  # T, rows in time of a sample, at most; of `sound` what its seconds give
+    length: int = 1  # T, rows in time of a sample, at most; of `sound` and `frames` left out
     # log-mel rows of a sound among the sample's members; None: rows that a source's `modalities`
     # names
     sound: Sound | None = None
+    # embeddings of a video's frames among the sample's members by the image tower; None: none
+    frames: Frames | None = None
     layers: int = 0  # of a transformer over the rows; 0: a linear map of their mean
     patch: int = 1  # rows that become one token of the transformer; must divide length
     width: int = 256  # of the transformer
     heads: int = 4  # of the transformer; must divide width
 
     def __post_init__(self) -> None:
+        if self.sound is not None and self.frames is not None:
+            raise ValueError("sound and frames are both given; a modality is one of them")
         if self.sound is not None:
             self._take_shape(self.sound.n_rows, self.sound.bands)
-        if min(self.features, self.length, self.patch, self.width, self.heads) < 1:
+        if self.frames is not None:
+            # As many numbers as the shared space has, which the model knows.
+            self._take_shape(self.frames.n, 0)
+        features = self.features if self.frames is None else 1
+        if min(features, self.length, self.patch, self.width, self.heads) < 1:
             raise ValueError(
                 "features, length, patch, width and heads: found "
                 f"{self.features}, {self.length}, {self.patch}, {self.width} and {self.heads}, "
@@ -83,10 +109,15 @@ class Modality:
         if self.length not in (1, n_rows) or self.features not in (0, n_features):
             raise ValueError(
                 f"features is {self.features} and length {self.length}, but the members give "
-                f"{n_rows} rows of {n_features}; leave both out"
+                f"{n_rows} rows of {n_features or 'embeddings'}; leave both out"
             )
         object.__setattr__(self, "length", n_rows)
         object.__setattr__(self, "features", n_features)
+
+    @property
+    def members(self) -> Members | None:
+        """What makes the rows of members of the samples; None: they lie beside the shards."""
+        return self.sound or self.frames
 
     @property
     def n_tokens(self) -> int:

@@ -154,6 +154,12 @@ class Heads:
             raise ValueError(
                 f"modalities names {', '.join(unusable)}; expected words other than image and text"
             )
+        videos = [name for name, tower in self.modalities.items() if tower.frames is not None]
+        if len(videos) > 1:
+            raise ValueError(
+                f"modalities {', '.join(videos)} read the frames of a sample, which has one video; "
+                "leave one of them"
+            )
         if self.concepts < 0:
             raise ValueError(
                 f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
@@ -210,6 +216,13 @@ class Model:
             raise ValueError(
                 "heads.nonnegative is the model's last step, which the stored embeddings of a "
                 "precomputed image tower do not pass; set image_tower.precomputed: false"
+            )
+
+        reads_frames = any(tower.frames for tower in self.heads.modalities.values())
+        if reads_frames and self.precomputed:
+            raise ValueError(
+                "heads.modalities reads frames, which the image tower embeds, and a precomputed "
+                "image tower is not run; set image_tower.precomputed: false"
             )
 
         text = self.text_tower

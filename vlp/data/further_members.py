@@ -12,13 +12,14 @@ sample's digest: a shard that is packed again with other sounds is to training t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
+from vlp import config
 from vlp.data import tar
 from vlp.data.members import IMAGE_TYPES, Name, is_picture, parse_name, separate
 
@@ -133,15 +134,19 @@ def frames_of(of_sample: list[Member]) -> list[Member]:
     return [member for _, member in sorted(frames)]
 
 
+def members_of(of_sample: list[Member], members: config.Members) -> list[Member]:
+    """Those of a sample's members that make a modality, in their order; none: it lacks it."""
+    if isinstance(members, config.Frames):
+        return frames_of(of_sample)
+    return sound_of(of_sample, members.member)
+
+
 class Table:
     """Where the members that make a modality lie in the tars of a source. Sent to every loader
     process: it lies in shared memory, 24 bytes a member.
     """
 
-    def __init__(
-        self, tars: Sequence[OfTar], choose: Callable[[list[Member]], list[Member]]
-    ) -> None:
-        """`choose`: those of a sample's members that make the modality, in their order."""
+    def __init__(self, tars: Sequence[OfTar], members: config.Members) -> None:
         self.extensions: set[str] = set()
         self.endings: set[str] = set()  # what follows the key: .wav, .audio.wav
         self.n_samples = 0  # that have it
@@ -149,7 +154,7 @@ class Table:
         for of_one in tars:
             rows = []
             for key, of_sample in of_one.members.items():
-                chosen = choose(of_sample)
+                chosen = members_of(of_sample, members)
                 self.n_samples += bool(chosen)
                 self.extensions.update(member.extension for member in chosen)
                 self.endings.update(member.ending for member in chosen)

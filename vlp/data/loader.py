@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vlp import dist, log
-from vlp.config import Data, Sound
+from vlp.config import Data, Members
 from vlp.data import nodes, row_numbers, sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
@@ -89,7 +89,7 @@ class Loader:
         # further modalities that the model reads: (T, F) of each by name
         modalities: Shapes = MappingProxyType({}),
         # those of them that are made of members of the samples
-        decoded: Mapping[str, Sound] = MappingProxyType({}),
+        decoded: Mapping[str, Members] = MappingProxyType({}),
         # False: of a longer sound the middle, in place of a piece drawn anew at every visit
         random_pieces: bool = True,
     ) -> None:

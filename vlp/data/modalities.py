@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vlp.config import Sound
-from vlp.data import sounds
+from vlp.config import Frames, Members, Sound
+from vlp.data import frames, sounds
 from vlp.data.embedded import files_beside
 from vlp.data.further_members import SOUND_TYPES, Table
 from vlp.data.rows import Shard
@@ -68,6 +68,7 @@ class Further(NamedTuple):
 
     rows: np.ndarray  # [S] float32, zeros where it has none
     lengths: np.ndarray  # [O] int64: how many rows of each it has
+    frames: Sequence[int] = ()  # which frames of its video are looked at
 
 
 class Stored(NamedTuple):
@@ -117,37 +118,48 @@ def check(
                 )
 
 
-def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Sound]) -> None:
+def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Members]) -> None:
     """Refuse members that no sample of any source has, or that need a package that is absent."""
-    for name, sound in wanted.items():
+    for name, members in wanted.items():
         tables = [of_source[name] for of_source in found if name in of_source]
         if not any(table.n_samples for table in tables):
-            expected = f"KEY.{sound.member}.wav" if sound.member else "KEY.wav or KEY.NAME.wav"
             raise ValueError(
-                f"model.heads.modalities.{name} reads sounds among the samples' members, and no "
-                f"sample of any source has one; expected {expected} beside KEY.jpg "
-                f"({', '.join(SOUND_TYPES)})"
+                f"model.heads.modalities.{name} reads {_said(members)} among the samples' members, "
+                "and no sample of any source has them beside KEY.jpg"
             )
-        extensions = {extension for table in tables for extension in table.extensions}
-        sounds.check_installed(extensions - {"wav"}, name)
+        if isinstance(members, Sound):
+            extensions = {extension for table in tables for extension in table.extensions}
+            sounds.check_installed(extensions - {"wav"}, name)
+
+
+def _said(members: Members) -> str:
+    if isinstance(members, Frames):
+        return "frames (KEY.000.jpg, KEY.001.jpg, …)"
+    name = f"{members.member}." if members.member else ""
+    return f"sounds (KEY.{name}wav, {', '.join(SOUND_TYPES[1:])})"
 
 
 def further(
     sample: Sample,
     shapes: Shapes,
-    decoded: Mapping[str, Sound],
+    decoded: Mapping[str, Members],
     chance: Callable[[str], random.Random] | None,
 ) -> Further:
     """What a sample has of the modalities that a model reads; ValueError where it cannot be used.
 
-    chance: of what is cut from each; None: the middle.
+    chance: of what is taken of each; None: what lies in the middle.
     """
-    rows = {
-        name: sounds.rows_of(sample.members[name], sound, None if chance is None else chance(name))
-        for name, sound in decoded.items()
-        if name in sample.members
-    }
-    return side_by_side(sample.modalities, shapes, rows)
+    rows, places = {}, []
+    for name in decoded.keys() & sample.members.keys():
+        files, members = sample.members[name], decoded[name]
+        draws = None if chance is None else chance(name)
+        if isinstance(members, Frames):
+            places = frames.chosen(len(files.members), members.n, draws)
+            # Their embeddings are the image tower's.
+            rows[name] = np.zeros((len(places), 0), np.float32)
+        else:
+            rows[name] = sounds.rows_of(files, members, draws)
+    return side_by_side(sample.modalities, shapes, rows)._replace(frames=places)
 
 
 def side_by_side(

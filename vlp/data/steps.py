@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vlp.config import Data, Sound
-from vlp.data import decode, labels, modalities, nodes, row_numbers, text
+from vlp.config import Data, Frames, Members
+from vlp.data import decode, frames, labels, modalities, nodes, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.modalities import Further, Shapes
 from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
@@ -72,7 +72,7 @@ class Steps(Dataset):
         store: TextStore | None = None,
         stored_crops: bool = True,
         modalities: Shapes = MappingProxyType({}),
-        decoded: Mapping[str, Sound] = MappingProxyType({}),
+        decoded: Mapping[str, Members] = MappingProxyType({}),
         random_pieces: bool = True,
     ) -> None:
         self.mixture, self.data = mixture, data
@@ -172,6 +172,8 @@ class Steps(Dataset):
             shapes["negative_images"] = (self.widths["negative_images"], *one)
         if "image_views" in self.widths:
             shapes["image_views"] = (self.widths["image_views"], *one)
+        if "frames" in self.widths:
+            shapes["frames"] = (self.widths["frames"], *one)
         return shapes
 
     def _row(
@@ -263,6 +265,9 @@ class Steps(Dataset):
                 crop = decode.random_crop(picture, spec, views.augment, row.chance("view", v))
                 view.copy_(crop)
 
+        if "frames" in out:
+            self._draw_frames(row, out["frames"])
+
         # Black where a negative of the row has none.
         if "negative_images" in out:
             out["negative_images"].zero_()
@@ -272,6 +277,22 @@ class Steps(Dataset):
                     chance = row.chance("negative", k)
                     picture = decode.train_transform(negative, spec, augment, chance)
                     out["negative_images"][k].copy_(picture)
+
+    def _draw_frames(self, row: Row, out: Tensor) -> None:
+        """Write the frames of the row's video, all cropped alike."""
+        [name] = [name for name, made in self.decoded.items() if isinstance(made, Frames)]
+
+        def crop(data: bytes) -> Tensor:
+            # By one seed for all: a crop that jumps from frame to frame would be a movement.
+            chance = row.chance(f"pixels of {name}")
+            return decode.train_transform(data, self.image, self.data.augment, chance)
+
+        assert row.further is not None, "frames are carried only beside modalities"
+        files = row.sample.members.get(name)
+        if files is None:
+            out.zero_()
+        else:
+            frames.draw(files, row.further.frames, crop, out)
 
     def _cropped(self, row: Row, picture: Tensor | None = None) -> Tensor:
         """The row's image [3, H, W]: the crop that its teachers embedded, where they embedded

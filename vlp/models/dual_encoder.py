@@ -29,7 +29,7 @@ from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
-from vlp.models.regions import Sentences
+from vlp.models.regions import Sentences, in_place
 from vlp.models.repeated import repeated
 from vlp.models.trunk_features import Passed
 from vlp.pretrained import adapters, projections
@@ -100,10 +100,10 @@ class DualEncoder(nn.Module):
         return {} if self.heads.modalities is None else self.heads.modalities.shapes
 
     @property
-    def decoded_modalities(self) -> dict[str, config.Sound]:
+    def decoded_modalities(self) -> dict[str, config.Members]:
         """Those of them that are made of members of the samples."""
         options = self.heads_config.modalities
-        return {name: tower.sound for name, tower in options.items() if tower.sound is not None}
+        return {name: tower.members for name, tower in options.items() if tower.members}
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -127,10 +127,13 @@ class DualEncoder(nn.Module):
         sentences: Sentences | None = None,
         modalities: Tensor | None = None,
         modality_lengths: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_places: Tensor | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views, and
-        further modalities [rows, S] of lengths [rows, O].
+        further modalities [rows, S] of lengths [rows, O] with the frames [n, 3, H, W] that a video
+        has at the places [n] of the [rows, F] that it may have.
 
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
@@ -138,15 +141,19 @@ class DualEncoder(nn.Module):
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
-        image_tokens = text_tokens = None
+        image_tokens = text_tokens = of_frames = None
         rows_of_images, rows_of_texts = (_of_side(side, token_rows) for side in ("image", "text"))
 
         # The towers, each once: views follow the other rows.
         if image is not None:
             wants_tokens = bool(rows_of_images) or sentences is not None
-            passed = self._image(_joined(image, image_views), wants_tokens)
+            pictures = _joined(image, image_views)
+            passed = self._image(_joined(pictures, frames), wants_tokens)
             image_tokens = passed.tokens
-            outputs |= self._embeddings("image", passed.features, image.shape[0])
+            features = passed.features
+            if frames is not None:
+                features, of_frames = features.split([len(pictures), len(frames)])
+            outputs |= self._embeddings("image", features, image.shape[0])
             outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
             if pairs and self.heads.concepts is not None:
                 read = passed.features if passed.trunk is None else passed.trunk
@@ -187,10 +194,25 @@ class DualEncoder(nn.Module):
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
         if modalities is not None:
-            assert self.heads.modalities is not None
-            features = self.heads.modalities(modalities, modality_lengths)
-            outputs["others"] = self._embedding(features)
+            if image is None and frames is not None:
+                of_frames = self.image_features(frames)
+            outputs["others"] = self._others(modalities, modality_lengths, of_frames, frame_places)
         return Features(**outputs, scale=scale, bias=bias)
+
+    def _others(
+        self,
+        rows: Tensor,  # [rows, S]
+        lengths: Tensor | None,  # [rows, O]
+        of_frames: Tensor | None,  # [n, D], features of the frames that are there
+        places: Tensor | None,  # [n] of them among [rows · F]; None: all are there
+    ) -> Tensor:
+        """Unit rows of further modalities, [rows, O, D]."""
+        towers = self.heads.modalities
+        assert towers is not None and lengths is not None
+        frames = None
+        if of_frames is not None:
+            frames = in_place(self._embedding(of_frames), places, (len(rows), towers.n_frames))
+        return self._embedding(towers(rows, lengths, frames))
 
     def _caption_nll(
         self,

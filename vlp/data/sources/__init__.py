@@ -19,7 +19,7 @@ from vlp.data.wrong_captions import LISTS, read
 if TYPE_CHECKING:
     import numpy as np
 
-    from vlp.config import Captions, Sound
+    from vlp.config import Captions, Members
     from vlp.data.embedded import Ensemble
     from vlp.data.further_members import Table
     from vlp.data.modalities import Rows
@@ -108,7 +108,7 @@ class Source(Protocol):
         """
         return
 
-    def find_members(self, wanted: Mapping[str, Sound]) -> None:
+    def find_members(self, wanted: Mapping[str, Members]) -> None:
         """Look for the members that make modalities, by name; raises ValueError where they cannot
         be read.
         """

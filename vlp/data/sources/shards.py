@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from vlp import log
-from vlp.config import Captions, Sound
+from vlp.config import Captions, Members
 from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
-from vlp.data.further_members import Files, of_tar, sound_of
+from vlp.data.further_members import Files, of_tar
 from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
 from vlp.data.members import open_sample
@@ -298,7 +298,7 @@ class Shards(Source):
             self._members_of(i, path, content.key),
         )
 
-    def find_members(self, wanted: Mapping[str, Sound]) -> None:
+    def find_members(self, wanted: Mapping[str, Members]) -> None:
         tars = [of_tar(Path(path)) for path in self.paths]
         for path, of_one in zip(self.paths, tars):
             if of_one.damage:
@@ -306,10 +306,7 @@ class Shards(Source):
                     f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
                     f"({of_one.damage}); restore the shard"
                 )
-        self.members = {
-            name: MemberTable(tars, partial(sound_of, name=sound.member))
-            for name, sound in wanted.items()
-        }
+        self.members = {name: MemberTable(tars, members) for name, members in wanted.items()}
         self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
 
     def _take_back(self, endings: frozenset[str]) -> None:
