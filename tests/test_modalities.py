@@ -201,11 +201,18 @@ def with_modalities(rows=slice(None)) -> Batch:
     return batch._rows(rows)
 
 
-def trained(micro_batches=1, engine="ddp"):
+def on_one_rank_only(rows=slice(None)) -> Batch:
+    """The samples of the second of two ranks have neither sound nor video."""
+    batch = with_modalities()
+    batch.modality_lengths[ROWS // 2 :, [0, 2]] = 0
+    return batch._rows(rows)
+
+
+def trained(micro_batches=1, engine="ddp", batch=with_modalities):
     return gradients_and_weights(
         micro_batches,
         steps=1,
-        batch=with_modalities,
+        batch=batch,
         heads={"modalities": WITH_VIDEO},
         objective=ALL,
         engine=engine,
@@ -222,7 +229,23 @@ def test_micro_batches_and_ranks_change_nothing():
     in_parts = trained(3)
     assert assert_close(in_parts[0], expected[0], 1e-9) > 35
     assert_close(in_parts[1], expected[1], 1e-9)
-    for gradients, weights, _ in ranks.run(2, trained, 2):
+    alone = trained(batch=on_one_rank_only)
+    of_ranks = ranks.run(2, _trained_both)
+    assert len(of_ranks) == 2
+    for whole, some_without in of_ranks:
+        for of_rank, of_one in ((whole, expected), (some_without, alone)):
+            assert_close(of_rank[0], of_one[0], 1e-9)
+            assert_close(of_rank[1], of_one[1], 1e-9)
+
+
+def _trained_both() -> tuple:
+    return trained(2), trained(batch=on_one_rank_only)
+
+
+@pytest.mark.slow
+def test_shards_of_weights_change_nothing():
+    expected = trained(batch=on_one_rank_only)
+    for gradients, weights, _ in ranks.run(2, trained, 3, "fsdp2", on_one_rank_only):
         assert_close(gradients, expected[0], 1e-9)
         assert_close(weights, expected[1], 1e-9)
 

@@ -15,6 +15,7 @@ from tests.eval.material import direction, hearing, known_encoder
 from tests.models.tiny import tiny
 from tests.test_modalities import write_rows
 from vlp import plugin, watch
+from vlp.data.decode import eval_transform
 from vlp.data.sounds import cut, decoded, log_mel
 from vlp.eval import modalities, run
 from vlp.eval.embed import Context
@@ -164,6 +165,40 @@ def test_members_are_decoded_as_the_model_reads_them(sounding):
         for member in ("", "high", "low")
     }
     assert len(digests) == 2, "the first sound is the high one, and there is no low one"
+
+
+def test_frames_are_embedded_as_in_training(tmp_path):
+    members = []
+    for i, n_frames in enumerate((3, 1, 0, 7)):
+        frames = [material.png(material.picture(10 * i + k + 2)) for k in range(n_frames)]
+        members += [(f"{i}.{k}.png", frame) for k, frame in enumerate(frames)]
+        members += [(f"{i}.png", material.png(material.picture(i + 1)))]
+        members += [(f"{i}.txt", f"{i}".encode())]
+    material.write_tar(tmp_path / "00000.tar", members)
+    of_video = {"frames": {"n": 3}, "layers": 1, "width": 8, "heads": 2}
+    model = tiny(heads={"modalities": {"video": of_video, "audio": {"features": 3}}}).eval()
+    options = {"data": str(tmp_path), "modalities": {"video": None}}
+    (chosen,) = plugin.keyed("vlp.eval.tasks", {"modality_retrieval": options})
+    data = chosen.module.read(chosen.options)
+    context = Context(workers=0, batch=3)
+    embedded = modalities.embedded(from_model(model), data.beside, context)
+    rows, has = embedded["video"]
+    assert has.tolist() == [True, True, False, True] and embedded.keys() == {"video"}
+
+    # One video alone, of the frames that are there.
+    n = 0
+    for i, places in ((0, (0, 1, 2)), (1, (0,)), (3, (0, 2, 5))):
+        pictures = [material.png(material.picture(10 * i + k + 2)) for k in places]
+        pixels = torch.stack([eval_transform(data, model.image_spec) for data in pictures])
+        of_one = model(
+            modalities=torch.zeros(1, 3),
+            modality_lengths=torch.tensor([[0, len(places)]]),
+            frames=pixels,
+            frame_places=torch.arange(len(places)),
+        )
+        torch.testing.assert_close(rows[i], of_one.others[0, 1].detach(), atol=1e-5, rtol=1e-4)
+        n += 1
+    assert n == 3
 
 
 def of_members(shards: Path) -> dict:

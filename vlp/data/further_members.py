@@ -12,9 +12,9 @@ sample's digest: a shard that is packed again with other sounds is to training t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -146,27 +146,42 @@ class Table:
     process: it lies in shared memory, 24 bytes a member.
     """
 
-    def __init__(self, tars: Sequence[OfTar], members: config.Members) -> None:
+    def __init__(self, members: config.Members) -> None:
+        self.members = members
         self.extensions: set[str] = set()
         self.endings: set[str] = set()  # what follows the key: .wav, .audio.wav
         self.n_samples = 0  # that have it
-        ends, parts = [0], []
+        self._rows = torch.zeros(0, 3, dtype=torch.int64)
+        self._ends = [0]
+
+    @classmethod
+    def of_tars(
+        cls, tars: Iterable[OfTar], wanted: Mapping[str, config.Members]
+    ) -> dict[str, Self]:
+        """A table of each modality, by name; no more than one tar is held at a time."""
+        tables = {name: cls(members) for name, members in wanted.items()}
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
         for of_one in tars:
-            rows = []
-            for key, of_sample in of_one.members.items():
-                chosen = members_of(of_sample, members)
-                self.n_samples += bool(chosen)
-                self.extensions.update(member.extension for member in chosen)
-                self.endings.update(member.ending for member in chosen)
-                number = _number(key)
-                rows += [(number, member.offset, member.size) for member in chosen]
-            # By key, and for each key in the order in which they were chosen.
-            part = np.array(rows, np.int64).reshape(-1, 3)
-            parts.append(part[np.argsort(part[:, 0], kind="stable")])
-            ends.append(ends[-1] + len(part))
-        self._ends = ends
-        table = np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
-        self._rows = torch.from_numpy(table).share_memory_()
+            for name, table in tables.items():
+                parts[name].append(table._read(of_one))
+        for name, table in tables.items():
+            table._rows = torch.from_numpy(np.concatenate(parts[name])).share_memory_()
+        return tables
+
+    def _read(self, of_one: OfTar) -> np.ndarray:
+        """The rows of one more tar: key's number, offset and bytes, int64 [m, 3]."""
+        rows = []
+        for key, of_sample in of_one.members.items():
+            chosen = members_of(of_sample, self.members)
+            self.n_samples += bool(chosen)
+            self.extensions.update(member.extension for member in chosen)
+            self.endings.update(member.ending for member in chosen)
+            number = _number(key)
+            rows += [(number, member.offset, member.size) for member in chosen]
+        part = np.array(rows, np.int64).reshape(-1, 3)
+        self._ends.append(self._ends[-1] + len(part))
+        # By key, and for each key in the order in which they were chosen.
+        return part[np.argsort(part[:, 0], kind="stable")]
 
     def files(self, shard: int, path: str, key: str) -> Files:
         """The members of the sample `key` of the tar number `shard`, which lies at `path`."""

@@ -129,7 +129,7 @@ def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Mem
             )
         if isinstance(members, Sound):
             extensions = {extension for table in tables for extension in table.extensions}
-            sounds.check_installed(extensions - {"wav"}, name)
+            sounds.check_installed(extensions, name)
 
 
 def _said(members: Members) -> str:

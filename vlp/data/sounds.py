@@ -37,9 +37,15 @@ def rows_of(files: Files, sound: config.Sound, chance: random.Random | None) -> 
     return rows[: sound.n_rows]
 
 
+def can_be_read(extension: str) -> bool:
+    """Whether sounds of this kind can be read here."""
+    return extension == "wav" or importlib.util.find_spec("soundfile") is not None
+
+
 def check_installed(extensions: Collection[str], name: str) -> None:
     """Refuse sounds that the package which reads them is missing for."""
-    if extensions and importlib.util.find_spec("soundfile") is None:
+    extensions = [extension for extension in extensions if not can_be_read(extension)]
+    if extensions:
         raise ValueError(
             f"{name} has members .{', .'.join(sorted(extensions))}, which {_INSTALL} reads; waves "
             "of PCM (.wav) need no package"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -26,7 +26,7 @@ from vlp.config import Captions, Members
 from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
-from vlp.data.further_members import Files, of_tar
+from vlp.data.further_members import Files, OfTar, of_tar
 from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
 from vlp.data.members import open_sample
@@ -299,15 +299,19 @@ class Shards(Source):
         )
 
     def find_members(self, wanted: Mapping[str, Members]) -> None:
-        tars = [of_tar(Path(path)) for path in self.paths]
-        for path, of_one in zip(self.paths, tars):
+        self.members = MemberTable.of_tars(self._tars(wanted), wanted)
+        self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
+
+    def _tars(self, wanted: Collection[str]) -> Iterator[OfTar]:
+        """The further members of each shard; warns of what damage hides."""
+        for path in self.paths:
+            of_one = of_tar(Path(path))
             if of_one.damage:
                 log.warn(
                     f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
                     f"({of_one.damage}); restore the shard"
                 )
-        self.members = {name: MemberTable(tars, members) for name, members in wanted.items()}
-        self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
+            yield of_one
 
     def _take_back(self, endings: frozenset[str]) -> None:
         """Tell no longer that members with these endings are passed over."""
