@@ -198,6 +198,12 @@ def _check(encoder: Encoder, beside: Beside, shapes: Mapping[str, tuple[int, int
             f"{encoder.name} reads stored rows of {', '.join(stored)}, no members of samples; name "
             f"their folder: modalities={{{stored[0]}: DIR}}"
         )
+    videos = [name for name in beside.rows if not shapes[name][1]]
+    if videos:
+        raise DataError(
+            f"{encoder.name} embeds the frames of {videos[0]} itself, and reads no stored rows of "
+            f"it; write modalities={{{videos[0]}: null}}"
+        )
     try:
         check([beside.rows], {name: shapes[name] for name in beside.rows})
     except ValueError as error:

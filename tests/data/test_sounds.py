@@ -231,6 +231,25 @@ def test_a_sound_that_cannot_be_read_costs_its_sample_alone(tmp_path, bad, reaso
     assert key == "3" and re.search(reason, told)
 
 
+def test_whatever_a_damaged_header_says_is_an_answer_in_words():
+    chance = random.Random(0)
+    n_read, reasons = 0, set()
+    for _ in range(1500):
+        data = bytearray(tone(440, 0.02, channels=2))
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(60)] = chance.randrange(256)
+        try:
+            rate, samples = decoded(bytes(data))
+        except ValueError as error:
+            reasons.add(str(error))
+        else:
+            assert rate > 0 and samples.ndim == 1 and samples.size
+            n_read += 1
+    assert n_read > 100 and {"no wave file (RuntimeError)", "a sound without samples"} < reasons
+    assert not [reason for reason in reasons if "broadcast" in reason or "reshape" in reason]
+    assert any(reason.endswith("expected 8, 16, 24 or 32") for reason in reasons)
+
+
 def test_sounds_of_which_too_many_are_broken_end_the_run(tmp_path):
     sounds = {f"{i}": ("wav", b"" if i else tone(300)) for i in range(32)}
     write_tar(tmp_path / "00000.tar", members(sounds))

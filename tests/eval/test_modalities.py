@@ -182,6 +182,10 @@ def test_frames_are_embedded_as_in_training(tmp_path):
     data = chosen.module.read(chosen.options)
     context = Context(workers=0, batch=3)
     embedded = modalities.embedded(from_model(model), data.beside, context)
+    stored = {"data": str(tmp_path), "modalities": {"video": str(tmp_path / "rows")}}
+    write_rows(tmp_path / "rows", tmp_path, (3, 4), lengths=True)
+    with pytest.raises(DataError, match=r"reads no stored rows of it; write .*video: null"):
+        evaluated(from_model(model), "modality_retrieval", stored)
     rows, has = embedded["video"]
     assert has.tolist() == [True, True, False, True] and embedded.keys() == {"video"}
 

@@ -21,7 +21,7 @@ import torch
 
 from vlp import config
 from vlp.data import tar
-from vlp.data.members import IMAGE_TYPES, Name, is_picture, parse_name, separate
+from vlp.data.members import IMAGE_TYPES, Name, parse_name, separate
 
 SOUND_TYPES = ("wav", "flac", "ogg", "mp3")
 
@@ -94,8 +94,9 @@ def of_tar(path: Path) -> OfTar:
     members: dict[str, list[Member]] = {}
     for name, member in named:
         key, infix = _owner(name.key, pictured)
-        is_the_sample = not infix and name.kind
-        if key is None or is_the_sample or (is_picture(name.kind) and name.kind != "image"):
+        # What the index knows: the sample's picture and texts, and pictures of its negatives.
+        is_known = bool(name.kind) and (not infix or name.kind != "image")
+        if key is None or is_known:
             continue
         of_sample = members.setdefault(key, [])
         of_sample.append(Member(infix, name.extension, member.offset, member.size))
@@ -173,7 +174,9 @@ class Table:
         rows = []
         for key, of_sample in of_one.members.items():
             chosen = members_of(of_sample, self.members)
-            self.n_samples += bool(chosen)
+            if not chosen:
+                continue
+            self.n_samples += 1
             self.extensions.update(member.extension for member in chosen)
             self.endings.update(member.ending for member in chosen)
             number = _number(key)

@@ -93,13 +93,13 @@ def check(
         raise ValueError(
             f"a source names rows of {name!r}, which the model makes of the samples' members; "
             f"leave {name} out of the source's modalities, or give model.heads.modalities.{name} "
-            "features and length in place of sound"
+            "features and length in place of sound or frames"
         )
     for name in sorted(shapes.keys() - set(named) - set(decoded)):
         raise ValueError(
             f"model.heads.modalities reads {name!r}, which no source has; name the folder of its "
             f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}], or read "
-            f"sounds among the samples' members: model.heads.modalities.{name}.sound"
+            f"members of the samples: model.heads.modalities.{name}.sound, or frames"
         )
     for name in sorted(set(named) - shapes.keys()):
         raise ValueError(

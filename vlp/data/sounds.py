@@ -83,8 +83,11 @@ def _wave(data: bytes) -> tuple[int, np.ndarray]:
     except wave.Error:
         # Floats, say: there are some fifty kinds.
         return _by_soundfile(data)
-    except (EOFError, ValueError) as error:
+    except (EOFError, ValueError, RuntimeError) as error:
+        # Sizes that lead beyond the file are a RuntimeError.
         raise ValueError(f"no wave file ({type(error).__name__})") from None
+    if width > 4:
+        raise ValueError(f"a wave of {8 * width} bits; expected 8, 16, 24 or 32")
 
     frames = frames[: len(frames) // (width * n_channels) * width * n_channels]
     if width == 1:  # unsigned, where all others have a sign

@@ -113,9 +113,8 @@ class Source(Protocol):
         be read.
         """
         log.warn(
-            f"{', '.join(wanted)} cannot be read from a source of the kind "
-            f"{type(self).__name__.lower()}: its samples lack it; members are read of local shards "
-            "(vlp data pack or reshard makes some)"
+            f"the samples of the source {type(self).__name__.lower()} lack {', '.join(wanted)}: "
+            "sounds and frames are read of local shards alone (the source shards)"
         )
 
     def is_lost(self, i: int) -> bool:
