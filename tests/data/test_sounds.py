@@ -30,27 +30,21 @@ N = 12
 
 def tone(hertz: float, seconds: float = 0.5, rate: int = 8000, channels: int = 1) -> bytes:
     """A PCM wave of one tone, of 16 bits."""
-    samples = np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate) / 2
-    file = io.BytesIO()
-    with wave.open(file, "wb") as writer:
-        writer.setnchannels(channels)
-        writer.setsampwidth(2)
-        writer.setframerate(rate)
-        whole = (samples * 32767).astype("<i2")[:, None]
-        writer.writeframes(np.tile(whole, (1, channels)).tobytes())
-    return file.getvalue()
+    times = np.arange(round(seconds * rate)) / rate
+    return encoded_wave(np.sin(2 * np.pi * hertz * times) / 2, rate, channels)
 
 
 def sweep(seconds: float, rate: int = 8000) -> bytes:
     """A tone that rises, so that each piece of it is another."""
     times = np.arange(round(seconds * rate)) / rate
-    samples = np.sin(2 * np.pi * (200 + 1500 * times / seconds) * times) / 2
+    return encoded_wave(np.sin(2 * np.pi * (200 + 1500 * times / seconds) * times) / 2, rate)
+
+
+def encoded_wave(samples: np.ndarray, rate: int, channels: int = 1) -> bytes:
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
-        writer.setnchannels(1)
-        writer.setsampwidth(2)
-        writer.setframerate(rate)
-        writer.writeframes((samples * 32767).astype("<i2").tobytes())
+        writer.setparams((channels, 2, rate, 0, "NONE", ""))
+        writer.writeframes(np.repeat((samples * 32767).astype("<i2"), channels).tobytes())
     return file.getvalue()
 
 

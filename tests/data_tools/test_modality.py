@@ -16,8 +16,8 @@ from safetensors import safe_open
 from tests.data.material import data_of, encoded, loader_of, picture, write_tar
 from tests.data_tools.tools import call
 from tests.eval.material import tiny_open_clip
+from vlp.data.sounds import decoded, log_mel, resampled
 from vlp.data_tools import modality, validate
-from vlp.data_tools.modality.sounds import decoded, log_mel, resampled
 
 READS = frozenset({"others"})
 
