@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vlp.data.further_members import Files
+from vlp.config import Augment
+from vlp.data import decode
 from vlp.data.picture import BadImage
+from vlp.types import ImageSpec
+
+if TYPE_CHECKING:
+    from vlp.data.row import Row
 
 
 def chosen(n_frames: int, most: int, chance: random.Random | None) -> list[int]:
@@ -24,16 +29,18 @@ def chosen(n_frames: int, most: int, chance: random.Random | None) -> list[int]:
     return [chance.randrange(first, end) for first, end in pairwise(ends)]
 
 
-def draw(
-    files: Files,
-    places: Sequence[int],
-    crop: Callable[[bytes], Tensor],
-    out: Tensor,  # [F, 3, H, W], zeros behind the last frame afterwards
-) -> None:
-    """Write the frames at these places of a video; ValueError for one that does not open."""
+def draw(row: Row, name: str, spec: ImageSpec, augment: Augment, out: Tensor) -> None:
+    """Write the frames of the row's video `name`, all cropped alike, and zeros behind the last one
+    to `out` [F, 3, H, W]; ValueError for one that does not open.
+    """
+    assert row.further is not None, "frames are carried only beside modalities"
+    places = row.further.frames
     out[len(places) :].zero_()
-    for row, place in zip(out, places):
+    for pixels, place in zip(out, places):
+        # By one seed for all: a crop that jumps from frame to frame would be a movement.
+        chance = row.chance(f"pixels of {name}")
+        data = row.sample.members[name].read(place)
         try:
-            row.copy_(crop(files.read(place)))
+            pixels.copy_(decode.train_transform(data, spec, augment, chance))
         except BadImage as error:
             raise ValueError(f"frame {place} of the video: {error}") from error

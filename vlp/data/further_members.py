@@ -12,14 +12,14 @@ sample's digest: a shard that is packed again with other sounds is to training t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from vlp import config
+from vlp import config, log
 from vlp.data import tar
 from vlp.data.members import IMAGE_TYPES, Name, parse_name, separate
 
@@ -156,13 +156,18 @@ class Table:
         self._ends = [0]
 
     @classmethod
-    def of_tars(
-        cls, tars: Iterable[OfTar], wanted: Mapping[str, config.Members]
-    ) -> dict[str, Self]:
-        """A table of each modality, by name; no more than one tar is held at a time."""
+    def of_tars(cls, paths: Sequence[str], wanted: Mapping[str, config.Members]) -> dict[str, Self]:
+        """A table of each modality, by name; warns of what damage to a tar hides."""
         tables = {name: cls(members) for name, members in wanted.items()}
         parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-        for of_one in tars:
+        for path in paths:
+            # One after another: the members of all tars by name would be gigabytes.
+            of_one = of_tar(Path(path))
+            if of_one.damage:
+                log.warn(
+                    f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
+                    f"({of_one.damage}); restore the shard"
+                )
             for name, table in tables.items():
                 parts[name].append(table._read(of_one))
         for name, table in tables.items():

@@ -266,7 +266,8 @@ class Steps(Dataset):
                 view.copy_(crop)
 
         if "frames" in out:
-            self._draw_frames(row, out["frames"])
+            [name] = [name for name, made in self.decoded.items() if isinstance(made, Frames)]
+            frames.draw(row, name, spec, augment, out["frames"])
 
         # Black where a negative of the row has none.
         if "negative_images" in out:
@@ -277,22 +278,6 @@ class Steps(Dataset):
                     chance = row.chance("negative", k)
                     picture = decode.train_transform(negative, spec, augment, chance)
                     out["negative_images"][k].copy_(picture)
-
-    def _draw_frames(self, row: Row, out: Tensor) -> None:
-        """Write the frames of the row's video, all cropped alike."""
-        [name] = [name for name, made in self.decoded.items() if isinstance(made, Frames)]
-
-        def crop(data: bytes) -> Tensor:
-            # By one seed for all: a crop that jumps from frame to frame would be a movement.
-            chance = row.chance(f"pixels of {name}")
-            return decode.train_transform(data, self.image, self.data.augment, chance)
-
-        assert row.further is not None, "frames are carried only beside modalities"
-        files = row.sample.members.get(name)
-        if files is None:
-            out.zero_()
-        else:
-            frames.draw(files, row.further.frames, crop, out)
 
     def _cropped(self, row: Row, picture: Tensor | None = None) -> Tensor:
         """The row's image [3, H, W]: the crop that its teachers embedded, where they embedded

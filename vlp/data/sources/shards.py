@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from vlp import log
 from vlp.config import Captions, Members
 from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
-from vlp.data.further_members import Files, OfTar, of_tar
+from vlp.data.further_members import Files
 from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
 from vlp.data.members import open_sample
@@ -299,19 +298,8 @@ class Shards(Source):
         )
 
     def find_members(self, wanted: Mapping[str, Members]) -> None:
-        self.members = MemberTable.of_tars(self._tars(wanted), wanted)
+        self.members = MemberTable.of_tars(self.paths, wanted)
         self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
-
-    def _tars(self, wanted: Collection[str]) -> Iterator[OfTar]:
-        """The further members of each shard; warns of what damage hides."""
-        for path in self.paths:
-            of_one = of_tar(Path(path))
-            if of_one.damage:
-                log.warn(
-                    f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
-                    f"({of_one.damage}); restore the shard"
-                )
-            yield of_one
 
     def _take_back(self, endings: frozenset[str]) -> None:
         """Tell no longer that members with these endings are passed over."""
