@@ -157,6 +157,36 @@ def test_a_member_belongs_to_its_sample_wherever_it_lies(tmp_path):
         assert found.members["a"][0].read(file) == loose
 
 
+def test_members_behind_damage_are_lacking_and_told(tmp_path, capsys):
+    sounds = {f"{i}": ("wav", tone(300 + i, 0.05)) for i in range(4)}
+    path = write_tar(tmp_path / "00000.tar", members(sounds))
+    whole = of_tar(path)
+    end = whole.members["1"][0].offset
+    path.write_bytes(path.read_bytes()[: end + 100])
+    torn = of_tar(path)
+    assert torn.damage and torn.members.keys() == {"0"} and torn.members["0"] == whole.members["0"]
+    batch = next(sound_loader(tmp_path, 1))
+    assert batch.modality_lengths.shape == (1, 1)
+    assert "audio of the samples after damage is lacking" in capsys.readouterr().err
+
+
+def test_samples_of_other_sources_lack_sounds(shards, tmp_path, capsys):
+    for i in range(4):
+        (tmp_path / f"loose{i}.png").write_bytes(encoded(picture(i)))
+        (tmp_path / f"loose{i}.txt").write_text("a caption")
+        (tmp_path / f"loose{i}.wav").write_bytes(tone(440))
+    sources = [
+        {"name": "shards", "path": str(shards), "weight": 1.0},
+        {"name": "folder", "path": str(tmp_path), "weight": 1.0},
+    ]
+    options = {"reads": READS, "modalities": SHAPES, "decoded": {"audio": SOUND}}
+    batch = next(loader_of(data_of(*sources), 8, **options))
+    loose = [key.startswith("loose") for key in batch.key]
+    assert sum(loose) == 4 and not batch.modality_lengths[loose].any()
+    assert batch.modality_lengths.any()
+    assert "source folder lack audio" in capsys.readouterr().err
+
+
 # A sound
 
 

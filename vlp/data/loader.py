@@ -121,7 +121,8 @@ class Loader:
         if decoded and (reads is None or "others" in reads):
             for source in self.sources:
                 source.find_members(decoded)
-            check_members([source.members for source in self.sources], decoded)
+            names = [plugin.name for plugin in data.sources]
+            check_members(names, [source.members for source in self.sources], decoded)
         self.widths = optional_fields(self.sources, data, reads, modalities)
         self.carries = frozenset(self.widths)
         self._stored_crops = stored_crops

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from vlp import dist, log
 from vlp.config import Frames, Members, Sound
 from vlp.data import frames, sounds
 from vlp.data.embedded import files_beside
@@ -118,8 +119,14 @@ def check(
                 )
 
 
-def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Members]) -> None:
-    """Refuse members that no sample of any source has, or that need a package that is absent."""
+def check_members(
+    sources: Sequence[str],  # their kinds
+    found: Sequence[Mapping[str, Table]],  # in each
+    wanted: Mapping[str, Members],
+) -> None:
+    """Refuse members that no sample of any source has, or that need a package that is absent; tells
+    of sources in which members cannot be looked for.
+    """
     for name, members in wanted.items():
         tables = [of_source[name] for of_source in found if name in of_source]
         if not any(table.n_samples for table in tables):
@@ -130,6 +137,13 @@ def check_members(found: Sequence[Mapping[str, Table]], wanted: Mapping[str, Mem
         if isinstance(members, Sound):
             extensions = {extension for table in tables for extension in table.extensions}
             sounds.check_installed(extensions, name)
+
+    for source, of_source in zip(sources, found):
+        if not of_source and dist.is_main():
+            log.warn(
+                f"the samples of the source {source} lack {', '.join(wanted)}: sounds and frames "
+                "are read of local shards alone (the source shards)"
+            )
 
 
 def _said(members: Members) -> str:

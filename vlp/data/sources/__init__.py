@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from vlp import log
 from vlp.data.wrong_captions import LISTS, read
 
 if TYPE_CHECKING:
@@ -109,13 +108,10 @@ class Source(Protocol):
         return
 
     def find_members(self, wanted: Mapping[str, Members]) -> None:
-        """Look for the members that make modalities, by name; raises ValueError where they cannot
-        be read.
+        """Look for the members that make modalities, by name, and fill in `members`; a source that
+        cannot leaves it empty.
         """
-        log.warn(
-            f"the samples of the source {type(self).__name__.lower()} lack {', '.join(wanted)}: "
-            "sounds and frames are read of local shards alone (the source shards)"
-        )
+        return
 
     def is_lost(self, i: int) -> bool:
         """Whether the shard of sample i could not be fetched lately."""
