@@ -9,13 +9,14 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlp.data.stored import destination, destination_file
 from vlp.data_tools._run import work
 from vlp.files import write_atomically
 
 if TYPE_CHECKING:
+    from vlp.data.further_members import Member
     from vlp.data.rows import Shard
 
 HELP = "check every member of shards; exit status 1 where something is wrong, or no sample is good"
@@ -68,13 +69,17 @@ def run(args: argparse.Namespace) -> int:
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts over all shards."""
     left_out: Counter[str] = Counter()
+    further: Counter[str] = Counter()
     for report in reports:
         left_out.update(report["left_out"])
+        # Notes of an earlier version do not tell of them.
+        further.update(report.get("further", {}))
     return {
         "shards": len(reports),
         "samples": sum(report["samples"] for report in reports),
         "problems": sum(report["n_problems"] for report in reports),
         "left_out": left_out,
+        "further": further,
     }
 
 
@@ -93,6 +98,8 @@ def print_reports(reports: list[dict[str, Any]], summary: dict[str, Any]) -> Non
 
     if summary["left_out"]:
         print(f"odd or passed over: {said(summary['left_out'])}")
+    if summary["further"]:
+        print(", ".join(f"{n} {kind}" for kind, n in sorted(summary["further"].items())))
     n_bad = sum(report["n_problems"] > 0 for report in reports)
     print(
         f"{summary['shards']} shards, {summary['samples']} good samples, "
@@ -116,8 +123,9 @@ def check_shard(job: tuple[int, Path]) -> work.Result:
     try:
         shard = scan(path)
         n_good = _check_samples(path, shard)
+        further = _check_further(path, shard)
     except ValueError as error:
-        shard, n_good = Shard(path.name, 0, 0), 0
+        shard, n_good, further = Shard(path.name, 0, 0), 0, Counter()
         shard.report("", f"not readable: {error}")
 
     stats = stats_of(path)
@@ -133,6 +141,7 @@ def check_shard(job: tuple[int, Path]) -> work.Result:
         "n_problems": shard.n_problems,
         "problems": shard.problems,
         "left_out": shard.left_out,
+        "further": further,
         "counts": {"samples read": shard.count},
     }
 
@@ -161,6 +170,41 @@ def _check_samples(path: Path, shard: Shard) -> int:
             else:
                 n_good += 1
     return n_good
+
+
+def _check_further(path: Path, shard: Shard) -> Counter[str]:
+    """How many samples have a sound and how many frames of a video; the shard learns what is wrong
+    with these. The sample is good all the same: not every run reads them.
+    """
+    from vlp.data.further_members import frames_of, of_tar, sound_of
+
+    counts: Counter[str] = Counter()
+    with open(path, "rb") as file:
+        for key, members in of_tar(path).members.items():
+            frames = frames_of(members)
+            if frames:
+                counts["samples with frames"] += 1
+            if sound_of(members, ""):
+                counts["samples with a sound"] += 1
+            for member in members:
+                try:
+                    _check_member(member, member in frames, file)
+                except ValueError as error:
+                    shard.report(f"{key}{member.ending}", str(error))
+    return counts
+
+
+def _check_member(member: Member, is_frame: bool, file: BinaryIO) -> None:
+    """Raise ValueError for a sound or a frame that cannot be read."""
+    from vlp.data.further_members import SOUND_TYPES
+    from vlp.data.picture import array
+    from vlp.data.sounds import can_be_read, decoded
+
+    if is_frame:
+        array(member.read(file))
+    # Where the package for the others is absent, nothing is known of them.
+    if member.extension in SOUND_TYPES and can_be_read(member.extension):
+        decoded(member.read(file))
 
 
 def _promised(stats: Path) -> Any:

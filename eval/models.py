@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlp.config import Members
 from vlp.eval import describers
 from vlp.eval.describers import Describer
 from vlp.eval.legible import Vocabulary, vocabulary_of
@@ -74,13 +75,19 @@ class Encoder:
     # its embeddings are
     certainty: tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]] | None = None
     width: int | None = None  # how many numbers of a row count, the first ones; None: all
-    # rows of further modalities side by side [n, S] and their lengths [n, O] -> [n, O, D]
-    others: Callable[[Tensor, Tensor], Tensor] | None = None
+    # rows of further modalities side by side [n, S] and their lengths [n, O], and where the model
+    # reads frames those of videos [n, F, 3, H, W] -> [n, O, D]
+    others: Callable[..., Tensor] | None = None
     # (T, F) of each, by name (vlp.data.modalities)
     modality_shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     # pixels [n, 3, H, W] and the texts before and after each picture -> [n, D]; None: the model
     # reads a picture or a text, not both as one
     joint: Callable[[Tensor, list[tuple[str, str]]], Tensor] | None = None
+    # those of them that are made of members of the samples (vlp.data.sounds)
+    decoded_modalities: Mapping[str, Members] = field(default_factory=dict)
+    # an encoded frame of a video as pixels [3, H, W]; of a model that reads frames
+    prepare_frame: Callable[[bytes], Tensor] | None = None
+    frame_shape: tuple[int, ...] = ()
     describer: Describer | None = None  # what writes captions; None: there is no text decoder
 
     def encode_images(self, images: Tensor | list[Image.Image]) -> Tensor:
@@ -99,11 +106,14 @@ class Encoder:
         joint = self.joint
         return self._unit(lambda: joint(images.to(self.device, non_blocking=True), texts))
 
-    def encode_others(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """Rows of further modalities side by side to [n, O, D] float32 unit rows."""
+    def encode_others(self, rows: Tensor, lengths: Tensor, frames: Tensor | None = None) -> Tensor:
+        """Rows of further modalities side by side, and frames of videos where the model reads them,
+        to [n, O, D] float32 unit rows.
+        """
         assert self.others is not None, "asked of a model with towers for them"
         others = self.others
-        return self._unit(lambda: others(rows.to(self.device), lengths.to(self.device)))
+        values = [rows, lengths] if frames is None else [rows, lengths, frames]
+        return self._unit(lambda: others(*(value.to(self.device) for value in values)))
 
     def precision(self) -> torch.autocast:
         """What towers and text decoder compute in, as a context."""
@@ -224,8 +234,17 @@ def from_model(
         fingerprint=fingerprint(model.state_dict(), preprocessing) if keep else "",
         autocast=autocast,
         decoding=model.image_spec.decoding,
-        others=lambda rows, lengths: model(modalities=rows, modality_lengths=lengths).others,
+        others=lambda rows, lengths, frames=None: (
+            model(
+                modalities=rows,
+                modality_lengths=lengths,
+                frames=None if frames is None else frames.flatten(0, 1),
+            ).others
+        ),
+        prepare_frame=lambda data: eval_transform(data, model.image_spec),
+        frame_shape=(3, *model.image_spec.size),
         modality_shapes=getattr(model, "modality_shapes", {}),
+        decoded_modalities=getattr(model, "decoded_modalities", {}),
         describer=describers.of_model(model, tokenizer),
     )
 

@@ -66,7 +66,7 @@ def test_the_table_holds_every_field_of_a_batch_and_of_the_inputs():
     assert of_batch == {*CARRIED, "key"}
     assert of_inputs == {*FIELDS, "step", "other_names", "translations"}
     assert EMBEDDED.keys() | LABELS.keys() == CARRIED.keys() and not EMBEDDED.keys() & LABELS.keys()
-    assert len(EMBEDDED) == 8 and len(LABELS) == 15 and len(FIELDS) == 67
+    assert len(EMBEDDED) == 9 and len(LABELS) == 15 and len(FIELDS) == 68
 
 
 # Data → batch

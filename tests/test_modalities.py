@@ -33,8 +33,9 @@ TOWERS = {
     "depth": {"features": 3},
     "audio": {"features": 4, "length": 6, "patch": 2, "layers": 1, "width": 8, "heads": 2},
 }
-PAIRS = [["text", "image"], ["text", "audio"], ["text", "depth"]]
-HEADS = {"modalities": TOWERS, "translators": {"pairs": PAIRS, "width": 8}}
+WITH_VIDEO = TOWERS | {"video": {"frames": {"n": 3}, "layers": 1, "width": 8, "heads": 2}}
+PAIRS = [["text", "image"], ["text", "audio"], ["text", "depth"], ["text", "video"]]
+HEADS = {"modalities": WITH_VIDEO, "translators": {"pairs": PAIRS, "width": 8}}
 ALL = {"modality_pairs": {}, "gram": {}, "symile": {}, "translation": {"distance": "squared"}}
 
 
@@ -183,10 +184,12 @@ def test_towers_that_cannot_be_are_refused(towers, message):
 
 
 def with_modalities(rows=slice(None)) -> Batch:
-    """Samples of which some lack the sound, some the depth, and the last both."""
+    """Samples of which some lack the sound, some the depth or the video, and the last all."""
     generator = torch.Generator().manual_seed(7)
     batch = make_batch(slice(None))
-    lengths = torch.tensor([[6, 1], [3, 1], [0, 1], [1, 0], [2, 1], [5, 1]]).repeat(2, 1)
+    lengths = torch.tensor(
+        [[6, 1, 3], [3, 1, 1], [0, 1, 2], [1, 0, 3], [2, 1, 0], [5, 1, 2]]
+    ).repeat(2, 1)
     lengths[-1] = 0
     batch = Batch(
         batch.image,
@@ -195,15 +198,23 @@ def with_modalities(rows=slice(None)) -> Batch:
         batch.key,
         modalities=torch.randn(ROWS, 27, generator=generator, dtype=torch.float64),
         modality_lengths=lengths,
+        frames=batch.image.unsqueeze(1).expand(-1, 3, -1, -1, -1).flip(0).contiguous(),
     )
     return batch._rows(rows)
 
 
-def trained(micro_batches=1, engine="ddp"):
+def on_one_rank_only(rows=slice(None)) -> Batch:
+    """The samples of the second of two ranks have neither sound nor video."""
+    batch = with_modalities()
+    batch.modality_lengths[ROWS // 2 :, [0, 2]] = 0
+    return batch._rows(rows)
+
+
+def trained(micro_batches=1, engine="ddp", batch=with_modalities):
     return gradients_and_weights(
         micro_batches,
         steps=1,
-        batch=with_modalities,
+        batch=batch,
         heads=HEADS,
         objective=ALL,
         engine=engine,
@@ -215,14 +226,30 @@ def test_micro_batches_and_ranks_change_nothing():
     of_towers = {name for name in expected[0] if name.startswith("heads.modalities.")}
     assert len(of_towers) > 15
     translators = [name for name in expected[0] if name.startswith("heads.translators.")]
-    assert len(translators) == 24 and all(any(expected[0][name]) for name in translators)
+    assert len(translators) == 32 and all(any(expected[0][name]) for name in translators)
     live = [name for name in of_towers if any(expected[0][name])]
     assert len(live) >= len(of_towers) - 1, "an empty gradient proves nothing"
 
     in_parts = trained(3)
     assert assert_close(in_parts[0], expected[0], 1e-9) > 35
     assert_close(in_parts[1], expected[1], 1e-9)
-    for gradients, weights, _ in ranks.run(2, trained, 2):
+    alone = trained(batch=on_one_rank_only)
+    of_ranks = ranks.run(2, _trained_both)
+    assert len(of_ranks) == 2
+    for whole, some_without in of_ranks:
+        for of_rank, of_one in ((whole, expected), (some_without, alone)):
+            assert_close(of_rank[0], of_one[0], 1e-9)
+            assert_close(of_rank[1], of_one[1], 1e-9)
+
+
+def _trained_both() -> tuple:
+    return trained(2), trained(batch=on_one_rank_only)
+
+
+@pytest.mark.slow
+def test_shards_of_weights_change_nothing():
+    expected = trained(batch=on_one_rank_only)
+    for gradients, weights, _ in ranks.run(2, trained, 3, "fsdp2", on_one_rank_only):
         assert_close(gradients, expected[0], 1e-9)
         assert_close(weights, expected[1], 1e-9)
 
@@ -230,11 +257,12 @@ def test_micro_batches_and_ranks_change_nothing():
 def test_a_batch_in_which_a_modality_is_absent_trains_on():
     training = make_training(2, heads=HEADS, objective=ALL)
     batch = with_modalities()
-    batch.modality_lengths[:, 0] = 0
+    batch.modality_lengths[:, [0, 2]] = 0
     scalars = train_step(training, batch)
     assert scalars["gram"] == scalars["symile"] == scalars["gram.complete"] == 0
     assert scalars["translation"] > 0, "text and image are there"
-    assert scalars["modality_pairs.image_0"] == 0 and scalars["modality_pairs.image_1"] > 0.5
+    assert scalars["modality_pairs.image_0"] == scalars["modality_pairs.image_2"] == 0
+    assert scalars["modality_pairs.image_1"] > 0.5
     assert all(p.isfinite().all() for p in training.engine.module.parameters())
 
 

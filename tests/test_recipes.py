@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.material import encoded, picture
+from tests.data.test_sounds import tone
 from tests.models import multimodals
 from tests.test_modalities import write_rows
 from tests.test_text_pairs import rows, words, write_table
@@ -53,7 +54,8 @@ def shards(tmp_path_factory):
             own, other = (encoded(picture(k, (16, 16))) for k in (i, i + 50))
             images = dict.fromkeys(range(2), Picture(other, "png"))
             captions = [f"this is picture {i}: {words(i)}"]
-            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images)
+            sound = {} if i % 4 == 0 else {"wav": tone(200 + 20 * i)}
+            writer.add(f"k{i}", own, "png", captions, meta, negative_images=images, further=sound)
     return folder
 
 
@@ -103,7 +105,7 @@ def test_every_recipe_has_a_header():
     """What it is, its data, its command, the hardware and the result; and the number of recipes
     that are run below.
     """
-    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 62
+    assert RECIPES.keys() == config.shipped().keys() and len(RECIPES) == 63
     for name, path in RECIPES.items():
         header = header_of(path)
         assert {"command", "hardware", "result"} <= set(re.findall(r"^# +(\w+)  ", header, re.M)), (
@@ -167,8 +169,8 @@ def test_every_command_of_every_header_can_be_given():
             assert tool in plugin.names("vlp.data_tools"), f"{name} names vlp data {tool}"
             n_tools += 1
     counts = {command: started.count(command) for command in sorted(set(started))}
-    assert counts == {"data": 32, "demo": 1, "eval": 6, "export": 5, "train": 83}
-    assert n_tools == 40
+    assert counts == {"data": 33, "demo": 1, "eval": 6, "export": 5, "train": 85}
+    assert n_tools == 41
 
 
 def test_a_command_that_does_not_exist_is_noticed(capsys):

@@ -238,6 +238,7 @@ def open_data(config: Config, model: DualEncoder, selector: Selection) -> Loader
             reads=losses.reads(config.objective) | selector.needs | online_judge.reads(config),
             store=None if stored_texts is None else TextStore(stored_texts),
             modalities=model.modality_shapes,
+            decoded=model.decoded_modalities,
         )
     selector.check(loader.carries, len(loader.teacher_widths))
     return loader

@@ -69,6 +69,11 @@ def pictures(batch_shape: str, shape: str, *, required: bool = False, **columns:
     return _row(row, required)
 
 
+def frames(batch_shape: str, **columns: Any) -> Any:
+    """RGB in the batch that a further modality's tower reads embedded; no term does."""
+    return _row(Field("further", batch_shape, "uint8", (batch_shape,), **columns), False)
+
+
 def texts(batch_shape: str, *shapes: str, required: bool = False, **columns: Any) -> Any:
     """Token ids in the batch; terms read unit rows by the text tower."""
     row = Field("text", batch_shape, "int64", shapes, unit=True, **columns)
@@ -245,6 +250,9 @@ class Carried:
     # sample lacks it (vlp.data.modalities).
     modalities: Tensor = numbers("b S", supplier=_MODALITIES)
     modality_lengths: Tensor = numbers("b O", "int64", beside="modalities")
+
+    # Frames of a video, zeros behind its last one (vlp.data.frames).
+    frames: Tensor = frames("b F 3 H W", beside="modalities", supplier=_MODALITIES)
 
     # Pairs with one label are of one kind: the same caption, class or origin. Any whole numbers,
     # of which only equality counts; the loader's are below 2^48 (vlp.data.labels).

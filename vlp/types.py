@@ -14,7 +14,7 @@ Shape legend, used in every docstring of this project:
     M   concepts in all                 N   concepts that a sample names, at most
     Q   keys of a queue
     O   modalities beside image and text
-    S   numbers of all of them together
+    S   numbers of all of them together     F   frames of a video
     X   translations of one modality into another
     Z   tokens of the vocabulary        U   bytes of a caption
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # torch is imported by whoever builds a Batch; `vlp --help` m
     from torch import Tensor
 
     from vlp.data.embedded import Stored
+    from vlp.data.further_members import Files
     from vlp.data.modalities import Stored as StoredModalities
 
 
@@ -59,11 +60,13 @@ class Sample:
     weights: tuple[float, ...] = ()  # by which one of the captions is drawn; empty: all alike
     roles: tuple[str, ...] = ()  # of the captions, as the source names them; empty: it does not
     modalities: StoredModalities | None = None  # further ones, on disk
+    # members that make further modalities, by their names, as far as these are looked for
+    members: Mapping[str, Files] = field(default_factory=dict)
 
 
 _READ_ON_HOST = {
     name for name, row in CARRIED.items() if row.tower == "text" or row.dtype == "bool"
-}
+} | {"modality_lengths"}
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,8 @@ def _loader(
             store=store,
             stored_crops=False,
             modalities=model.modality_shapes,
+            decoded=model.decoded_modalities,
+            random_pieces=False,
         )
 
 

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlp.data_tools import _encoder
 from vlp.data_tools._run import work
-from vlp.data_tools.modality.members import Member
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vlp.data.further_members import Member
 
 HELP = "rows of sounds, of video frames or of other embeddings, as a further modality"
 EXAMPLE = """vlp data modality data/train --sound --seconds 10 --to data/train_audio

@@ -6,8 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlp.data.members import IMAGE_TYPES
-from vlp.data_tools.modality.members import Member
+from vlp.data.further_members import Member, frames_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,13 +35,7 @@ class Frames:
         return {"kind": "frames", "n": self.n, **self.model.settings()}
 
     def members(self, of_sample: list[Member]) -> list[Member]:
-        frames = [
-            (int(member.infix), member)
-            for member in of_sample
-            if member.extension in IMAGE_TYPES and member.infix.isdecimal()
-        ]
-        # By number: 10 comes after 9.
-        in_order = [member for _, member in sorted(frames)]
+        in_order = frames_of(of_sample)
         n_frames = min(self.n, len(in_order))
         return [in_order[place * len(in_order) // n_frames] for place in range(n_frames)]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vlp.data_tools.modality.members import Member
-from vlp.data_tools.modality.sounds import Sounds, decoded, resampled
+from vlp.data.further_members import Member
+from vlp.data.sounds import decoded, resampled
+from vlp.data_tools.modality.sounds import Sounds
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vlp.data_tools.modality.members import Member, of_keys
+from vlp.data.further_members import Member
+from vlp.data_tools.modality.members import of_keys
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ A sample's JSON: {"scene": {"background", "groups", "relation", "objects"}, "cap
 "seed", "split", "index"}; an object has shape, color, size, x, y (centre), diameter (shares of the
 side, y downwards) and angle (degrees); `relation` says how the first group lies to the second:
 left, right, above, below; `heldout` names the combinations that training never shows. Proof sets
-add "caption", "negatives", "negative_kinds", "negatives_valid" and "kind".
+add "caption", "negatives", "negative_kinds", "negatives_valid" and "kind". With --sounds the scene
+lies beside it as a sound, KEY.wav (vlp.data_tools.scenes.sound).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ __all__ = ["EXAMPLE", "HELP", "PROOFS", "Scene", "arguments", "generate", "run",
 
 HELP = "render scenes with captions: training shards and evaluation sets"
 EXAMPLE = """vlp data scenes --to data/scenes --train 20000 --val 1000 --size 64 --seed 0
+  vlp data scenes --to data/heard --train 20000 --sounds
   vlp data scenes --to data/scenes --train 10000000 --ray
 """
 
@@ -99,6 +101,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="side of the pictures (default: %(default)s)",
     )
+    add("--sounds", action="store_true", help="each scene as a sound as well, KEY.wav")
     add("--seed", type=int, default=0, help="another seed, other scenes (default: %(default)s)")
     add(
         "--processes",
@@ -126,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         processes=args.processes,
         ray=on_ray,
+        sounds=args.sounds,
     )
     seconds = time.perf_counter() - start
 

@@ -36,14 +36,16 @@ def write(
     seed: int = 0,
     processes: int | None = None,
     ray: bool = False,
+    sounds: bool = False,
 ) -> dict[str, int]:
     """Fill `folder` with all sets and return their numbers of scenes; a set of none is left out.
 
     The bytes do not depend on `processes`, nor on whether they run on the Ray cluster that this
-    process is connected to (`ray`). `n_zeroshot` is rounded up to whole rounds through the 56
-    classes and `n_proofs` through the nine numbers, so that both stay balanced. With more than one
-    process the calling script needs the usual `if __name__ == "__main__":`, because processes are
-    started afresh (a fork may hang once torch ran).
+    process is connected to (`ray`). `sounds`: each scene is heard as well, as KEY.wav. `n_zeroshot`
+    is rounded up to whole rounds through the 56 classes and `n_proofs` through the nine numbers, so
+    that both stay balanced. With more than one process the calling script needs the usual
+    `if __name__ == "__main__":`, because processes are started afresh (a fork may hang once torch
+    ran).
     """
     folder = destination(folder)
     # Whole rounds: each class, each number and each form of a wrong caption as often as the others.
@@ -75,7 +77,7 @@ def write(
     for split, n in n_scenes.items():
         for first in range(0, n, n if split in BENCHMARKS else SAMPLES_PER_SHARD):
             n_of_shard = n if split in BENCHMARKS else min(SAMPLES_PER_SHARD, n - first)
-            jobs.append((folder, split, first, n_of_shard, seed, size))
+            jobs.append((folder, split, first, n_of_shard, seed, size, sounds))
 
     pool = Pool(processes or (None if ray else os.cpu_count() or 1), ray=ray)
     for _ in pool.finished(_write, jobs):
@@ -89,15 +91,17 @@ def _whole(n: int, unit: int) -> int:
     return math.ceil(n / unit) * unit
 
 
-Job = tuple[Path, str, int, int, int, int]  # folder, split, first scene, scenes, seed, size
+# folder, split, first scene, scenes, seed, size, with sounds
+Job = tuple[Path, str, int, int, int, int, bool]
 
 
 def _write(job: Job) -> None:
     """One shard of a split, or one whole evaluation set."""
     from vlp.data.format import ShardWriter
+    from vlp.data_tools.scenes import sound
     from vlp.data_tools.scenes.draw import encode
 
-    folder, split, first, n, seed, size = job
+    folder, split, first, n, seed, size, sounds = job
     if split in BENCHMARKS:
         writer = ShardWriter(folder / split / "test", n, overwrite=True, shard_name="{}")
     else:
@@ -114,7 +118,17 @@ def _write(job: Job) -> None:
         for scene in scenes:
             cls = _class(scene, split) if split in CLASSIFIED else None
             txt = "\n".join(scene.captions) if split == "retrieval" else None
-            writer.add(None, encode(scene.image), "jpg", scene.captions, scene.meta, cls, txt=txt)
+            further = {"wav": sound.encode(scene.meta["scene"])} if sounds else {}
+            writer.add(
+                None,
+                encode(scene.image),
+                "jpg",
+                scene.captions,
+                scene.meta,
+                cls,
+                txt=txt,
+                further=further,
+            )
 
 
 def _unlike(seed: int, size: int, n: int) -> Iterator[Scene]:

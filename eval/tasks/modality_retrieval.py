@@ -2,9 +2,9 @@
 of all Bs, over the samples that have both; `mean_recall` is the mean of R@1, R@5 and R@10 over all
 directions.
 
-Data are shards, with rows of further modalities beside them (`vlp data modality`), and a run whose
-model has towers for them. Image and text are compared as in the task `retrieval`, which joins equal
-pictures, where here every sample is one.
+Data are shards, with rows of further modalities beside them (`vlp data modality`) or members that
+the model decodes, and a run whose model has towers for them. Image and text are compared as in the
+task `retrieval`, which joins equal pictures, where here every sample is one.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Options(Texts):
     """Which samples and modalities. `captions` and `lines`: which texts are captions."""
 
     data: str  # shards
-    # folders of rows by the modalities' names, as the source's `modalities`
-    modalities: dict[str, str] = field(default_factory=dict)
+    # folders of rows by the modalities' names, as the source's `modalities`; null: members of the
+    # samples, as the model reads them
+    modalities: dict[str, str | None] = field(default_factory=dict)
     # all, or names two by two: [[text, audio], [image, audio]]
     pairs: list[tuple[str, str]] | Literal["all"] = "all"
     split: str = "test"  # which split of the data is scored
@@ -103,7 +104,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
     result = TaskResult(
         data.source.name,
         counts={"samples": len(pictures), "skipped": len(data.source.skipped)},
-        digest=context.digest(pictures, captions, modalities.digest(data.beside)),
+        digest=context.digest(pictures, captions, modalities.digest(data.beside, encoder)),
     )
     means = []
     for a, b in options.chosen:

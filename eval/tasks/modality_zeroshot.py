@@ -2,8 +2,8 @@
 sound, video or other rows, as `zeroshot` classifies pictures (Radford et al. 2021).
 
 Data are shards whose samples have a class, with rows of further modalities beside them (`vlp data
-modality`). A modality is scored over the samples that have it, as NAME_acc1 and so on; `acc1` is
-the mean over modalities.
+modality`) or members that the model decodes. A modality is scored over the samples that have it, as
+NAME_acc1 and so on; `acc1` is the mean over modalities.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Options:
     """What is classified, into what, and how it is said."""
 
     data: str  # shards
-    # folders of rows by the modalities' names, as the source's `modalities`; at least one
-    modalities: dict[str, str] = field(default_factory=dict)
+    # folders of rows by the modalities' names, as the source's `modalities`; null: members of the
+    # samples, as the model reads them. At least one
+    modalities: dict[str, str | None] = field(default_factory=dict)
     split: str = "test"  # which split of the data is scored
     classes: str | list[str] | None = None  # as for zeroshot
     templates: str | list[str] | dict[str, list[str]] | None = None  # as for zeroshot
@@ -55,8 +56,8 @@ def read(options: Options) -> Data:
     """Open the set and settle class names and templates; DataError for several labels a sample."""
     if not options.modalities:
         raise DataError(
-            "modalities names no folder of rows; write modalities={audio: DIR}, or take zeroshot, "
-            "which classifies pictures"
+            "modalities names no folder of rows; write {audio: DIR}, or {audio: null} for "
+            "members that the model decodes, or take zeroshot, which classifies pictures"
         )
     labelled = zeroshot.read(shared(zeroshot.Options, options))
     if labelled.labels.ndim == 2:
@@ -72,7 +73,7 @@ def run(encoder: Encoder, data: Data, options: Options, context: Context) -> Tas
 
     result = zeroshot.blank_result(labelled, context)
     if result.digest:
-        result.digest = context.digest([], result.digest, modalities.digest(data.beside))
+        result.digest = context.digest([], result.digest, modalities.digest(data.beside, encoder))
     for name, (embeddings, has) in rows.items():
         if not has.any():
             raise DataError(f"no sample of {options.data} has {name}; leave it out")

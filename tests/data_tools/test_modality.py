@@ -16,8 +16,8 @@ from safetensors import safe_open
 from tests.data.material import data_of, encoded, loader_of, picture, write_tar
 from tests.data_tools.tools import call
 from tests.eval.material import tiny_open_clip
-from vlp.data_tools import modality
-from vlp.data_tools.modality.sounds import decoded, log_mel, resampled
+from vlp.data.sounds import decoded, log_mel, resampled
+from vlp.data_tools import modality, validate
 
 READS = frozenset({"others"})
 
@@ -120,6 +120,26 @@ def test_sounds_become_rows_and_what_cannot_be_read_is_counted(tmp_path, capsys)
     batch = next(loader_of(data_of(source), 8, reads=READS, modalities={"audio": (100, 8)}))
     assert batch.modalities.shape == (8, 800)
     assert sorted(batch.modality_lengths.flatten().tolist()) == [0] * 6 + [1, 100]
+
+
+def test_validate_names_sounds_and_frames_that_cannot_be_read(tmp_path, capsys):
+    still = encoded(picture(3))
+    shards = shard(
+        tmp_path / "set",
+        {
+            "right": [("wav", sound(440)), ("0.png", still), ("1.png", still)],
+            "empty": [("voice.wav", b"")],
+            "torn": [("0.png", still), ("1.png", still[:40])],
+            "none": [],
+        },
+    )
+    assert call(validate, shards, "--json", tmp_path / "report.json") == 1
+    said = capsys.readouterr().out
+    assert "empty.voice.wav: a sound file of 0 bytes" in said and "torn.1.png: " in said
+    assert "2 samples with a sound, 2 samples with frames" in said and "4 good samples" in said
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert summary["problems"] == 2
+    assert summary["further"] == {"samples with a sound": 2, "samples with frames": 2}
 
 
 def test_sounds_of_which_none_can_be_read_are_refused(tmp_path):

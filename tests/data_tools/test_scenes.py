@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from tests.data_tools.scene_checker import truth
 from vlp.data_tools import scenes
+from vlp.data_tools.scenes import sound
 from vlp.data_tools.scenes.sample import SPLITS, sample
 from vlp.data_tools.scenes.words import (
     COLORS,
@@ -411,3 +412,46 @@ def test_the_command_writes_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert scenes.run(parser.parse_args(["--to", str(tmp_path), *options.split()])) == 0
     assert "5 scenes in" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["train"]
+
+
+# Sounds
+
+
+def test_each_object_is_a_beep_of_its_color_s_pitch_and_its_size_s_loudness():
+    from vlp.data.sounds import decoded
+
+    n, heard = 0, {}
+    for index in range(40):
+        scene = sample(index, 0, "train")
+        rate, samples = decoded(sound.encode(scene))
+        loud = np.abs(samples) > 0.02
+        # Beeps are longer than any pause inside one, and pauses between them too.
+        padded = np.convolve(loud, np.ones(200), "same") > 0
+        starts = np.flatnonzero(np.diff(padded.astype(int)) == 1)
+        ends = np.flatnonzero(np.diff(padded.astype(int)) == -1)
+        assert rate == sound.RATE and len(starts) == len(ends) == len(scene["objects"])
+
+        groups = scene["groups"]
+        if scene["relation"] in ("right", "below"):
+            groups = groups[::-1]
+        kinds = [group for group in groups for _ in range(group["count"])]
+        for kind, start, end in zip(kinds, starts, ends):
+            beep = samples[start:end]
+            assert (np.abs(beep).max() > 0.45) == (kind["size"] == "large")
+            if kind["shape"] == "circle":
+                spectrum = np.abs(np.fft.rfft(beep, 1 << 16))
+                hertz = spectrum.argmax() * rate / (1 << 16)
+                assert abs(hertz - sound.PITCHES[kind["color"]]) < 12
+            heard.setdefault(kind["shape"], set()).add(kind["color"])
+            n += 1
+    assert n > 100 and len(heard) == 8 and all(heard.values())
+
+
+def test_sounds_lie_beside_the_same_scenes(tmp_path):
+    sets = {"n_val": 0, "n_test": 0, "n_zeroshot": 0, "n_retrieval": 0, "n_proofs": 0, "seed": 3}
+    for name, sounds in (("plain", False), ("heard", True)):
+        scenes.write(tmp_path / name, n_train=3, size=32, processes=1, sounds=sounds, **sets)
+    plain, heard = (members(tmp_path / name / "train" / "00000.tar") for name in ("plain", "heard"))
+    assert {name: heard[name] for name in plain} == plain and len(heard) == len(plain) + 3
+    for index in range(3):
+        assert heard[f"00000{index:04d}.wav"] == sound.encode(sample(index, 3, "train"))

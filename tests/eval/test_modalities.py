@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.data.test_sounds import tone
 from tests.eval import material
 from tests.eval.material import direction, hearing, known_encoder
 from tests.models.tiny import tiny
 from tests.test_modalities import write_rows
 from vlp import plugin, watch
-from vlp.eval import run
+from vlp.data.decode import eval_transform
+from vlp.data.sounds import cut, decoded, log_mel
+from vlp.eval import modalities, run
 from vlp.eval.embed import Context
 from vlp.eval.models import from_model
 from vlp.eval.pictures import Contents, DataError
@@ -103,6 +106,120 @@ def test_a_model_of_ours_embeds_them_as_in_training(stored):
     torch.testing.assert_close(encoder.encode_others(rows, lengths), expected.detach())
     options = {"data": str(shards), "modalities": {"audio": str(audio)}}
     assert 0 <= evaluated(encoder, "modality_retrieval", options)["metrics"]["mean_recall"] <= 1
+
+
+@pytest.fixture(scope="module")
+def sounding(tmp_path_factory) -> Path:
+    """Sample i is of class i mod 3, has the caption i + 1, and a tone unless i mod 3 is 0."""
+    shards = tmp_path_factory.mktemp("sounding") / "shards"
+    members = []
+    for i in range(N):
+        if i % 3:
+            members.append((f"{i}.high.wav", tone(200 * (i + 1))))
+        meta = {"captions": [f"{i + 1}"], "class": CLASSES[i % 3]}
+        members.append((f"{i}.png", material.png(material.picture(i + 1))))
+        members.append((f"{i}.json", json.dumps(meta).encode()))
+    material.write_tar(shards / "00000.tar", members)
+    return shards
+
+
+def listening(**sound):
+    """A model that makes rows of the sounds among the samples' members."""
+    of_audio = {
+        "sound": {"seconds": 0.1, "bands": 8, "rate": 8000} | sound,
+        "patch": 2,
+        "layers": 1,
+    }
+    model = tiny(heads={"modalities": {"audio": of_audio}}).eval()
+    return model, from_model(model)
+
+
+def test_members_are_decoded_as_the_model_reads_them(sounding):
+    model, encoder = listening()
+    (chosen,) = plugin.keyed(
+        "vlp.eval.tasks",
+        {"modality_retrieval": {"data": str(sounding), "modalities": {"audio": None}}},
+    )
+    data = chosen.module.read(chosen.options)
+    rows, has = modalities.embedded(encoder, data.beside, Context(workers=0, batch=4))["audio"]
+    assert has.tolist() == [i % 3 > 0 for i in range(N)]
+    n = 0
+    for i in range(N):
+        if not i % 3:
+            continue
+        _, samples = decoded(tone(200 * (i + 1)))
+        expected = torch.from_numpy(log_mel(cut(samples, 800, None), 8000, 8)[:10])
+        of_one = model(modalities=expected.reshape(1, -1), modality_lengths=torch.tensor([[10]]))
+        torch.testing.assert_close(rows[i], of_one.others[0, 0].detach())
+        n += 1
+    assert n == 6
+
+    record = evaluated(encoder, "modality_retrieval", of_members(sounding))
+    assert record["counts"]["samples_with_text_and_audio"] == 6
+    record = evaluated(encoder, "modality_zeroshot", of_members(sounding) | {"templates": ["a {}"]})
+    assert record["counts"]["samples_with_audio"] == 6
+
+    # Another sound of the sample is another result.
+    digests = {
+        modalities.digest(data.beside, listening(member=member)[1])
+        for member in ("", "high", "low")
+    }
+    assert len(digests) == 2, "the first sound is the high one, and there is no low one"
+
+
+def test_frames_are_embedded_as_in_training(tmp_path):
+    members = []
+    for i, n_frames in enumerate((3, 1, 0, 7)):
+        frames = [material.png(material.picture(10 * i + k + 2)) for k in range(n_frames)]
+        members += [(f"{i}.{k}.png", frame) for k, frame in enumerate(frames)]
+        members += [(f"{i}.png", material.png(material.picture(i + 1)))]
+        members += [(f"{i}.txt", f"{i}".encode())]
+    material.write_tar(tmp_path / "00000.tar", members)
+    of_video = {"frames": {"n": 3}, "layers": 1, "width": 8, "heads": 2}
+    model = tiny(heads={"modalities": {"video": of_video, "audio": {"features": 3}}}).eval()
+    options = {"data": str(tmp_path), "modalities": {"video": None}}
+    (chosen,) = plugin.keyed("vlp.eval.tasks", {"modality_retrieval": options})
+    data = chosen.module.read(chosen.options)
+    context = Context(workers=0, batch=3)
+    embedded = modalities.embedded(from_model(model), data.beside, context)
+    stored = {"data": str(tmp_path), "modalities": {"video": str(tmp_path / "rows")}}
+    write_rows(tmp_path / "rows", tmp_path, (3, 4), lengths=True)
+    with pytest.raises(DataError, match=r"reads no stored rows of it; write .*video: null"):
+        evaluated(from_model(model), "modality_retrieval", stored)
+    rows, has = embedded["video"]
+    assert has.tolist() == [True, True, False, True] and embedded.keys() == {"video"}
+
+    # One video alone, of the frames that are there.
+    n = 0
+    for i, places in ((0, (0, 1, 2)), (1, (0,)), (3, (0, 2, 5))):
+        pictures = [material.png(material.picture(10 * i + k + 2)) for k in places]
+        pixels = torch.stack([eval_transform(data, model.image_spec) for data in pictures])
+        of_one = model(
+            modalities=torch.zeros(1, 3),
+            modality_lengths=torch.tensor([[0, len(places)]]),
+            frames=pixels,
+            frame_places=torch.arange(len(places)),
+        )
+        torch.testing.assert_close(rows[i], of_one.others[0, 1].detach(), atol=1e-5, rtol=1e-4)
+        n += 1
+    assert n == 3
+
+
+def of_members(shards: Path) -> dict:
+    return {"data": str(shards), "modalities": {"audio": None}}
+
+
+def test_members_that_cannot_be_read_or_that_the_model_does_not_read_are_refused(
+    sounding, tmp_path
+):
+    with pytest.raises(DataError, match="reads stored rows of audio, no members of samples"):
+        evaluated(knowing(), "modality_zeroshot", of_members(sounding))
+    with pytest.raises(DataError, match=r"no sample of .* has audio|no sample of .* has both"):
+        evaluated(listening(member="low")[1], "modality_zeroshot", of_members(sounding))
+    members = [("0.png", material.png(material.picture(1))), ("0.txt", b"one"), ("0.wav", b"")]
+    material.write_tar(tmp_path / "00000.tar", members)
+    with pytest.raises(DataError, match=r"audio at .*00000.tar, byte .*: a sound file of 0 bytes"):
+        evaluated(listening()[1], "modality_retrieval", of_members(tmp_path))
 
 
 def test_rows_are_part_of_what_was_scored(stored, tmp_path):

@@ -7,12 +7,12 @@ line. Plug-ins (sources, towers, terms, tasks) validate their own options by nam
 
 from vlp.config.data import Augment, Captions, Data, StrongAugment, TextAugment, Views
 from vlp.config.durations import Duration, Plan, WholePlan
+from vlp.config.modality import Frames, Members, Modality, Sound
 from vlp.config.model import (
     Captioner,
     ConcentrationHead,
     Decoder,
     Heads,
-    Modality,
     Model,
     PredictorHead,
     RegionHead,
@@ -42,11 +42,13 @@ __all__ = [
     "Data",
     "Decoder",
     "Duration",
+    "Frames",
     "Group",
     "Heads",
     "HeldOut",
     "LayerDecay",
     "Log",
+    "Members",
     "Modality",
     "Model",
     "Optimizer",
@@ -55,6 +57,7 @@ __all__ = [
     "PredictorHead",
     "RegionHead",
     "Scale",
+    "Sound",
     "Stage",
     "Stop",
     "StrongAugment",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from vlp.config.modality import Modality
 from vlp.plugin import Named, Plugin
 from vlp.types import Decoding
 
@@ -137,38 +138,6 @@ class Captioner:
 
 
 @dataclass(frozen=True)
-class Modality:
-    """A tower of a further modality over rows in time that lie beside the shards
-    (vlp.models.modalities): frames of a sound or a video, or one embedding.
-    """
-
-    features: int  # F, numbers of a row: mel bands of a sound, width of stored embeddings
-    length: int = 1  # T, rows in time of a sample, at most
-    layers: int = 0  # of a transformer over the rows; 0: a linear map of their mean
-    patch: int = 1  # rows that become one token of the transformer; must divide length
-    width: int = 256  # of the transformer
-    heads: int = 4  # of the transformer; must divide width
-
-    def __post_init__(self) -> None:
-        if min(self.features, self.length, self.patch, self.width, self.heads) < 1:
-            raise ValueError(
-                "features, length, patch, width and heads: found "
-                f"{self.features}, {self.length}, {self.patch}, {self.width} and {self.heads}, "
-                "expected numbers >= 1"
-            )
-        if self.layers < 0 or self.length % self.patch or self.width % self.heads:
-            raise ValueError(
-                f"layers is {self.layers}, length {self.length} in patches of {self.patch}, width "
-                f"{self.width} of {self.heads} heads; expected layers >= 0, and numbers that divide"
-            )
-
-    @property
-    def n_tokens(self) -> int:
-        """Of the transformer, at most."""
-        return self.length // self.patch
-
-
-@dataclass(frozen=True)
 class ConcentrationHead:
     """How certain an embedding is: κ = init·e^h, h of the tower's features, D → width → 1."""
 
@@ -208,7 +177,8 @@ class Heads:
     # embeddings are max(0, h), divided by the norm, of a tower's features h: no number is negative,
     # many are 0 (arXiv 2403.12459)
     nonnegative: bool = False
-    # towers of further modalities by name, of the rows that sources name by `modalities`: others
+    # towers of further modalities by name, of the rows that sources name by `modalities` or of
+    # members of the samples: others
     modalities: dict[str, Modality] = field(default_factory=dict)
     # translators of each modality into another's space and back: translated, cycled
     translators: TranslatorHead | None = None
@@ -223,6 +193,12 @@ class Heads:
             )
         if self.translators is not None:
             self._check_translators(self.translators)
+        videos = [name for name, tower in self.modalities.items() if tower.frames is not None]
+        if len(videos) > 1:
+            raise ValueError(
+                f"modalities {', '.join(videos)} read the frames of a sample, which has one video; "
+                "leave one of them"
+            )
         if self.concepts < 0:
             raise ValueError(
                 f"concepts is {self.concepts}; expected the number of concepts, or 0 for none"
@@ -302,6 +278,13 @@ class Model:
                 "heads.translators reads the embeddings of pictures as the image tower gives them, "
                 "and a precomputed one does not run; set image_tower.precomputed: false, or "
                 "translate other modalities"
+            )
+
+        reads_frames = any(tower.frames for tower in self.heads.modalities.values())
+        if reads_frames and self.precomputed:
+            raise ValueError(
+                "heads.modalities reads frames, which the image tower embeds, and a precomputed "
+                "image tower is not run; set image_tower.precomputed: false"
             )
 
         text = self.text_tower

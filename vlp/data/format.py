@@ -10,6 +10,7 @@ uses.
                               the variations of one picture, which follow one another, …}:
                               everything else that is known
         000000000.cls         the class number, where known
+        000000000.wav         a member of a further modality (vlp.data.further_members)
     folder/00000_stats.json   counts, and a digest of every sample (vlp.data.digests); written after
                               its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
@@ -110,6 +111,8 @@ class ShardWriter:
         negative_images: Mapping[int, Picture] = MappingProxyType({}),
         # Numbers of this sample, whose sums stand in the shard's statistics.
         numbers: Mapping[str, int] = MappingProxyType({}),
+        # Members of further modalities by what follows the key, such as "wav".
+        further: Mapping[str, bytes] = MappingProxyType({}),
     ) -> str:
         """Append one sample and return its key; raises ValueError for what cannot be read back."""
         meta = meta or {}
@@ -143,7 +146,7 @@ class ShardWriter:
             members.append(("cls", str(cls).encode()))
 
         named = {f"{key}.{extension}": data for extension, data in members}
-        self._append(named)
+        self._append(named | {f"{key}.{ending}": data for ending, data in further.items()})
 
         read_back = {_as_read(name): data for name, data in named.items()}
         self._digests[_as_read(key)] = digest_of(read_back)

@@ -11,7 +11,7 @@ loader to accelerate's `prepare`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from itertools import pairwise
 from types import MappingProxyType
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from vlp import dist, log
-from vlp.config import Data
+from vlp.config import Data, Members
 from vlp.data import nodes, row_numbers, sequence
 from vlp.data.cores import usual_workers
 from vlp.data.mix import Begin, Mixture
-from vlp.data.modalities import Shapes
+from vlp.data.modalities import Shapes, check_members
 from vlp.data.modalities import check as check_modalities
 from vlp.data.offered import (
     check_augment,
@@ -94,6 +94,10 @@ class Loader:
         stored_crops: bool = True,
         # further modalities that the model reads: (T, F) of each by name
         modalities: Shapes = MappingProxyType({}),
+        # those of them that are made of members of the samples
+        decoded: Mapping[str, Members] = MappingProxyType({}),
+        # False: of a longer sound the middle, in place of a piece drawn anew at every visit
+        random_pieces: bool = True,
     ) -> None:
         if batch % world or not 0 <= rank < world:
             raise ValueError(
@@ -117,8 +121,15 @@ class Loader:
 
         # What a batch carries.
         self.store = store
-        check_modalities([source.modalities for source in self.sources], modalities)
-        self.modalities = modalities
+        check_modalities([source.modalities for source in self.sources], modalities, decoded)
+        self.modalities, self.decoded = modalities, decoded
+        self._random_pieces = random_pieces
+        # Looking takes a pass over the headers of all shards: only for a term that compares them.
+        if decoded and (reads is None or "others" in reads):
+            for source in self.sources:
+                source.find_members(decoded)
+            names = [plugin.name for plugin in data.sources]
+            check_members(names, [source.members for source in self.sources], decoded)
         self.widths = optional_fields(self.sources, data, reads, modalities)
         self.carries = frozenset(self.widths)
         self._stored_crops = stored_crops
@@ -179,6 +190,8 @@ class Loader:
             self.store,
             self._stored_crops,
             self.modalities,
+            self.decoded,
+            self._random_pieces,
         )
         self._rows = batch // self._world
         self._workers = self._start_workers(self._data, min(self._world, dist.local_world_size()))

@@ -8,23 +8,33 @@ DIR/STEM.safetensors belongs to the shard STEM.tar:
               samples whose rows are all zeros lack it
     metadata  "keys" (SHA-256 in hex of the samples' keys, one a line); "model": what made them
 
+A modality that the model decodes is made of members of the samples instead (vlp.data.sounds,
+vlp.data.further_members), whatever lies beside the shards.
+
 A batch carries the modalities that the model reads side by side, [b, S], in the order of their
 names, and their lengths, [b, O].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
 
+from vlp import dist, log
+from vlp.config import Frames, Members, Sound
+from vlp.data import frames, sounds
 from vlp.data.embedded import files_beside
+from vlp.data.further_members import SOUND_TYPES, Table
 from vlp.data.rows import Shard
 from vlp.data.tensor_file import header, of_each, part
+from vlp.types import Sample
 
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
 
@@ -60,6 +70,7 @@ class Further(NamedTuple):
 
     rows: np.ndarray  # [S] float32, zeros where it has none
     lengths: np.ndarray  # [O] int64: how many rows of each it has
+    frames: Sequence[int] = ()  # which frames of its video are looked at
 
 
 class Stored(NamedTuple):
@@ -73,13 +84,24 @@ class Stored(NamedTuple):
 def check(
     offered: Sequence[Mapping[str, Rows]],  # of each source
     shapes: Shapes,
+    decoded: Collection[str] = (),
 ) -> None:
-    """Refuse modalities that no source has, or the model does not read, or of another shape."""
+    """Refuse modalities that no source has, or the model does not read, or of another shape.
+
+    `decoded`: those that are made of members of the samples.
+    """
     named = sorted({name for of_source in offered for name in of_source})
-    for name in sorted(shapes.keys() - set(named)):
+    for name in sorted(set(named).intersection(decoded)):
+        raise ValueError(
+            f"a source names rows of {name!r}, which the model makes of the samples' members; "
+            f"leave {name} out of the source's modalities, or give model.heads.modalities.{name} "
+            "features and length in place of sound or frames"
+        )
+    for name in sorted(shapes.keys() - set(named) - set(decoded)):
         raise ValueError(
             f"model.heads.modalities reads {name!r}, which no source has; name the folder of its "
-            f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}]"
+            f"rows: sources: [{{name: shards, path: …, modalities: {{{name}: DIR}}}}], or read "
+            f"members of the samples: model.heads.modalities.{name}.sound, or frames"
         )
     for name in sorted(set(named) - shapes.keys()):
         raise ValueError(
@@ -98,12 +120,78 @@ def check(
                 )
 
 
-def side_by_side(stored: Stored | None, shapes: Shapes) -> Further:
-    """What a sample has of the modalities that a model reads; ValueError for NaN or infinity."""
+def check_members(
+    sources: Sequence[str],  # their kinds
+    found: Sequence[Mapping[str, Table]],  # in each
+    wanted: Mapping[str, Members],
+) -> None:
+    """Refuse members that no sample of any source has, or that need a package that is absent; tells
+    of sources in which members cannot be looked for.
+    """
+    for name, members in wanted.items():
+        tables = [of_source[name] for of_source in found if name in of_source]
+        if not any(table.n_samples for table in tables):
+            raise ValueError(
+                f"model.heads.modalities.{name} reads {_said(members)} among the samples' members, "
+                "and no sample of any source has them beside KEY.jpg"
+            )
+        if isinstance(members, Sound):
+            extensions = {extension for table in tables for extension in table.extensions}
+            sounds.check_installed(extensions, name)
+
+    for source, of_source in zip(sources, found):
+        if not of_source and dist.is_main():
+            log.warn(
+                f"the samples of the source {source} lack {', '.join(wanted)}: sounds and frames "
+                "are read of local shards alone (the source shards)"
+            )
+
+
+def _said(members: Members) -> str:
+    if isinstance(members, Frames):
+        return "frames (KEY.000.jpg, KEY.001.jpg, …)"
+    name = f"{members.member}." if members.member else ""
+    return f"sounds (KEY.{name}wav, {', '.join(SOUND_TYPES[1:])})"
+
+
+def further(
+    sample: Sample,
+    shapes: Shapes,
+    decoded: Mapping[str, Members],
+    chance: Callable[[str], random.Random] | None,
+) -> Further:
+    """What a sample has of the modalities that a model reads; ValueError where it cannot be used.
+
+    chance: of what is taken of each; None: what lies in the middle.
+    """
+    rows, places = {}, []
+    for name in decoded.keys() & sample.members.keys():
+        files, members = sample.members[name], decoded[name]
+        draws = None if chance is None else chance(name)
+        if isinstance(members, Frames):
+            places = frames.chosen(len(files.members), members.n, draws)
+            # Their embeddings are the image tower's.
+            rows[name] = np.zeros((len(places), 0), np.float32)
+        else:
+            rows[name] = sounds.rows_of(files, members, draws)
+    return side_by_side(sample.modalities, shapes, rows)._replace(frames=places)
+
+
+def side_by_side(
+    stored: Stored | None,
+    shapes: Shapes,
+    decoded: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Further:
+    """What a sample has of the modalities that a model reads, stored or made of its members;
+    ValueError for NaN or infinity.
+    """
     parts, lengths = [], []
     for name, (most, features) in sorted(shapes.items()):
         whole, length = np.zeros((most, features), np.float32), 0
-        if stored is not None and name in stored.of:
+        if name in decoded:
+            length = len(decoded[name])
+            whole[:length] = decoded[name]
+        elif stored is not None and name in stored.of:
             rows, length = stored.of[name].of(stored.shard, stored.place)
             whole[:length] = rows[:length]
         parts.append(whole.ravel())

@@ -51,6 +51,10 @@ def optional_fields(
     if modalities and (reads is None or "others" in reads):
         widths["modalities"] = sum(length * features for length, features in modalities.values())
         widths["modality_lengths"] = len(modalities)
+        # Of frames no row is carried, but pixels.
+        n_frames = sum(length for length, features in modalities.values() if not features)
+        if n_frames:
+            widths["frames"] = n_frames
     # Looked for only where it is read, because that takes reading samples.
     if data.labels is not None and (reads is None or "label" in reads):
         labels.check(sources, data.labels)
@@ -81,7 +85,7 @@ def read_fields(widths: dict[str, int], reads: frozenset[str]) -> dict[str, int]
 
     def worth(name: str) -> bool:
         row = CARRIED[name]
-        if name in ("modalities", "modality_lengths"):
+        if name in ("modalities", "modality_lengths", "frames"):
             return True
         # Decoding costs: images of negatives are none of those who read their captions.
         if name in ("negative_images", "negative_images_valid"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from vlp.config import Data
-from vlp.data import decode, labels, modalities, nodes, row_numbers, text
+from vlp.config import Data, Frames, Members
+from vlp.data import decode, frames, labels, modalities, nodes, row_numbers, text
 from vlp.data.mix import Mixture
 from vlp.data.modalities import Further, Shapes
 from vlp.data.raw_texts import CAPTION_BYTES, to_bytes
@@ -26,7 +26,7 @@ from vlp.data.row_texts import TEXTS, Texts
 from vlp.data.sources import StoreAway
 from vlp.fields import CARRIED, EMBEDDED, LABELS
 from vlp.text_store import TextStore
-from vlp.types import Batch, ImageSpec, Sample, TextSpec
+from vlp.types import Batch, ImageSpec, TextSpec
 
 _TRIES = 64  # stand-ins for one bad sample before the data is called unusable
 
@@ -72,6 +72,8 @@ class Steps(Dataset):
         store: TextStore | None = None,
         stored_crops: bool = True,
         modalities: Shapes = MappingProxyType({}),
+        decoded: Mapping[str, Members] = MappingProxyType({}),
+        random_pieces: bool = True,
     ) -> None:
         self.mixture, self.data = mixture, data
         self.image, self.text = image, text
@@ -80,6 +82,8 @@ class Steps(Dataset):
         self.store = store  # of text embeddings, which take the place of token ids
         self.stored_crops = stored_crops  # rows have the crops that teachers embedded
         self.modalities = dict(modalities)  # further ones: (T, F) of each by name
+        self.decoded = dict(decoded)  # those of them that members of the samples make
+        self.random_pieces = random_pieces  # of longer sounds; False: their middle
 
         # This rank's rows of each step.
         self.size = batch
@@ -174,6 +178,8 @@ class Steps(Dataset):
             shapes["negative_images"] = (self.widths["negative_images"], *one)
         if "image_views" in self.widths:
             shapes["image_views"] = (self.widths["image_views"], *one)
+        if "frames" in self.widths:
+            shapes["frames"] = (self.widths["frames"], *one)
         return shapes
 
     def _row(
@@ -207,7 +213,7 @@ class Steps(Dataset):
                 row = replace(row, caption=caption)
                 self._check_label(row)
                 self._check_stored(row)
-                row = replace(row, further=self._further(sample))
+                row = replace(row, further=self._further(row))
 
                 # Last, because it is the dearest, and a picture may be what is bad.
                 self._draw(row, out)
@@ -267,6 +273,10 @@ class Steps(Dataset):
                 crop = decode.random_crop(picture, spec, views.augment, row.chance("view", v))
                 view.copy_(crop)
 
+        if "frames" in out:
+            [name] = [name for name, made in self.decoded.items() if isinstance(made, Frames)]
+            frames.draw(row, name, spec, augment, out["frames"])
+
         # Black where a negative of the row has none.
         if "negative_images" in out:
             out["negative_images"].zero_()
@@ -323,13 +333,14 @@ class Steps(Dataset):
                 result[name] = to_bytes([row.caption for row in rows])
         return result
 
-    def _further(self, sample: Sample) -> Further | None:
-        """The further modalities of a sample, side by side; ValueError where they cannot be
+    def _further(self, row: Row) -> Further | None:
+        """The further modalities of a row's sample, side by side; ValueError where they cannot be
         used.
         """
         if "modalities" not in self.widths:
             return None
-        return modalities.side_by_side(sample.modalities, self.modalities)
+        chance = (lambda name: row.chance(f"piece of {name}")) if self.random_pieces else None
+        return modalities.further(row.sample, self.modalities, self.decoded, chance)
 
     def _of_teachers(self, row: Row, name: str) -> np.ndarray:
         """The stored embeddings of a row's crop, or of its caption."""

@@ -31,7 +31,7 @@ from vlp.models.language import LanguageTower
 from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.multimodal import Prompts
-from vlp.models.regions import Sentences
+from vlp.models.regions import Sentences, in_place
 from vlp.models.repeated import repeated
 from vlp.models.tower_order import Draws, after_texts
 from vlp.models.trunk_features import Passed
@@ -104,6 +104,12 @@ class DualEncoder(nn.Module):
         return {} if self.heads.modalities is None else self.heads.modalities.shapes
 
     @property
+    def decoded_modalities(self) -> dict[str, config.Members]:
+        """Those of them that are made of members of the samples."""
+        options = self.heads_config.modalities
+        return {name: tower.members for name, tower in options.items() if tower.members}
+
+    @property
     def logit_scale(self) -> nn.Parameter:
         """[1] float32: the logarithm of the scale, not clamped."""
         return self.scaling.logit_scale
@@ -126,12 +132,15 @@ class DualEncoder(nn.Module):
         modalities: Tensor | None = None,
         modality_lengths: Tensor | None = None,
         prompts: Prompts | None = None,
+        frames: Tensor | None = None,
+        frame_places: Tensor | None = None,
         on_text: Callable[[Tensor], None] | None = None,
     ) -> Features:
         """Embed what is given: images [rows, 3, H, W] as for `encode_image`, texts [rows, L] as for
         `encode_text`, cut to their length by `cut`, which is made of the texts and their views, and
-        further modalities [rows, S] of lengths [rows, O]. `prompts`: texts in which the images
-        stand, where the tower is a multimodal language model.
+        further modalities [rows, S] of lengths [rows, O] with the frames [n, 3, H, W] that a video
+        has at the places [n] of the [rows, F] that it may have. `prompts`: texts in which the
+        images stand, where the tower is a multimodal language model.
 
         Views go through the head for views. All other heads read the first `pairs` rows. The rows
         from … to … of a tower that `token_rows` names by a field of tokens (`vlp.fields`) give
@@ -142,7 +151,7 @@ class DualEncoder(nn.Module):
         """
         scale, bias = self.scaling()
         outputs: dict[str, Tensor | None] = {"image": None, "text": None}
-        image_tokens = text_tokens = None
+        image_tokens = text_tokens = of_frames = None
         rows_of_images, rows_of_texts = (_of_side(side, token_rows) for side in ("image", "text"))
         pass_texts = partial(self._pass_texts, views=text_views, token_rows=rows_of_texts, cut=cut)
 
@@ -152,11 +161,15 @@ class DualEncoder(nn.Module):
             features, text_tokens = pass_texts(text, outputs, on_text)
         if image is not None:
             wants_tokens = bool(rows_of_images) or sentences is not None
+            pictures = _joined(image, image_views)
             with self._draws.watched("image", image.device, self.training):
-                passed = self._image(_joined(image, image_views), wants_tokens, prompts)
+                passed = self._image(_joined(pictures, frames), wants_tokens, prompts)
                 passed = after_texts(passed) if texts_first else passed
                 image_tokens = passed.tokens
-                outputs |= self._embeddings("image", passed.features, image.shape[0])
+                of_pictures = passed.features
+                if frames is not None:
+                    of_pictures, of_frames = of_pictures.split([len(pictures), len(frames)])
+                outputs |= self._embeddings("image", of_pictures, image.shape[0])
                 outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
                 outputs |= self._image_heads(passed, pairs)
         if text is not None:
@@ -190,9 +203,9 @@ class DualEncoder(nn.Module):
                 image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
             )
         if modalities is not None:
-            assert self.heads.modalities is not None
-            features = self.heads.modalities(modalities, modality_lengths)
-            outputs["others"] = self._embedding(features)
+            if image is None and frames is not None:
+                of_frames = self.image_features(frames)
+            outputs["others"] = self._others(modalities, modality_lengths, of_frames, frame_places)
         if pairs and self.heads.translators is not None:
             outputs |= self.heads.translators(self._by_modality(outputs, pairs))
         return Features(**outputs, scale=scale, bias=bias)
@@ -239,6 +252,21 @@ class DualEncoder(nn.Module):
             certainty = self.heads.concentration("image", passed.features[:pairs])
             outputs["image_concentration"] = certainty
         return outputs
+
+    def _others(
+        self,
+        rows: Tensor,  # [rows, S]
+        lengths: Tensor | None,  # [rows, O]
+        of_frames: Tensor | None,  # [n, D], features of the frames that are there
+        places: Tensor | None,  # [n] of them among [rows · F]; None: all are there
+    ) -> Tensor:
+        """Unit rows of further modalities, [rows, O, D]."""
+        towers = self.heads.modalities
+        assert towers is not None and lengths is not None
+        frames = None
+        if of_frames is not None:
+            frames = in_place(self._embedding(of_frames), places, (len(rows), towers.n_frames))
+        return self._embedding(towers(rows, lengths, frames))
 
     def _caption_nll(
         self,

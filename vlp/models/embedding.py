@@ -69,7 +69,7 @@ def embed(
         **pairs,
         **tokens,
         **_sentences(texts, batch, wanted),
-        **_further(batch, wanted),
+        **_further(model, batch, wanted),
         **_cut(model, batch, texts, views, batch.text.device),
         **announced,
     )
@@ -93,6 +93,8 @@ def passes_towers(model: nn.Module, batch: Batch, wanted: Collection[str]) -> tu
     fields = _fields(batch, wanted)
     places = [_places(batch, name, row) for name, row in fields.items() if row.tower == "image"]
     n_pictures = sum(math.prod(shape) if rows is None else len(rows) for shape, rows in places)
+    if "others" in wanted and batch.frames is not None:
+        n_pictures += len(_frame_numbers(model, batch))
 
     texts, views = _taking_part(batch, fields, "text"), _views(batch, fields)
     cut = _cut(model, batch, texts, views, torch.device("cpu")).get("cut")
@@ -142,11 +144,28 @@ def further_views(model: nn.Module, batch: Batch) -> list[str]:
     return [name for name in VIEWS if name in supplied and getattr(batch, name) is not None]
 
 
-def _further(batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Further modalities and their lengths, as keywords of the model."""
-    if "others" not in wanted or batch.modalities is None:
+def _further(model: nn.Module, batch: Batch, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Further modalities, their lengths, and the frames that videos have, as keywords of the
+    model.
+    """
+    if "others" not in wanted or batch.modalities is None or batch.modality_lengths is None:
         return {}
-    return {"modalities": batch.modalities, "modality_lengths": batch.modality_lengths}
+    keywords = {"modalities": batch.modalities, "modality_lengths": batch.modality_lengths}
+    if batch.frames is None:
+        return keywords
+
+    # As with negatives: what is not there would cost a forward pass, and move a batch norm.
+    numbers = _frame_numbers(model, batch)
+    places = lengths.sent(numbers, batch.frames.device)
+    frames = batch.frames.flatten(0, 1).index_select(0, places)
+    return keywords | {"frames": frames, "frame_places": places}
+
+
+def _frame_numbers(model: nn.Module, batch: Batch) -> np.ndarray:
+    """The places of the frames that are there among all of the batch."""
+    encoder = _encoder(model)
+    assert isinstance(encoder, DualEncoder) and encoder.heads.modalities is not None
+    return encoder.heads.modalities.frame_places(batch.host("modality_lengths").numpy())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Towers of further modalities over rows in time: log-mel frames of a sound, embeddings of a
 video's frames, or the one embedding that any other model gave.
 
+Rows of a video's frames may be made in the same pass, by the image tower.
+
     layers = 0    the mean of a sample's rows, then a linear map
     layers > 0    `patch` rows become a token; tokens pass a transformer, and their mean a linear
                   map. Rows beyond a sample's length have no influence, but for the last, partly
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,12 +27,18 @@ class Tower(nn.Module):
     def __init__(self, options: config.Modality, embed_dim: int) -> None:
         super().__init__()
         self.options = options
+        # Embeddings of frames have as many numbers as the space.
+        n_features = embed_dim if options.frames is not None else options.features
         if not options.layers:
-            self.projection = nn.Linear(options.features, embed_dim)
+            self.projection = nn.Linear(n_features, embed_dim)
+            if options.frames is not None:
+                # A mean of embeddings already lies where its text's does.
+                nn.init.eye_(self.projection.weight)
+                nn.init.zeros_(self.projection.bias)
             return
 
         width = options.width
-        self.tokens = nn.Linear(options.patch * options.features, width)
+        self.tokens = nn.Linear(options.patch * n_features, width)
         self.positions = nn.Parameter(0.02 * torch.randn(options.n_tokens, width))
         block = nn.TransformerEncoderLayer(
             width, options.heads, 4 * width, 0.0, _gelu, batch_first=True, norm_first=True
@@ -59,7 +68,7 @@ class Modalities(nn.Module):
 
     def __init__(self, options: Mapping[str, config.Modality], embed_dim: int) -> None:
         super().__init__()
-        self.options = dict(sorted(options.items()))
+        self.options, self.embed_dim = dict(sorted(options.items())), embed_dim
         self.towers = nn.ModuleDict(
             {name: Tower(of_tower, embed_dim) for name, of_tower in self.options.items()}
         )
@@ -69,18 +78,40 @@ class Modalities(nn.Module):
         """(T, F) of each, as the data deliver them."""
         return {name: (tower.length, tower.features) for name, tower in self.options.items()}
 
-    def forward(self, side_by_side: Tensor, lengths: Tensor) -> Tensor:
-        """[b, S] rows of all modalities and [b, O] lengths → [b, O, D] features."""
+    @property
+    def n_frames(self) -> int:
+        """F, the frames that a video may have; 0: no modality is of frames."""
+        return sum(tower.length for tower in self.options.values() if tower.frames is not None)
+
+    def _no_frames(self, empty: Tensor) -> Tensor:
+        """Of rows [b, F, 0] the embeddings [b, F, D] of videos that nobody has."""
+        return empty.new_zeros(*empty.shape[:2], self.embed_dim)
+
+    def frame_places(self, lengths: np.ndarray) -> np.ndarray:
+        """Of lengths [b, O] the numbers of the frames that are there among [b · F]."""
+        [video] = [
+            place for place, tower in enumerate(self.options.values()) if tower.frames is not None
+        ]
+        return np.flatnonzero(np.arange(self.n_frames) < lengths[:, video, None])
+
+    def forward(
+        self, side_by_side: Tensor, lengths: Tensor, frames: Tensor | None = None
+    ) -> Tensor:
+        """[b, S] rows of all modalities, [b, O] lengths and [b, F, D] embeddings of frames →
+        [b, O, D] features.
+        """
         sizes = [length * features for length, features in self.shapes.values()]
         # Engines may have cast the towers.
         dtype = next(self.parameters()).dtype
         parts = side_by_side.to(dtype).split(sizes, 1)
-        features = [
-            tower(part.unflatten(1, shape), lengths[:, place])
-            for place, (tower, part, shape) in enumerate(
-                zip(self.towers.values(), parts, self.shapes.values(), strict=True)
-            )
-        ]
+        rows = dict(zip(self.shapes, parts, strict=True))
+        features = []
+        for place, (name, shape) in enumerate(self.shapes.items()):
+            of_one = rows[name].unflatten(1, shape)
+            if self.options[name].frames is not None:
+                # Who scores other modalities brings none.
+                of_one = self._no_frames(of_one) if frames is None else frames.to(dtype)
+            features.append(self.towers[name](of_one, lengths[:, place]))
         return torch.stack(features, 1)
 
 

@@ -18,8 +18,9 @@ from vlp.data.wrong_captions import LISTS, read
 if TYPE_CHECKING:
     import numpy as np
 
-    from vlp.config import Captions
+    from vlp.config import Captions, Members
     from vlp.data.embedded import Ensemble
+    from vlp.data.further_members import Table
     from vlp.data.modalities import Rows
     from vlp.types import Sample
 
@@ -87,6 +88,8 @@ class Source(Protocol):
     other_pictures: bool = False  # the embeddings are of other pictures of the samples
     modalities: Mapping[str, Rows] = MappingProxyType({})  # further ones, by name
     of_texts: bool = False  # a query, a text, stands in the place of each picture
+    # where the members of further modalities lie, by name, once `find_members` has looked
+    members: Mapping[str, Table] = MappingProxyType({})
     window: int = 0  # shards that are fetched and shuffled together; 0: any order costs the same
     # > 0: a stream, asked in its own order; only its first `reserve` samples may be asked for at
     # any time
@@ -103,6 +106,12 @@ class Source(Protocol):
     def check_room(self, n_shards: int) -> None:
         """Raise ValueError where `n_shards` at once, those that this machine reads, find no room
         here.
+        """
+        return
+
+    def find_members(self, wanted: Mapping[str, Members]) -> None:
+        """Look for the members that make modalities, by name, and fill in `members`; a source that
+        cannot leaves it empty.
         """
         return
 

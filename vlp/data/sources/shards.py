@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from vlp.config import Captions
+from vlp.config import Captions, Members
 from vlp.data import looks, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
+from vlp.data.further_members import Files
+from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
 from vlp.data.members import open_sample
 from vlp.data.modalities import Rows
@@ -144,7 +146,7 @@ class Shards(Source):
             self.left_out.update(shard.left_out)
         self._problems: list[str] = []
         if self.left_out:
-            self._problems.append(f"{self._name()}: odd or passed over: {said(self.left_out)}")
+            self._problems.append(self._passed_over())
 
         if not any(shard.count for shard in shards):
             of_shards = chain.from_iterable(shard.problems for shard in shards)
@@ -307,7 +309,37 @@ class Shards(Source):
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),
             self._modalities_of(i, path),
+            self._members_of(i, path, content.key),
         )
+
+    def find_members(self, wanted: Mapping[str, Members]) -> None:
+        self.members = MemberTable.of_tars(self.paths, wanted)
+        self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
+
+    def _take_back(self, endings: frozenset[str]) -> None:
+        """Tell no longer that members with these endings are passed over."""
+        read = {f"members {ending}" for ending in endings} & self.left_out.keys()
+        # The index tells of KEY.audio.wav as of a .wav.
+        read |= {
+            f"members .{ending.rpartition('.')[2]}" for ending in endings
+        } & self.left_out.keys()
+        if not read:
+            return
+        self._problems.remove(self._passed_over())
+        for kind in read:
+            del self.left_out[kind]
+        if self.left_out:
+            self._problems.insert(0, self._passed_over())
+
+    def _passed_over(self) -> str:
+        return f"{self._name()}: odd or passed over: {said(self.left_out)}"
+
+    def _members_of(self, i: int, path: str, key: str) -> dict[str, Files]:
+        """The members of sample i that make further modalities."""
+        if not self.members:
+            return {}
+        shard = self.shard_of(i)
+        return {name: table.files(shard, path, key) for name, table in self.members.items()}
 
     def _modalities_of(self, i: int, path: str) -> StoredModalities | None:
         """The further modalities of sample i."""
