@@ -17,7 +17,7 @@ from vlp import checkpoint, config, dist
 from vlp.data.format import ShardWriter
 from vlp.train import train
 
-# Patches are dropped, and tokens too: what a resumed run draws must be what it would have drawn.
+# Texts have dropout: what a resumed run draws must be what it would have drawn.
 IMAGE = {"name": "vit", "image_size": 16, "patch_size": 8, "width": 16, "layers": 1}
 IMAGE |= {"head_width": 16}
 TEXT = {"name": "transformer", "context_length": 16, "width": 16, "layers": 1, "heads": 2}

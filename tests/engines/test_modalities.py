@@ -5,6 +5,7 @@ samples that lack modalities, and on the rows that jest chooses, two ranks equal
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -96,17 +97,19 @@ def check(results, expected):
             assert assert_close(own, wanted, 1e-4, 1e-5 * whole) > 60
 
 
+SLOW = [
+    (engine, *case)
+    for engine, case in itertools.product(
+        ("ddp", "fsdp2", "zero1", "zero2", "zero3"), ((1, False), (3, False), (3, True))
+    )
+]
+FAST = ("fsdp2", 3, True)
+SLOW.remove(FAST)
+
+
 @pytest.mark.parametrize(
     "engine, micro_batches, selects",
-    [
-        ("fsdp2", 3, True),
-        *(
-            pytest.param(engine, micro_batches, selects, marks=pytest.mark.slow)
-            for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-            for micro_batches, selects in ((1, False), (3, False), (3, True))
-            if (engine, selects) != ("fsdp2", True)
-        ),
-    ],
+    [FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
 )
 def test_two_ranks_equal_one_process(engine, micro_batches, selects, tmp_path):
     text_tower = few_words(tmp_path, END + 1, LENGTH, layers=2)
