@@ -156,6 +156,21 @@ def test_rows_beyond_a_sample_s_length_have_no_influence():
         assert not torch.allclose(first[1], tower(changed, lengths)[1])
 
 
+def test_a_video_s_mean_begins_as_that_of_its_frames_embeddings():
+    model = tiny(heads={"modalities": {"video": {"frames": {"n": 3}}}})
+    frames = torch.randint(0, 256, (4, 3, *model.image_spec.size), dtype=torch.uint8)
+    others = model(
+        modalities=torch.zeros(2, 0),
+        modality_lengths=torch.tensor([[3], [1]]),
+        frames=frames,
+        frame_places=torch.tensor([0, 1, 2, 3]),
+    ).others
+    of_frames = model.encode_image(frames)
+    expected = torch.stack([of_frames[:3].mean(0), of_frames[3]])
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(others[:, 0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_description_builds_the_same_towers_and_exports_leave_them():
     model = tiny(heads={"modalities": TOWERS})
     again = from_description(model.description())

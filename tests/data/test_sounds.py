@@ -300,7 +300,7 @@ def test_members_that_no_sample_has_are_refused_before_the_first_step(
 def test_sounds_of_another_kind_ask_for_their_package(tmp_path, monkeypatch):
     write_tar(tmp_path / "00000.tar", members({"a": ("flac", b"fLaC"), "b": None}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"members \.flac, which pip install 'vlp\[audio\]' reads"):
+    with pytest.raises(ValueError, match=r"members \.flac, which need .*: pip install soundfile"):
         sound_loader(tmp_path, 2)
 
 

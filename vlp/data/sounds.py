@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from vlp import config
 from vlp.data.further_members import Files
 
-_INSTALL = "pip install 'vlp[audio]'"
+_INSTALL = "pip install soundfile"
 
 
 def rows_of(files: Files, sound: config.Sound, chance: random.Random | None) -> np.ndarray:
@@ -44,11 +44,11 @@ def can_be_read(extension: str) -> bool:
 
 def check_installed(extensions: Collection[str], name: str) -> None:
     """Refuse sounds that the package which reads them is missing for."""
-    extensions = [extension for extension in extensions if not can_be_read(extension)]
-    if extensions:
+    unreadable = sorted(extension for extension in extensions if not can_be_read(extension))
+    if unreadable:
         raise ValueError(
-            f"{name} has members .{', .'.join(sorted(extensions))}, which {_INSTALL} reads; waves "
-            "of PCM (.wav) need no package"
+            f"{name} has members .{', .'.join(unreadable)}, which need a package: {_INSTALL}; "
+            "waves of PCM (.wav) need none"
         )
 
 
@@ -105,8 +105,7 @@ def _by_soundfile(data: bytes) -> tuple[int, np.ndarray]:
         import soundfile
     except ImportError:
         raise ValueError(
-            f"a sound that is no wave of PCM: {_INSTALL} (pip install soundfile) reads FLAC, OGG, "
-            "MP3 and others"
+            f"a sound that is no wave of PCM: {_INSTALL} reads FLAC, OGG, MP3 and others"
         ) from None
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
