@@ -97,8 +97,8 @@ class ImageTower(nn.Module):
         mask = _padded([[1] * len(row["ids"]) for row in rows])
         has_kinds = rows[0]["kinds"] is not None
         kinds = _padded([row["kinds"] for row in rows]) if has_kinds else None
-        made = Prompts(ids, mask, kinds)
-        return Prompts(*(None if part is None else part.to(self.ids.device) for part in made))
+        device = self.ids.device
+        return Prompts(ids.to(device), mask.to(device), None if kinds is None else kinds.to(device))
 
     @torch.no_grad()
     def _laid_out(self, pixels: Tensor) -> dict[str, Tensor]:

@@ -127,7 +127,8 @@ def described(name: str, prompt: str, image_size: int) -> dict[str, Any]:
             "expected a model like LLaVA or Qwen2-VL, whose processor has an image_token"
         )
     _check_tokens(of_model.tokenizer, name, prompt.replace("{}", token))
-    return laid_out(name, *prompt.split("{}"), image_size)
+    before, _, after = prompt.partition("{}")
+    return laid_out(name, before, after, image_size)
 
 
 def laid_out(name: str, before: str, after: str, image_size: int) -> dict[str, Any]:
