@@ -24,13 +24,14 @@ def fail_on_one(run, place):
     if dist.rank() == 1 and place == "disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     elif dist.rank() == 1:
-        real = getattr(saving, place)
+        owner = saving.Staging if place == "settle" else saving
+        real = getattr(owner, place)
 
         def failing(*args):
             real(*args)
             raise OSError(28, "No space left on device", str(run))
 
-        setattr(saving, place, failing)
+        setattr(owner, place, failing)
     try:
         save(training, run)
     except OSError as error:
@@ -38,7 +39,7 @@ def fail_on_one(run, place):
     return "nothing"
 
 
-@pytest.mark.parametrize("place", ["disk", "_save_tensors", "_manifest_of_own"])
+@pytest.mark.parametrize("place", ["disk", "settle", "_save_tensors", "_manifest_of_own"])
 def test_an_error_of_one_rank_is_raised_on_all_and_leaves_nothing(place, tmp_path):
     expected = "File too large" if place == "disk" else "No space left"
     for said in ranks.run(2, fail_on_one, tmp_path, place):

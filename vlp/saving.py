@@ -107,13 +107,12 @@ class Saver:
 
     def _write(self, step: int, contents: Contents, started: float, config: Config | None) -> None:
         try:
-            # First of all: the next update waits for it.
-            self.staging.settle()
-            if config is not None:
-                contents.config = configuration.dump(config)
+            complete = partial(self._complete, contents, config)
             if self.group.size == 1:
+                complete()
                 checkpoint.save(self.run, step, contents, self.keep)
             else:
+                agree(self.group, complete)
                 write_parts(self.run, step, contents, self.keep, self.group)
         # Of any kind: what ends this thread in silence would pass for a save.
         except BaseException as error:
@@ -123,6 +122,12 @@ class Saver:
             return
         if dist.is_main():
             check_grace(time.monotonic() - started)
+
+    def _complete(self, contents: Contents, config: Config | None) -> None:
+        # First of all: the next update waits for it.
+        self.staging.settle()
+        if config is not None:
+            contents.config = configuration.dump(config)
 
 
 # --- how several ranks write it -------------------------------------------------------------------
