@@ -219,6 +219,7 @@ class Gathering:
         work = torch_dist.all_gather_into_tensor(
             self.received, self.sent, group=group.handle, async_op=True
         )
+        assert work is not None  # None is for ranks outside the group
         self.works = [work]
 
     def wait(self) -> Tensor:

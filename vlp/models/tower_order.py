@@ -61,11 +61,13 @@ def after_texts(passed: Passed) -> Passed:
     left to hide its exchange; and DDP, which lays gradients out in the order of its first backward,
     would wait with all others for the texts' that lie before them.
     """
-    return Passed(*(_late(value) for value in passed))
+    tokens = None if passed.tokens is None else _late(passed.tokens)
+    trunk = None if passed.trunk is None else _late(passed.trunk)
+    return Passed(_late(passed.features), tokens, trunk)
 
 
-def _late(value: Tensor | None) -> Tensor | None:
-    if value is None or not value.requires_grad:
+def _late(value: Tensor) -> Tensor:
+    if not value.requires_grad:
         return value
 
     # Autograd runs what is ready by number, the newest first, and every thread counts from 0: a
