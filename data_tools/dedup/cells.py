@@ -42,7 +42,7 @@ PASSED_OVER = "not compared: pairs of samples, because too many embeddings are a
 MOST_SIMILAR = 64  # pairs that are kept of one sample in one block of a cell, the earliest
 LEFT_OUT = "not kept: pairs of samples with very many similar ones"
 _FITTED = 32  # rows a cell that the tree is fitted to
-_LEAST_BEAM = 8
+_BEAM, _LEAST_BEAM = 3, 8  # nodes of a level that rows go down along, for each probe; at least
 _BLOCK, _OTHERS = 512, 8192  # rows on either side of a block of cosines
 _DESCENDING = 8192  # rows that go down the tree at once
 
@@ -94,7 +94,7 @@ class Assign:
     def __call__(self, run: Run) -> Result:
         device = _device()
         tree = Tree(*(arrays.load(self.folder / f"{name}.npy") for name in ("centres", "children")))
-        descent = Descent(tree, max(_LEAST_BEAM, 3 * self.plan.probes // 2), device)
+        descent = Descent(tree, max(_LEAST_BEAM, _BEAM * self.plan.probes), device)
         cells, visits = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         first = run.first
         for shard in run.shards:

@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
-BRANCHES = 64
+BRANCHES = 32
 _FITTED = 64  # rows a child that its centre is fitted to, at most
 _ROUNDS = 10  # of K-means
 _AT_ONCE = 1 << 14  # rows that are divided among a node's children at once
