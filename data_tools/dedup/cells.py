@@ -163,9 +163,9 @@ class SearchCells:
             for start in range(0, len(numbers), _BLOCK):
                 block = slice(start, start + _BLOCK)
                 scores = _on(device, rows.gathered(numbers[block])) @ y
-                row, column = (scores >= self.plan.cosine).nonzero(as_tuple=True)
-                cosines = scores[row, column].cpu().numpy()
-                row, column = row.cpu().numpy(), column.cpu().numpy()
+                places = (scores >= self.plan.cosine).nonzero()
+                cosines = scores[places[:, 0], places[:, 1]].cpu().numpy()
+                row, column = places.cpu().numpy().T
 
                 # Two samples of the cell meet once, with the earlier one as the member.
                 one, other = numbers[block][row], of_members[column]

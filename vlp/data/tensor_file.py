@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 from vlp.data import stores
 from vlp.data.stored import StoredPath, has_copy
 
-_Other, _Result = TypeVar("_Other"), TypeVar("_Result")
+_Other = TypeVar("_Other")
+_Result = TypeVar("_Result")
 
 _FIRST = 1 << 14  # bytes that are read at first: the header of a few tensors and all before it
 _AT_THE_SAME_TIME = 32  # files that a store is asked for
