@@ -22,20 +22,19 @@ from torch import Tensor, nn
 
 from vlp import config
 from vlp.fields import FIELDS
-from vlp.models import assemble, language, lengths, lora, tokens, trunk_features
+from vlp.models import assemble, language, lengths, tokens, trunk_features
 from vlp.models.batch_norm import batch_norms, moved_once
 from vlp.models.decoder import Decoder
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
 from vlp.models.language import LanguageTower
-from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.multimodal import Prompts
 from vlp.models.regions import Sentences, in_place
 from vlp.models.repeated import repeated
 from vlp.models.tower_order import Draws, after_texts
 from vlp.models.trunk_features import Passed
-from vlp.pretrained import adapters, projections
+from vlp.pretrained import adapters
 from vlp.schema import plain
 from vlp.types import Features
 
@@ -86,7 +85,7 @@ class DualEncoder(nn.Module):
                 "leave out model.heads.captions"
             )
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
-        self._locked: list[nn.Module] = []
+        self.locked: list[nn.Module] = []
         self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
         self._batch_norms = batch_norms(self.visual)
         self._draws = Draws()
@@ -466,71 +465,11 @@ class DualEncoder(nn.Module):
         if self.heads.captions is not None:
             self.heads.captions.decoder.set_grad_checkpointing(enable)
 
-    def lock(self, *, image: int | None = None, text: int | None = None) -> None:
-        """Freeze towers but for so many of their last layer groups (vlp.models.layer_groups); None:
-        a tower is not frozen.
-
-        LiT (Zhai et al. 2022): no gradients, and evaluation mode even while training, so that batch
-        statistics stay. Of a timm or Hugging Face tower the trunk is locked and the projection
-        learns; a new projection of any other tower is opened by `unlock_projections`.
-        """
-        self._locked = []
-        towers = {"image_tower": (self.visual, image), "text_tower": (self.text, text)}
-        for name, (tower, unlocked_groups) in towers.items():
-            if unlocked_groups is None:
-                continue
-            for parameter in locked_parameters(tower, unlocked_groups, name):
-                parameter.requires_grad_(False)
-
-            # A projection inside the trunk learns as any other does.
-            learns = self._projection_in_trunk() if tower is self.visual else None
-            if learns is not None:
-                learns.requires_grad_(True)
-            self._locked += _without_gradient(trunk_of(tower))
-        self.train(self.training)  # what is locked goes into evaluation mode
-
-    def _projection_in_trunk(self) -> nn.Module | None:
-        """The classifier of a timm trunk, where it is the projection (open_clip's empty one)."""
-        if self.open_clip_config["vision_cfg"].get("timm_proj") != "":
-            return None
-        return self.visual.trunk.get_classifier()
-
-    def unlock_projections(self) -> None:
-        """Let the projections learn whatever is locked: new ones are random."""
-        fresh = projections.names(self)
-        for name, parameter in self.named_parameters():
-            if name in fresh:
-                parameter.requires_grad_(True)
-
-    def freeze_pictures(self) -> None:
-        """Freeze what no text passes: DDP would wait for its gradients."""
-        of_texts = {*self.text.parameters(), *trunk_of(self.text).parameters()}
-        for parameter in self.visual.parameters():
-            if parameter not in of_texts:
-                parameter.requires_grad_(False)
-        self._locked += _without_gradient(self.visual)
-        self.train(self.training)
-
-    def adapt(self, *, image: Any = None, text: Any = None) -> None:
-        """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has
-        none.
-        """
-        pixels, ids = self.example(1)
-        for side, options, example in (("visual", image, pixels), ("text", text, ids)):
-            if options is not None:
-                key = {"visual": "image_tower", "text": "text_tower"}[side]
-                # A projection always learns, also where a timm trunk's own classifier is it.
-                learns = self._projection_in_trunk() if side == "visual" else None
-                tower = self.get_submodule(side)
-                self._locked += lora.adapt(tower, options, example, key, learns)
-                self.lora_scalings[side] = options.alpha / options.r
-        self.train(self.training)
-
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
         # A locked trunk's batch norms and dropouts stay as they are.
-        for module in self._locked:
+        for module in self.locked:
             module.eval()
         # Another mode draws other numbers. Anew: a copy for evaluation may share the old one.
         self._draws = Draws()
@@ -582,17 +521,6 @@ class DualEncoder(nn.Module):
         if self.logit_bias is not None:
             named["logit_bias"] = self.logit_bias.detach().reshape(())
         return named
-
-
-def _without_gradient(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules of which no parameter learns."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        return [module]
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += _without_gradient(child)
-    return found
 
 
 def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
