@@ -7,6 +7,7 @@ from tests.eval import coca
 from tests.models.tiny import language_model, tiny
 from tests.test_step import NEGATIVES, make_batch, make_training, negatives_batch, own_rows
 from vlp import flops, passes
+from vlp.models import freezing
 
 
 def multiply_adds(width, n_tokens, layers):
@@ -31,7 +32,7 @@ def test_a_vision_transformer_is_counted_as_by_hand():
 def test_what_is_locked_has_no_backward_pass():
     model = tiny()
     whole = flops.of_towers(model)
-    model.lock(image=True)
+    freezing.lock(model, image=True)
     locked = flops.of_towers(model)
     assert 2.8 < whole.picture / locked.picture < 3.1
     assert locked.token == whole.token

@@ -251,6 +251,10 @@ NEEDS_PICTURES = {
         ["objective={mc_infonce: {}}", "model.heads.concentration={}"],
         r"needs \['image_concentration'\], which come from pixels, and data.pairs is text",
     ),
+    "translators": (
+        ["objective={translation: {}}", "model.heads.translators={}"],
+        r"needs \['cycled', 'translated'\], which come from pixels, and data.pairs is text",
+    ),
 }
 
 

@@ -149,11 +149,20 @@ def check_objective(
     read = objective.needs | through_queue(objective) | by_heads
     if config.model.precomputed:
         check_precomputed(read, taught, loader, model)
-    if config.data.pairs == "text" and (pictures := sorted(read & _FROM_PIXELS)):
+    if config.data.pairs == "text" and (pictures := sorted(read & from_pixels(model))):
         raise ValueError(
             f"the objective needs {pictures}, which come from pixels, and data.pairs is text; take "
             "a term that compares embeddings"
         )
+
+
+def from_pixels(model: DualEncoder) -> set[str]:
+    """The fields that only a pass of pictures through the image tower gives."""
+    translators = model.heads.translators
+    if translators is None or "image" not in translators.names:
+        return _FROM_PIXELS
+    # Both ways of a pair are made in one pass of the head, or neither.
+    return _FROM_PIXELS | {"translated", "cycled"}
 
 
 def check_needs(objective: losses.Objective, carried: frozenset[str], model: DualEncoder) -> None:
@@ -284,7 +293,8 @@ def check_precomputed(
 ) -> None:
     """Refuse stored embeddings of the image tower that cannot stand for it."""
     # The image tower does not run, so nothing can be made of other pixels.
-    pictures = sorted(read & (_FROM_PIXELS | {"ema_image"}) | taught & {"teacher_image"})
+    of_tower = from_pixels(model) | {"ema_image"}
+    pictures = sorted(read & of_tower | taught & {"teacher_image"})
     if pictures:
         raise ValueError(
             f"the objective needs {pictures}, which come from pixels; set "

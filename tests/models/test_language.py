@@ -12,6 +12,7 @@ from vlp.data import text as tokenizers
 from vlp.data.prompted import PADDING, unmarked
 from vlp.models.build import from_description
 from vlp.models.language import LatentAttention
+from vlp.models.recomputing import recompute_activations
 
 TEXTS = ["a photo of two red circles", "dog", "a blue square", "red dog red cat red dog"]
 PROMPT = "photo of {} two words"
@@ -168,7 +169,7 @@ def test_recomputed_activations_give_the_same_gradients(folders):
     gradients = []
     for recomputed in (False, True):
         model = tower(folders["qwen3"]).train()
-        model.set_activation_checkpointing(recomputed)
+        recompute_activations(model, recomputed)
         features = model(*inputs(model))
         (features.image * features.text).sum().backward()
         gradients.append([p.grad for p in model.text.parameters()])

@@ -18,6 +18,7 @@ from vlp.export import folder as export
 from vlp.models.build import build, from_description
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.load import load
+from vlp.models.recomputing import recompute_activations
 from vlp.schema import ConfigError
 from vlp.types import ON_WHITE, Decoding, ImageSpec
 
@@ -210,7 +211,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(kind, tmp_path)
         return len(calls), {k: p.grad.clone() for k, p in model.named_parameters()}
 
     once, plain = gradients()
-    model.set_activation_checkpointing()
+    recompute_activations(model)
     twice, recomputed = gradients()
     assert (once, twice) == (2, 4)
     for name in plain:
@@ -226,7 +227,7 @@ def test_a_resnet_that_cannot_recompute_says_so():
         )
     )
     with pytest.raises(ValueError, match="activation_checkpointing: false"):
-        model.set_activation_checkpointing()
+        recompute_activations(model)
 
 
 def test_a_locked_tower_keeps_weights_and_statistics():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.models.tiny import inputs, siglip, tiny
 from vlp.models.embedding import embed
+from vlp.models.passing import pass_texts
 from vlp.models.regions import in_place
 from vlp.types import Batch
 
@@ -41,7 +42,7 @@ def test_patches_and_sentences_look_at_each_other_by_gates():
     assert embedded["region_scale"].item() == pytest.approx(10)
     assert "image_tokens" not in embedded, "patches stay in the model"
 
-    sentences = model._text(batch.captions.flatten(0, 1))[0].view(3, SENTENCES, -1)
+    sentences = pass_texts(model, batch.captions.flatten(0, 1))[0].view(3, SENTENCES, -1)
     kept = []
     hook = model.visual.ln_post.register_forward_hook(lambda *args: kept.append(args[2]))
     model.encode_image(batch.image)

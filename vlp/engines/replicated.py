@@ -21,6 +21,7 @@ from vlp.engines.precision import set_up
 from vlp.engines.processes import accelerator
 from vlp.models.batch_norm import batch_norms
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.recomputing import recompute_activations
 
 
 class Replicated:
@@ -39,7 +40,7 @@ class Replicated:
         set_up(options, self.device)
 
         if options.activation_checkpointing:
-            self.module.set_activation_checkpointing(True)
+            recompute_activations(self.module)
 
         # Before the wrapping: hooks for gradients and shards lie around the compiled blocks.
         if compiling.decide(options.compile, self.device):

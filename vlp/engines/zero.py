@@ -27,6 +27,7 @@ from vlp.engines.precision import compute_dtype, set_up
 from vlp.engines.processes import accelerator
 from vlp.joining import LaunchError
 from vlp.models.dual_encoder import DualEncoder
+from vlp.models.recomputing import recompute_activations
 
 
 class ZeRO:
@@ -53,7 +54,7 @@ class ZeRO:
         # DeepSpeed changes the model in place; evaluation and averages need an untouched one.
         self.skeleton, self.description = skeleton(model), model.description()
         if options.activation_checkpointing:
-            model.set_activation_checkpointing(True)
+            recompute_activations(model)
         self.names = {id(p): name for name, p in model.named_parameters()}
 
         # Each part of other length would gather the tower's weights again.

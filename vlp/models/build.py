@@ -12,7 +12,16 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from vlp import config
-from vlp.models import assemble, decoder, int8_aware, language, lora, multimodal, text_dropout
+from vlp.models import (
+    assemble,
+    decoder,
+    freezing,
+    int8_aware,
+    language,
+    lora,
+    multimodal,
+    text_dropout,
+)
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.patch_dropout import draw_on_device
 from vlp.plugin import Plugin
@@ -70,18 +79,20 @@ def build(
         start(encoder)
 
     text = model.text_tower
-    encoder.lock(image=_locked(model.image_tower), text=None if text is None else _locked(text))
+    freezing.lock(
+        encoder, image=_locked(model.image_tower), text=None if text is None else _locked(text)
+    )
     if texts_alone:
         multimodal.leave_pictures_out(encoder.visual)
-    encoder.adapt(image=lora_of(model.image_tower), text=lora_of(text))
+    freezing.adapt(encoder, image=lora_of(model.image_tower), text=lora_of(text))
     if model.text_dropout:
         text_dropout.drop(encoder.text, model.text_dropout)
     if model.int8_aware:
         int8_aware.quantise(encoder.visual)
     if model.new_projection:
-        encoder.unlock_projections()
+        freezing.unlock_projections(encoder)
     if texts_alone:
-        encoder.freeze_pictures()
+        freezing.freeze_pictures(encoder)
     return encoder
 
 

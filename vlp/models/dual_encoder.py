@@ -14,33 +14,25 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from open_clip.hf_model import HFTextEncoder
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from vlp import config
 from vlp.fields import FIELDS
-from vlp.models import assemble, language, lengths, lora, tokens, trunk_features
-from vlp.models.batch_norm import batch_norms, moved_once
+from vlp.models import assemble, lengths, of_heads, passing, tokens
+from vlp.models.batch_norm import batch_norms
 from vlp.models.decoder import Decoder
 from vlp.models.exact import Pixels, Scaling
 from vlp.models.heads import Heads, nonnegative, unit, unit_or_zero
-from vlp.models.language import LanguageTower
-from vlp.models.layer_groups import locked_parameters, trunk_of
 from vlp.models.lengths import Cut
 from vlp.models.multimodal import Prompts
-from vlp.models.regions import Sentences, in_place
+from vlp.models.regions import Sentences
 from vlp.models.repeated import repeated
 from vlp.models.tower_order import Draws, after_texts
 from vlp.models.trunk_features import Passed
-from vlp.pretrained import adapters, projections
+from vlp.pretrained import adapters
 from vlp.schema import plain
 from vlp.types import Features
-
-# Text towers whose `transformer` is a model of that library.
-_OF_TRANSFORMERS = (HFTextEncoder, LanguageTower)
 
 
 class DualEncoder(nn.Module):
@@ -86,9 +78,9 @@ class DualEncoder(nn.Module):
                 "leave out model.heads.captions"
             )
         self.heads = Heads(heads, self.visual, self.text, self.embed_dim)
-        self._locked: list[nn.Module] = []
+        self.locked: list[nn.Module] = []
         self.lora_scalings: dict[str, float] = {}  # alpha / r of the towers that have adapters
-        self._batch_norms = batch_norms(self.visual)
+        self.batch_norms = batch_norms(self.visual)
         self._draws = Draws()
 
         # How texts pass their tower (vlp.models.lengths). A tower of shards gathers its weights
@@ -160,64 +152,76 @@ class DualEncoder(nn.Module):
         if text is not None and texts_first:
             features, text_tokens = pass_texts(text, outputs, on_text)
         if image is not None:
-            wants_tokens = bool(rows_of_images) or sentences is not None
-            pictures = _joined(image, image_views)
-            with self._draws.watched("image", image.device, self.training):
-                passed = self._image(_joined(pictures, frames), wants_tokens, prompts)
-                passed = after_texts(passed) if texts_first else passed
-                image_tokens = passed.tokens
-                of_pictures = passed.features
-                if frames is not None:
-                    of_pictures, of_frames = of_pictures.split([len(pictures), len(frames)])
-                outputs |= self._embeddings("image", of_pictures, image.shape[0])
-                outputs |= self._tokens(self.visual, image_tokens, rows_of_images)
-                outputs |= self._image_heads(passed, pairs)
+            passed, of_frames = self._pass_images(
+                image,
+                outputs,
+                views=image_views,
+                frames=frames,
+                token_rows=rows_of_images,
+                wants_tokens=bool(rows_of_images) or sentences is not None,
+                prompts=prompts,
+                after_the_texts=texts_first,
+            )
+            image_tokens = passed.tokens
+            outputs |= of_heads.of_images(self.heads, passed, pairs)
         if text is not None:
             if not texts_first:
                 features, text_tokens = pass_texts(text, outputs, on_text)
-            if self.heads.regions is not None and sentences is not None:
+            if sentences is not None:
                 assert image_tokens is not None, "the head for regions needs pictures"
-                patches = tokens.project(self.visual, image_tokens[:pairs])
-                of_pairs = sentences.of(features)
-                outputs |= self.heads.regions(patches, of_pairs, sentences.valid)
-            if pairs and self.heads.concentration is not None:
-                certainty = self.heads.concentration("text", features[:pairs])
-                outputs["text_concentration"] = certainty
+                outputs |= of_heads.of_regions(
+                    self.heads, self.visual, image_tokens[:pairs], features, sentences
+                )
+            outputs |= of_heads.of_texts(self.heads, features, pairs)
 
-        # What heads compute of both towers.
-        if pairs and self.heads.teacher is not None:
-            outputs["interactive_scale"] = self.heads.teacher.scaling()[0]
-            for side in ("image", "text"):
-                rows = outputs[side]
-                if rows is not None:
-                    outputs[f"projected_{side}"] = self.heads.teacher(side, rows[:pairs])
-        if pairs and self.heads.predictor is not None:
-            sides = {side: outputs[side] for side in ("image", "text")}
-            outputs |= self.heads.predictor(sides, pairs)
+        # What heads compute of both towers and of further modalities.
+        outputs |= of_heads.of_both(self.heads, outputs, pairs)
         has_views = image_views is not None or text_views is not None
         if self.heads.views is not None and has_views:
             outputs["view_scale"] = self.heads.views.scaling()[0]
         if pairs and image_tokens is not None and text_tokens is not None:
             assert text is not None, "which the tokens are of"
-            outputs["caption_nll"] = self._caption_nll(
-                image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
-            )
+            inputs = image_tokens[:pairs], text_tokens[:pairs], text[:pairs]
+            outputs["caption_nll"] = of_heads.caption_nll(self.heads, self.text_decoder, *inputs)
         if modalities is not None:
+            assert modality_lengths is not None, "which come with the rows"
             if image is None and frames is not None:
                 of_frames = self.image_features(frames)
-            outputs["others"] = self._others(modalities, modality_lengths, of_frames, frame_places)
-        if pairs and self.heads.translators is not None:
-            outputs |= self.heads.translators(self._by_modality(outputs, pairs))
+            # As rows of the space: a video is read by the embeddings of its frames.
+            of_videos = None if of_frames is None else self._embedding(of_frames)
+            others = of_heads.of_modalities(
+                self.heads, modalities, modality_lengths, of_videos, frame_places
+            )
+            outputs["others"] = self._embedding(others)
+        outputs |= of_heads.translations(self.heads, outputs, pairs)
         return Features(**outputs, scale=scale, bias=bias)
 
-    def _by_modality(self, outputs: dict[str, Tensor | None], pairs: int) -> dict[str, Tensor]:
-        """The rows [pairs, D] of every modality that was embedded."""
-        sides = {side: outputs[side] for side in ("image", "text")}
-        rows = {side: of_side[:pairs] for side, of_side in sides.items() if of_side is not None}
-        others = outputs.get("others")
-        if others is not None:
-            rows |= dict(zip(self.modality_shapes, others.unbind(1), strict=True))
-        return rows
+    def _pass_images(
+        self,
+        image: Tensor,
+        outputs: dict[str, Tensor | None],
+        *,
+        views: Tensor | None,
+        frames: Tensor | None,
+        token_rows: dict[str, tuple[int, int]],
+        wants_tokens: bool,
+        prompts: Prompts | None,
+        after_the_texts: bool,
+    ) -> tuple[Passed, Tensor | None]:
+        """What the tower makes of images, their views and frames of videos, which follow one
+        another, and the features of the frames; adds embeddings and tokens to `outputs`.
+        """
+        pictures = _joined(image, views)
+        of_frames = None
+        with self._draws.watched("image", image.device, self.training):
+            passed = passing.pass_images(self, _joined(pictures, frames), wants_tokens, prompts)
+            passed = after_texts(passed) if after_the_texts else passed
+            of_pictures = passed.features
+            if frames is not None:
+                of_pictures, of_frames = of_pictures.split([len(pictures), len(frames)])
+            outputs |= self._embeddings("image", of_pictures, image.shape[0])
+            outputs |= self._tokens(self.visual, passed.tokens, token_rows)
+        return passed, of_frames
 
     def _pass_texts(
         self,
@@ -233,7 +237,8 @@ class DualEncoder(nn.Module):
         embeddings to `outputs`.
         """
         with self._draws.watched("text", text.device, self.training):
-            features, of_places = self._text(_joined(text, views), cut, bool(token_rows))
+            rows = _joined(text, views)
+            features, of_places = passing.pass_texts(self, rows, cut, bool(token_rows))
             outputs |= self._embeddings("text", features, text.shape[0])
             outputs |= self._tokens(self.text, of_places, token_rows)
 
@@ -242,51 +247,10 @@ class DualEncoder(nn.Module):
             on_text(embeddings.detach())
         return features, of_places
 
-    def _image_heads(self, passed: Passed, pairs: int) -> dict[str, Tensor]:
-        """What heads make of the first `pairs` images alone."""
-        outputs = {}
-        if pairs and self.heads.concepts is not None:
-            read = passed.features if passed.trunk is None else passed.trunk
-            outputs["concept_logits"] = self.heads.concepts(read[:pairs])
-        if pairs and self.heads.concentration is not None:
-            certainty = self.heads.concentration("image", passed.features[:pairs])
-            outputs["image_concentration"] = certainty
-        return outputs
-
-    def _others(
-        self,
-        rows: Tensor,  # [rows, S]
-        lengths: Tensor | None,  # [rows, O]
-        of_frames: Tensor | None,  # [n, D], features of the frames that are there
-        places: Tensor | None,  # [n] of them among [rows · F]; None: all are there
-    ) -> Tensor:
-        """Unit rows of further modalities, [rows, O, D]."""
-        towers = self.heads.modalities
-        assert towers is not None and lengths is not None
-        frames = None
-        if of_frames is not None:
-            frames = in_place(self._embedding(of_frames), places, (len(rows), towers.n_frames))
-        return self._embedding(towers(rows, lengths, frames))
-
-    def _caption_nll(
-        self,
-        image_tokens: Tensor,  # [b, places, width]
-        text_tokens: Tensor,  # [b, L, width]
-        ids: Tensor,  # [b, L]
-    ) -> Tensor | None:
-        """−log p of the tokens ids[:, 1:], [b, L − 1], by the text decoder or the head that is one;
-        None: there is neither.
-        """
-        if self.text_decoder is not None:
-            return self.text_decoder(image_tokens, text_tokens[:, :-1], ids[:, 1:])
-        if self.heads.captions is not None:
-            return self.heads.captions(image_tokens, text_tokens, ids)
-        return None
-
     def supplies(self) -> frozenset[str]:
         """The fields of `vlp.fields` that text decoder and heads give."""
-        of_heads = self.heads.supplies()
-        return of_heads if self.text_decoder is None else of_heads | {"caption_nll"}
+        by_heads = self.heads.supplies()
+        return by_heads if self.text_decoder is None else by_heads | {"caption_nll"}
 
     def _embeddings(self, name: str, features: Tensor, n_rows: int) -> dict[str, Tensor]:
         """Unit rows of the first rows of a tower's features; what follows are views, which pass the
@@ -329,67 +293,22 @@ class DualEncoder(nn.Module):
         """The tower's features [b, D] before the last step of embeddings, of images as for
         `encode_image`.
         """
-        return self._image(image).features
+        return passing.pass_images(self, image).features
 
     def image_tokens(self, image: Tensor) -> Tensor:
         """The tower's tokens [b, places, width], which the text decoder reads, of images as for
         `encode_image`.
         """
-        read = self._image(image).tokens
+        read = passing.pass_images(self, image).tokens
         if read is None:
             raise ValueError("the model has no text decoder, so its image tower gives no tokens")
         return read
-
-    def _image(
-        self, image: Tensor, wants_tokens: bool = False, prompts: Prompts | None = None
-    ) -> Passed:
-        """The tower's features [rows, D]; its tokens where they are wanted or a head reads them,
-        and what its projection reads where a head does.
-        """
-        if image.ndim != 4 or tuple(image.shape[1:]) != (3, *self.image_spec.size):
-            height, width = self.image_spec.size
-            raise ValueError(
-                f"image has shape {tuple(image.shape)}; expected [b, 3, {height}, {width}]"
-            )
-
-        # Normalised in float32, then cast to what the tower computes in, unless they are already in
-        # the dtype to which autocast would cast them.
-        pixels = image if image.is_floating_point() else self.pixels(image)
-        if pixels is image or pixels.dtype == torch.float32:
-            pixels = pixels.to(_dtype(self.visual))
-        if prompts is not None:
-            return Passed(self.visual(pixels, prompts))
-        with moved_once(self._batch_norms):
-            if self.heads.reads_trunk:
-                return trunk_features.with_trunk(self.visual, pixels, wants_tokens)
-            if wants_tokens:
-                return Passed(*tokens.with_tokens(self.visual, pixels))
-            return Passed(*_with_tokens(self.visual(pixels)))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """[rows, L] int64 token ids → [rows, D] unit rows (float32 under autocast). L must be the
         context length; where the tower's features do not depend on padding, it may be shorter.
         """
-        return self._embedding(self._text(text)[0])
-
-    def _text(
-        self, text: Tensor, cut: Cut | None = None, wants_tokens: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """The tower's features [rows, D], and its tokens where they are wanted or a head reads
-        them.
-        """
-        if text.is_floating_point():
-            return self._stored_text(text), None
-        length = self.text_spec.context_length
-        may_be_shorter = self.padding is not None or isinstance(self.text, _OF_TRANSFORMERS)
-        lengths_allowed = range(1 if may_be_shorter else length, length + 1)
-        if text.ndim != 2 or text.shape[1] not in lengths_allowed:
-            raise ValueError(f"text has shape {tuple(text.shape)}; expected [rows, {length}]")
-
-        tower = partial(tokens.with_tokens, self.text) if wants_tokens else self.text
-        if cut is not None:
-            return lengths.pass_in_parts(tower, text, cut)
-        return _with_tokens(tower(text))
+        return self._embedding(passing.pass_texts(self, text)[0])
 
     def tokens_refusal(self, side: str) -> str:
         """Why the tower of a side, "image" or "text", gives no tokens; empty where it does."""
@@ -407,17 +326,7 @@ class DualEncoder(nn.Module):
     def text_certainty(self, text: Tensor, cut: Cut | None = None) -> Tensor:
         """The same of texts, [rows]."""
         assert self.heads.concentration is not None
-        return self.heads.concentration("text", self._text(text, cut)[0]).log()
-
-    def _stored_text(self, rows: Tensor) -> Tensor:
-        """The features of what a language model gave the texts, [rows, width] (vlp.text_store)."""
-        tower = self.text
-        if not isinstance(tower, LanguageTower) or rows.shape[1:] != (tower.width,):
-            raise ValueError(
-                f"stored text embeddings of shape {tuple(rows.shape)} came to a text tower that "
-                "does not read them; expected token ids, or the tower `stored` of their width"
-            )
-        return tower(rows)
+        return self.heads.concentration("text", passing.pass_texts(self, text, cut)[0]).log()
 
     def cut(self, ids: np.ndarray, device: torch.device, n_possible: int) -> Cut | None:
         """How texts [rows, L], given on the host, are to pass the tower; None: as they are.
@@ -445,92 +354,11 @@ class DualEncoder(nn.Module):
         parts = (self.visual, self.text, self.text_decoder, self.heads)
         return [block for part in parts if part is not None for block in repeated(part)]
 
-    def set_activation_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs in the forward pass and recompute the rest in backward."""
-        if enable and isinstance(self.visual, ModifiedResNet):
-            raise ValueError(
-                "open_clip's ResNets cannot recompute activations; set "
-                "train.activation_checkpointing: false"
-            )
-
-        # timm's trunk itself: open_clip's adapter would swallow a refusal.
-        image = self.visual.trunk if isinstance(self.visual, TimmModel) else self.visual
-        image.set_grad_checkpointing(enable)
-
-        if isinstance(self.text, _OF_TRANSFORMERS):
-            language.recompute_activations(self.text.transformer, enable)
-        else:
-            self.text.set_grad_checkpointing(enable)
-        if self.text_decoder is not None:
-            self.text_decoder.set_grad_checkpointing(enable)
-        if self.heads.captions is not None:
-            self.heads.captions.decoder.set_grad_checkpointing(enable)
-
-    def lock(self, *, image: int | None = None, text: int | None = None) -> None:
-        """Freeze towers but for so many of their last layer groups (vlp.models.layer_groups); None:
-        a tower is not frozen.
-
-        LiT (Zhai et al. 2022): no gradients, and evaluation mode even while training, so that batch
-        statistics stay. Of a timm or Hugging Face tower the trunk is locked and the projection
-        learns; a new projection of any other tower is opened by `unlock_projections`.
-        """
-        self._locked = []
-        towers = {"image_tower": (self.visual, image), "text_tower": (self.text, text)}
-        for name, (tower, unlocked_groups) in towers.items():
-            if unlocked_groups is None:
-                continue
-            for parameter in locked_parameters(tower, unlocked_groups, name):
-                parameter.requires_grad_(False)
-
-            # A projection inside the trunk learns as any other does.
-            learns = self._projection_in_trunk() if tower is self.visual else None
-            if learns is not None:
-                learns.requires_grad_(True)
-            self._locked += _without_gradient(trunk_of(tower))
-        self.train(self.training)  # what is locked goes into evaluation mode
-
-    def _projection_in_trunk(self) -> nn.Module | None:
-        """The classifier of a timm trunk, where it is the projection (open_clip's empty one)."""
-        if self.open_clip_config["vision_cfg"].get("timm_proj") != "":
-            return None
-        return self.visual.trunk.get_classifier()
-
-    def unlock_projections(self) -> None:
-        """Let the projections learn whatever is locked: new ones are random."""
-        fresh = projections.names(self)
-        for name, parameter in self.named_parameters():
-            if name in fresh:
-                parameter.requires_grad_(True)
-
-    def freeze_pictures(self) -> None:
-        """Freeze what no text passes: DDP would wait for its gradients."""
-        of_texts = {*self.text.parameters(), *trunk_of(self.text).parameters()}
-        for parameter in self.visual.parameters():
-            if parameter not in of_texts:
-                parameter.requires_grad_(False)
-        self._locked += _without_gradient(self.visual)
-        self.train(self.training)
-
-    def adapt(self, *, image: Any = None, text: Any = None) -> None:
-        """Give towers low-rank adapters (vlp.models.lora, vlp.towers.Lora); None: a tower has
-        none.
-        """
-        pixels, ids = self.example(1)
-        for side, options, example in (("visual", image, pixels), ("text", text, ids)):
-            if options is not None:
-                key = {"visual": "image_tower", "text": "text_tower"}[side]
-                # A projection always learns, also where a timm trunk's own classifier is it.
-                learns = self._projection_in_trunk() if side == "visual" else None
-                tower = self.get_submodule(side)
-                self._locked += lora.adapt(tower, options, example, key, learns)
-                self.lora_scalings[side] = options.alpha / options.r
-        self.train(self.training)
-
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
 
         # A locked trunk's batch norms and dropouts stay as they are.
-        for module in self._locked:
+        for module in self.locked:
             module.eval()
         # Another mode draws other numbers. Anew: a copy for evaluation may share the old one.
         self._draws = Draws()
@@ -584,21 +412,6 @@ class DualEncoder(nn.Module):
         return named
 
 
-def _without_gradient(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules of which no parameter learns."""
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        return [module]
-    found: list[nn.Module] = []
-    for child in module.children():
-        found += _without_gradient(child)
-    return found
-
-
-def _with_tokens(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
-    return output if isinstance(output, tuple) else (output, None)
-
-
 def _of_side(
     side: str, token_rows: dict[str, tuple[int, int]] | None
 ) -> dict[str, tuple[int, int]]:
@@ -609,8 +422,3 @@ def _of_side(
 
 def _joined(rows: Tensor, views: Tensor | None) -> Tensor:
     return rows if views is None else torch.cat([rows, views])
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    # Asked at every call: engines swap parameters for cast ones.
-    return next(module.parameters()).dtype
