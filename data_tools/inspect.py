@@ -112,6 +112,7 @@ def summarise(path: str, n: int, pool: work.Pool | None = None) -> dict[str, Any
     """
     from vlp.config import Captions
     from vlp.data.paths import expand
+    from vlp.data.rows import of_modalities
     from vlp.data.sources.shards import Options, opened
     from vlp.data.stored import source as place_of
 
@@ -122,11 +123,16 @@ def summarise(path: str, n: int, pool: work.Pool | None = None) -> dict[str, Any
     drawn = random.Random(0).sample(range(len(source)), min(n, len(source)))
 
     looks, read_s, decode_s = _looks(source, drawn, pool or work.Pool())
+    for_modalities = of_modalities(source.left_out)
+    source.take_back(for_modalities.keys())
     sampled = {
         "shards": len(source.paths),
         "samples": len(source),
         "bytes": sum(place_of(p).stat().st_size for p in source.paths),
         "left_out": source.n_left_out,
+        "members_of_modalities": {
+            kind.removeprefix("members "): n for kind, n in for_modalities.items()
+        },
         "odd_or_passed_over": dict(source.left_out.most_common(20)),
         "problems": source.problems()[:10],
     }

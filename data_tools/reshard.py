@@ -6,8 +6,9 @@ every new shard is made by itself, so that machines and processes share the work
 goes on. Shuffled, every sample is read from its own place: slow on disks that turn, and from remote
 shards.
 
-Parquet files that img2dataset wrote beside the shards complete their samples. Pictures keep their
-bytes, unless `--max-side` shrinks them once for all epochs, or `--format` asks for another.
+Parquet files that img2dataset wrote beside the shards complete their samples. Sounds, frames and
+arrays of numbers go along with their samples, as they are. Pictures keep their bytes, unless
+`--max-side` shrinks them once for all epochs, or `--format` asks for another.
 
 Samples of one "origin" that lie side by side are a family, which stays together: a shuffle moves it
 as a whole, and no cut between two shards goes through it, so that `data.together` finds it. A
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from vlp.data.members import Content, Picture
     from vlp.data.rows import Shard
+    from vlp.data_tools._run.carried import Carried
 
 HELP = "write shards of another number of samples or bytes, in order or shuffled"
 EXAMPLE = """vlp data reshard data/raw --to data/train --samples-per-shard 5000 --shuffle 0
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from vlp.data.format import index, index_written
     from vlp.data.paths import expand
     from vlp.data.stored import destination
+    from vlp.data_tools._run.carried import Carried
     from vlp.data_tools._run.packed import Unpacked
     from vlp.data_tools._run.shards import claim
 
@@ -113,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
     if args.shuffle is not None:
         spans = spans[_shuffled(spans["family"], args.shuffle)]
 
-    jobs = _jobs(spans, shards, folder, limits)
-    write = Write(list(zip(sources, shards)), folder, args.renumber, written)
+    carried = [Carried(path, shard) for path, shard in zip(sources, shards)]
+    jobs = _jobs(spans, carried, folder, limits)
+    write = Write(list(zip(sources, shards)), carried, folder, args.renumber, written)
     results = work.carry_out("reshard", jobs, write, pool)
 
     # The unpacked copies are needed until the last machine is done.
@@ -130,16 +135,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _jobs(
-    spans: np.ndarray, shards: list[Shard], folder: Path, limits: dict[str, int]
+    spans: np.ndarray, carried: list[Carried], folder: Path, limits: dict[str, int]
 ) -> list[work.Job]:
     """A job a new shard. It carries its own places, so that whoever takes it needs nothing else,
     and counts what the shards leave behind whose first sample it has.
     """
-    from vlp.data_tools._run.shards import left_behind
+    import numpy as np
 
     jobs = []
     # Without a first sample they are the first job's.
-    without_samples = [i for i, shard in enumerate(shards) if not shard.count]
+    without_samples = np.setdiff1d(np.arange(len(carried)), spans["shard"]).tolist()
     for number, (start, stop) in enumerate(_cuts(spans["length"], spans["family"], **limits)):
         part = spans[start:stop]
         begun: list[int] = part["shard"][part["number"] == 0].tolist()
@@ -147,7 +152,7 @@ def _jobs(
             begun += without_samples
         left: Counter[str] = Counter()
         for i in begun:
-            left.update(left_behind(shards[i]))
+            left.update(carried[i].counts())
 
         mark = folder / f"{number:05d}_reshard.json"
         jobs.append(work.Job(mark, (number, part, left), int(part["length"].sum())))
@@ -251,6 +256,7 @@ class Write:
     """The work on one new shard."""
 
     sources: list[tuple[Path, Shard]]
+    carried: list[Carried]  # of each
     folder: Path
     renumber: bool
     pictures: pictures.Pictures
@@ -297,7 +303,9 @@ class Write:
         path, shard = self.sources[source]
         try:
             with open(path, "rb") as file:
-                return shard.sample(file, i)
+                sample = shard.sample(file, i)
+            sample.further = partial(self.carried[source].of, sample.key)
+            return sample
         except ValueError as error:
             if not quiet:
                 log.warn(f"{path}: {error}")

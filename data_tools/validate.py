@@ -196,7 +196,7 @@ def _check_further(path: Path, shard: Shard) -> Counter[str]:
 
 def _check_member(member: Member, is_frame: bool, file: BinaryIO) -> None:
     """Raise ValueError for a sound or a frame that cannot be read."""
-    from vlp.data.further_members import SOUND_TYPES
+    from vlp.data.members import SOUND_TYPES
     from vlp.data.picture import array
     from vlp.data.sounds import can_be_read, decoded
 

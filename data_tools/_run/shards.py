@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from vlp.data.captions import Choice
 from vlp.data.format import ShardWriter, index_written, is_class_number
-from vlp.data.rows import Shard, unread
 from vlp.data.scan import scan
 from vlp.data.tables import fetched
 from vlp.data_tools._belonging import settle
+from vlp.data_tools._run.carried import Carried
 from vlp.data_tools._run.work import Job, Pool, Result, carry_out, read_note
 from vlp.files import write_atomically
 from vlp.privacy import without_secrets
@@ -54,20 +54,18 @@ class Change(Protocol):
         ...
 
 
-LEFT_BEHIND = "left behind: "  # before the kind of a member that goes into no new shard
-
-
 def samples(path: Path, counts: Counter[str], *, rewritten: bool = False) -> Iterator[Content]:
     """All usable samples of a shard, in order; the others are counted. `rewritten`: into a new
-    shard, in which what nobody reads has no place; that is counted, too.
+    shard, which takes over sounds, frames and numbers; what nobody reads is counted.
     """
     # Scanned anew: an index may be out of date, and what a tool writes is there to stay.
     shard = scan(path)
     rows = rows_beside(path, counts)
     if shard.n_problems:
         counts["unreadable: problems of the input shards"] += shard.n_problems
-    if rewritten:
-        counts.update(left_behind(shard))
+    carried = Carried(path, shard) if rewritten else None
+    if carried is not None:
+        counts.update(carried.counts())
 
     with open(path, "rb") as file:
         for i in range(shard.count):
@@ -76,12 +74,9 @@ def samples(path: Path, counts: Counter[str], *, rewritten: bool = False) -> Ite
             if row := rows.get(sample.key):
                 complete(sample, row, counts)
             settle(sample, counts)
+            if carried is not None:
+                sample.further = partial(carried.of, sample.key)
             yield sample
-
-
-def left_behind(shard: Shard) -> dict[str, int]:
-    """The members of a shard that no new one holds, counted by kind."""
-    return {f"{LEFT_BEHIND}{kind}": n for kind, n in unread(shard.left_out).items()}
 
 
 def rows_beside(
@@ -121,8 +116,16 @@ def put(writer: ShardWriter, changed: Changed, key: str | None) -> None:
     cls = meta.get("cls")
     if not is_class_number(cls):
         cls = None  # it stays in the JSON; a .cls of it would not be read back
-    pictures = sample.negative_images
-    writer.add(key, sample.image, sample.image_type, captions, meta, cls, negative_images=pictures)
+    writer.add(
+        key,
+        sample.image,
+        sample.image_type,
+        captions,
+        meta,
+        cls,
+        negative_images=sample.negative_images,
+        further=sample.further(),
+    )
 
 
 def check_names(sources: list[Path]) -> None:

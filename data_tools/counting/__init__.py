@@ -93,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     """
     from vlp.data.paths import expand
     from vlp.data.stored import destination
-    from vlp.data_tools._run.shards import LEFT_BEHIND, claim, jobs, transform
+    from vlp.data_tools._run.carried import LEFT_BEHIND
+    from vlp.data_tools._run.shards import claim, jobs, transform
 
     _check(args)
     sources, pool = expand(args.source), work.pool(args)

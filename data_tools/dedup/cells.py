@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,11 +29,9 @@ from vlp.data_tools.dedup import arrays
 from vlp.data_tools.dedup.decision import SIMILAR
 from vlp.data_tools.dedup.embedded import KeptRows, Rows
 from vlp.data_tools.dedup.hashed import file
+from vlp.data_tools.dedup.near import ROUNDING, unit
 from vlp.data_tools.dedup.plan import Plan, Run
 from vlp.data_tools.dedup.tree import Descent, Tree, fitted
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ROWS_A_CELL = 256  # fewer need more probes for the same share of pairs, and a deeper tree
 MOST_MEMBERS = 4096  # of a cell that are all compared; only crowds of alike ones have so many
@@ -101,7 +98,7 @@ class Assign:
             of_shard = self.rows.of_shard(shard)
             for places in _blocks(np.arange(len(of_shard))):
                 places = places[_is_row(of_shard[places])]
-                of_rows = descent.cells(_on(device, of_shard[places]), self.plan.probes)
+                of_rows = descent.cells(unit(of_shard[places], device), self.plan.probes)
 
                 # What is kept for each cell of a row: the first is its own.
                 is_own = np.arange(of_rows.shape[1]) == 0
@@ -159,11 +156,11 @@ class SearchCells:
             members = leaders
         for low in range(0, len(members), _OTHERS):
             of_members = members[low : low + _OTHERS]
-            y = _on(device, rows.gathered(of_members)).T
+            y = unit(rows.gathered(of_members), device).T
             for start in range(0, len(numbers), _BLOCK):
                 block = slice(start, start + _BLOCK)
-                scores = _on(device, rows.gathered(numbers[block])) @ y
-                places = (scores >= self.plan.cosine).nonzero()
+                scores = unit(rows.gathered(numbers[block]), device) @ y
+                places = (scores >= self.plan.cosine - ROUNDING).nonzero()
                 cosines = scores[places[:, 0], places[:, 1]].cpu().numpy()
                 row, column = places.cpu().numpy().T
 
@@ -181,14 +178,14 @@ class SearchCells:
         leaders = members[:0]
         for start in range(0, len(members), _BLOCK):
             block = members[start : start + _BLOCK]
-            x = _on(device, rows.gathered(block))
+            x = unit(rows.gathered(block), device)
             is_copy = np.zeros(len(block), bool)
             for low in range(0, len(leaders), _OTHERS):
-                y = _on(device, rows.gathered(leaders[low : low + _OTHERS]))
-                is_copy |= (x @ y.T >= self.plan.cosine).any(1).cpu().numpy()
+                y = unit(rows.gathered(leaders[low : low + _OTHERS]), device)
+                is_copy |= (x @ y.T >= self.plan.cosine - ROUNDING).any(1).cpu().numpy()
 
             # Within the block a leader must be known before those behind it are compared.
-            within = (x @ x.T >= self.plan.cosine).tril(-1).cpu().numpy()
+            within = (x @ x.T >= self.plan.cosine - ROUNDING).tril(-1).cpu().numpy()
             for place in np.flatnonzero(within.any(1) & ~is_copy):
                 is_copy[place] = bool((within[place] & ~is_copy).any())
             leaders = np.concatenate([leaders, block[~is_copy]])[:MOST_MEMBERS]
@@ -246,9 +243,3 @@ def _device() -> str:
     from vlp.joining import local_device
 
     return local_device("auto", shared=True)
-
-
-def _on(device: str, rows: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(np.array(rows)).to(device).float()

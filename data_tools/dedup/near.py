@@ -14,12 +14,14 @@ import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 # seen: the picture opens
 FINGERPRINT = np.dtype([("hash", "<u8"), ("grid", "u1", 48), ("seen", "?")])
 # levels of 255, mean over the grid: recompressing moves it by 1 or 2, another color of a shape by
 # more
 COLORS = 12
+ROUNDING = 1e-6  # of a cosine: equal rows are copies at --cosine 1, too
 BLOCK = 4096  # rows on either side of a block of cosines: 64 MiB of scores
 _SIDE = 32
 
@@ -210,6 +212,17 @@ def _blocks(pieces: list[np.ndarray], n: int) -> Iterator[tuple[int, int, np.nda
             start += len(rows)
 
 
+def unit(rows: np.ndarray, device: str) -> Tensor:
+    """Rows [n, D] at length 1, float32, so that products are cosines also of rows that came
+    otherwise; zeros, which are similar to nothing, for those with NaN or infinity.
+    """
+    import torch
+
+    unit_rows = torch.nn.functional.normalize(torch.from_numpy(np.array(rows)).to(device).float())
+    # One NaN would hide all others from a maximum.
+    return torch.where(unit_rows.isfinite().all(1, keepdim=True), unit_rows, 0)
+
+
 def _similar(
     rows: np.ndarray,
     earlier: list[tuple[int, np.ndarray]],
@@ -227,14 +240,15 @@ def _similar(
     from vlp.joining import local_device
 
     device = local_device("auto", shared=True)
-    x = torch.from_numpy(np.array(rows)).to(device).float()
+    cosine = cosine - ROUNDING
+    x = unit(rows, device)
     best = torch.full((len(x),), cosine, device=device)
     which = torch.full((len(x),), -1, device=device)
     for first, others in earlier:
         kept = np.flatnonzero(copy_of[first : first + len(others)] < 0)
         if not len(kept):
             continue
-        y = torch.from_numpy(others[kept]).to(device).float()
+        y = unit(others[kept], device)
         score, place = (x @ y.T).max(1)
 
         # At the limit itself a first one counts; among equals the earliest stays.

@@ -89,6 +89,7 @@ def _divided(
         return None
     places = np.linspace(0, len(numbers) - 1, min(len(numbers), _FITTED * n_children))
     rows = gathered(numbers[places.astype(np.int64)]).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     # The square of the mean row is the mean cosine of all pairs.
     if np.square(rows.mean(0)).sum() >= cosine:
         return None

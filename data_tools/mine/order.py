@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import numpy as np
 from vlp.data.format import ShardWriter, index_written
 from vlp.data_tools._belonging import settle
 from vlp.data_tools._run import work
+from vlp.data_tools._run.carried import Carried
 from vlp.data_tools._run.shards import Changed, put
 from vlp.data_tools.mine.decide import read_neighbours
 from vlp.data_tools.mine.rules import in_window
@@ -49,7 +51,10 @@ def write_order(
         work.Job(folder / f"{i:05d}_order.json", (i, i * groups_a_shard, part), len(part))
         for i, part in enumerate(parts)
     ]
-    results = work.carry_out("order", jobs, WriteOrder(store, folder, size), pool)
+    carried = [Carried(path, shard) for path, shard in zip(store.paths, store.shards)]
+    results = work.carry_out("order", jobs, WriteOrder(store, carried, folder, size), pool)
+    for of_shard in carried:
+        counts.update(of_shard.counts())
     if work.all_done(results):
         index_written(sorted(folder.glob("*.tar")))
     return results, counts
@@ -90,6 +95,7 @@ class WriteOrder:
     """The work on one new shard: the samples of some groups, each of an origin of its own."""
 
     store: Store
+    carried: list[Carried]  # of each shard
     folder: Path
     size: int
 
@@ -103,6 +109,8 @@ class WriteOrder:
                 sample = self.store.sample(number)
                 counts["samples read"] += 1
                 settle(sample, counts)
+                carried = self.carried[self.store.shard_of(number)]
+                sample.further = partial(carried.of, sample.key)
 
                 meta = sample.meta | {"source_key": sample.key}
                 if "origin" in sample.meta:

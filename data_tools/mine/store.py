@@ -83,13 +83,17 @@ class Store:
             gathered[here] = self.rows(shard, side)[flat[here] - self.first(shard)]
         return gathered.reshape(*numbers.shape, self.width)
 
+    def shard_of(self, number: int) -> int:
+        """The shard that holds a sample."""
+        return int(np.searchsorted(self.ends, number, "right"))
+
     def sample(self, number: int) -> Content:
         """A sample, read from its shard; raises ValueError where that changed."""
         # Neighbours come again and again.
         if number not in self._recent:
             if len(self._recent) == _MOST_RECENT:
                 self._recent.clear()
-            shard = int(np.searchsorted(self.ends, number, "right"))
+            shard = self.shard_of(number)
             with open(self.paths[shard], "rb") as file:
                 self._recent[number] = self.shards[shard].sample(file, number - self.first(shard))
         return self._recent[number]

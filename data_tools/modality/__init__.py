@@ -3,7 +3,7 @@ shard.
 
 Of the sample KEY the members
     KEY.wav, KEY.flac, KEY.NAME.wav      --sound: log-mel rows of F bands, 100 a second. Waves of
-                                         PCM; others with `pip install soundfile`
+                                         PCM; others with `pip install 'vlp[audio]'`
                                          --sound-model: the embedding of an audio model
     KEY.000.jpg, KEY.001.jpg, …          --frames: embeddings of frames by a model, D numbers each
     KEY.NAME.npy, or KEY.npy             --vectors: what any other model gave, [F] or [T, F] numbers

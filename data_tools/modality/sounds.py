@@ -2,7 +2,8 @@
 
     row = log10 of the power in F mel bands up to half the rate, floored at 10⁻¹⁰, as (x + 4) / 4
 
-Waves of PCM are read by the standard library; all else by soundfile, where it is installed.
+Waves of PCM are read by the standard library; all else by soundfile (the extra
+audio).
 """
 
 from __future__ import annotations

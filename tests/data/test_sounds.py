@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
 from tests.data.material import data_of, encoded, loader_of, picture, write_tar
@@ -297,10 +298,76 @@ def test_members_that_no_sample_has_are_refused_before_the_first_step(
         sound_loader(tmp_path, 2, **options)
 
 
+@pytest.mark.parametrize(
+    "form, subtype, tolerance",
+    [
+        ("FLAC", "PCM_16", 1e-4),
+        ("OGG", "VORBIS", 0.05),
+        ("MP3", None, 0.05),
+        ("WAV", "FLOAT", 1e-6),
+    ],
+)
+def test_sounds_of_other_kinds_are_those_that_were_encoded(form, subtype, tolerance):
+    times = np.arange(8000) / 16_000
+    stereo = np.stack([np.sin(2 * np.pi * 440 * times) / 2, np.zeros(8000)], 1)
+    encoded_sound = as_soundfile(stereo, form, subtype)
+
+    rate, samples = decoded(encoded_sound)
+
+    assert rate == 16_000 and samples.dtype == np.float32 and len(samples) >= 8000
+    # Codecs are worst at the ends.
+    error = np.abs(samples[1000:7000] - stereo.mean(1)[1000:7000])
+    assert error.max() < tolerance
+    # Cut short, it is no sound, or a shorter one.
+    for length in (4, 100, len(encoded_sound) // 2):
+        try:
+            _, shorter = decoded(encoded_sound[:length])
+        except ValueError as cause:
+            assert "0x" not in str(cause), "reasons are counted: an address makes each another"
+        else:
+            assert len(shorter) <= len(samples)
+
+
+def test_a_header_that_tells_of_more_samples_than_there_are_costs_its_sample_alone():
+    flac = bytearray(as_soundfile(np.zeros((800, 1)), "FLAC", "PCM_16"))
+    # 2 to the 36 samples, which would be 256 GiB.
+    flac[21] |= 0x0F
+    flac[22:26] = b"\xff" * 4
+    try:
+        _, samples = decoded(bytes(flac))
+    except ValueError:
+        return
+    assert len(samples) == 800
+
+
+def as_soundfile(samples: np.ndarray, form: str, subtype: str | None) -> bytes:
+    """Samples [t, channels] at 16 kHz in another format."""
+    file = io.BytesIO()
+    soundfile.write(file, samples, 16_000, format=form, subtype=subtype)
+    return file.getvalue()
+
+
+def test_flac_and_ogg_are_batches_as_waves_are(tmp_path):
+    times = np.arange(1600) / 16_000
+    samples = np.sin(2 * np.pi * 440 * times)[:, None] / 2
+    kinds = {"wav": "PCM_16", "flac": "PCM_16", "ogg": "VORBIS"}
+    sounds = {kind: (kind, as_soundfile(samples, kind.upper(), kinds[kind])) for kind in kinds}
+    write_tar(tmp_path / "00000.tar", members(sounds))
+
+    batch = next(sound_loader(tmp_path, 3))
+
+    wave_rows, *others = batch.modalities[batch.sample_id.argsort()].unbind()
+    for rows in others:
+        torch.testing.assert_close(rows, wave_rows, rtol=0, atol=0.3)
+    assert batch.modality_lengths.flatten().tolist() == [10, 10, 10]
+
+
 def test_sounds_of_another_kind_ask_for_their_package(tmp_path, monkeypatch):
     write_tar(tmp_path / "00000.tar", members({"a": ("flac", b"fLaC"), "b": None}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"members \.flac, which need .*: pip install soundfile"):
+    with pytest.raises(
+        ValueError, match=r"members \.flac, which need .*: pip install 'vlp\[audio\]'"
+    ):
         sound_loader(tmp_path, 2)
 
 

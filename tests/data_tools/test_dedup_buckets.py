@@ -155,6 +155,51 @@ def test_embeddings_in_cells_are_decided_as_by_comparing_all(
     assert n_by_hash > 20 and n_by_cosine > 50
 
 
+def odd_rows() -> dict[str, np.ndarray]:
+    """Rows that no model of ours gives, float16."""
+    rng = np.random.default_rng(1)
+    unlike = rng.normal(size=(60, 16))
+    unlike /= np.linalg.norm(unlike, axis=1, keepdims=True)
+    copied = np.repeat(unlike, 2, 0).astype(np.float16)
+    damaged = copied.copy()
+    # In the first shard, before all others.
+    damaged[[0, 7, 11]] = [[np.nan], [np.inf], [0]]
+    return {
+        "short": copied * np.float16(0.5),
+        "long": copied * np.float16(8),
+        "damaged": damaged,
+        "one number": np.where(rng.random((50, 1)) < 0.5, 1, -1).astype(np.float16),
+    }
+
+
+@pytest.mark.parametrize("cosine", [0.95, 1.0])
+def test_rows_of_any_length_are_compared_by_their_cosine(tmp_path: Path, cosine: float) -> None:
+    for name, rows in odd_rows().items():
+        n = len(rows)
+        prints = np.zeros(n, FINGERPRINT)
+        limits = Limits(-1, cosine, False)
+        expected = by_cosine(rows, cosine)
+        assert 20 < expected.sum() < n, name
+
+        exactly, _ = decide_exactly(prints, [rows[:40], rows[40:]], 0, limits)
+        copies, _ = search(
+            tmp_path / name, prints, [40, n - 40], limits, embeddings=rows, probes=99
+        )
+        assert ((exactly >= 0) == expected).all(), name
+        assert ((as_exact(copies, n, 0, limits) >= 0) == expected).all(), name
+
+
+def by_cosine(rows: np.ndarray, cosine: float) -> np.ndarray:
+    """Which rows are copies of one that stays before them; those that are no direction are none."""
+    is_copy = np.zeros(len(rows), bool)
+    for i, row in enumerate(rows.astype(np.float64)):
+        for other in rows[:i][~is_copy[:i]].astype(np.float64):
+            lengths = np.linalg.norm(row) * np.linalg.norm(other)
+            if 0 < lengths < np.inf and row @ other / lengths >= cosine - 1e-7:
+                is_copy[i] = True
+    return is_copy
+
+
 def test_bands_give_each_near_pair_once() -> None:
     n_pairs = 0
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from tests.data.material import encoded, picture, write_shards, write_tar
 from tests.data_tools.tools import call
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
-from vlp.data_tools._run.shards import LEFT_BEHIND
+from vlp.data_tools._run.carried import LEFT_BEHIND
 
 EXPECTED = {"members .xmp": 5, "members .seg.png": 2, "a .caption beside a .txt": 1}
 

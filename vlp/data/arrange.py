@@ -10,6 +10,7 @@ from vlp.data.members import (
     TEXT_TYPES,
     join_loose_texts,
     join_texts,
+    kind_of_guest,
     separate,
 )
 from vlp.data.rows import Shard
@@ -116,7 +117,7 @@ def _separate(parts: dict[str, Members], shard: Shard) -> dict[str, Members]:
     samples, guests = separate(parts)
     for key, host in guests.items():
         for member in parts[key].values():
-            shard.pass_over(f"members {key[len(host) :]}.{_extension(member)}")
+            shard.pass_over(kind_of_guest(key[len(host) + 1 :], _extension(member)))
     return samples
 
 

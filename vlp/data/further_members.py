@@ -21,9 +21,7 @@ import torch
 
 from vlp import config, log
 from vlp.data import tar
-from vlp.data.members import IMAGE_TYPES, Name, parse_name, separate
-
-SOUND_TYPES = ("wav", "flac", "ogg", "mp3")
+from vlp.data.members import IMAGE_TYPES, SOUND_TYPES, Name, kind_of_guest, parse_name, separate
 
 
 class Member(NamedTuple):
@@ -38,6 +36,14 @@ class Member(NamedTuple):
     def ending(self) -> str:
         """What follows the key."""
         return f".{self.infix}.{self.extension}" if self.infix else f".{self.extension}"
+
+    @property
+    def kind(self) -> str:
+        """So the index counts it among what it passes over."""
+        if self.extension in IMAGE_TYPES:
+            return kind_of_guest(self.infix, self.extension)
+        # Of KEY.audio.wav it tells as of a .wav.
+        return f"members .{self.extension}"
 
     def read(self, file: BinaryIO) -> bytes:
         """Its bytes, from the opened tar; ValueError where that grew shorter."""
@@ -135,6 +141,18 @@ def frames_of(of_sample: list[Member]) -> list[Member]:
     return [member for _, member in sorted(frames)]
 
 
+def carried_of(of_sample: list[Member]) -> list[Member]:
+    """Those that some reader looks at, and that a new shard of the sample holds as well: the first
+    of each ending.
+    """
+    by_ending: dict[str, Member] = {}
+    for member in of_sample:
+        is_frame = member.extension in IMAGE_TYPES and member.infix.isdecimal()
+        if is_frame or member.extension in (*SOUND_TYPES, "npy"):
+            by_ending.setdefault(member.ending, member)
+    return list(by_ending.values())
+
+
 def members_of(of_sample: list[Member], members: config.Members) -> list[Member]:
     """Those of a sample's members that make a modality, in their order; none: it lacks it."""
     if isinstance(members, config.Frames):
@@ -150,7 +168,7 @@ class Table:
     def __init__(self, members: config.Members) -> None:
         self.members = members
         self.extensions: set[str] = set()
-        self.endings: set[str] = set()  # what follows the key: .wav, .audio.wav
+        self.kinds: set[str] = set()  # of `Shard.left_out`
         self.n_samples = 0  # that have it
         self._rows = torch.zeros(0, 3, dtype=torch.int64)
         self._ends = [0]
@@ -183,8 +201,8 @@ class Table:
                 continue
             self.n_samples += 1
             self.extensions.update(member.extension for member in chosen)
-            self.endings.update(member.ending for member in chosen)
-            number = _number(key)
+            self.kinds.update(member.kind for member in chosen)
+            number = number_of(key)
             rows += [(number, member.offset, member.size) for member in chosen]
         part = np.array(rows, np.int64).reshape(-1, 3)
         self._ends.append(self._ends[-1] + len(part))
@@ -194,13 +212,13 @@ class Table:
     def files(self, shard: int, path: str, key: str) -> Files:
         """The members of the sample `key` of the tar number `shard`, which lies at `path`."""
         rows = self._rows[self._ends[shard] : self._ends[shard + 1]].numpy()
-        number = _number(key)
+        number = number_of(key)
         first = np.searchsorted(rows[:, 0], number, "left")
         last = np.searchsorted(rows[:, 0], number, "right")
         return Files(path, [Member("", "", *row[1:]) for row in rows[first:last].tolist()])
 
 
-def _number(key: str) -> int:
+def number_of(key: str) -> int:
     """A number by which a shard's samples are told apart: of a million, two are alike once in ten
     million shards.
     """

@@ -35,6 +35,8 @@ IMAGE_FORMATS = {
     "JPEG2000": ("jp2", "j2k", "jpf", "jpx"),
 }
 IMAGE_TYPES = frozenset().union(*IMAGE_FORMATS.values())
+SOUND_TYPES = ("wav", "flac", "ogg", "mp3")
+FRAMES = "N"  # in the place of a frame's number, where frames are counted
 TEXT_TYPES = frozenset({*TEXT_FILES, "json", "cls"})
 # KEY.negative.jpg: the image of the sample's first negative caption; KEY.negative.2.jpg: of the
 # third, counted from 0
@@ -84,6 +86,8 @@ class Content:
     text: str = ""  # of its text file, whole
     notes: list[str] = field(default_factory=list)  # oddities that did not cost the sample
     spare: list[str] = field(default_factory=list)  # text files that another one goes before
+    # Reads its sound, frames and numbers, by what follows the key, where a tool copies the sample.
+    further: Callable[[], dict[str, bytes]] = dict
 
 
 def parse_name(name: str) -> Name | None:
@@ -230,6 +234,13 @@ def separate(
 
     samples = {key: members for key, members in parts.items() if key not in guests}
     return samples, guests
+
+
+def kind_of_guest(infix: str, extension: str) -> str:
+    """So the index counts an image KEY.INFIX.jpg of the sample KEY that is no sample: frames of all
+    numbers as one kind.
+    """
+    return f"members .{FRAMES if infix.isdecimal() else infix}.{extension}"
 
 
 def _hosts(key: str) -> Iterable[str]:

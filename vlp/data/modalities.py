@@ -31,7 +31,8 @@ from vlp import dist, log
 from vlp.config import Frames, Members, Sound
 from vlp.data import frames, sounds
 from vlp.data.embedded import files_beside
-from vlp.data.further_members import SOUND_TYPES, Table
+from vlp.data.further_members import Table
+from vlp.data.members import SOUND_TYPES
 from vlp.data.rows import Shard
 from vlp.data.tensor_file import header, of_each, part
 from vlp.types import Sample

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 from vlp.data.captions import Form
-from vlp.data.members import TEXT_TYPES, Content, open_sample
+from vlp.data.members import (
+    FRAMES,
+    IMAGE_TYPES,
+    SOUND_TYPES,
+    TEXT_TYPES,
+    Content,
+    open_sample,
+)
 from vlp.fields import JSON_LABELS
 
 # Offset and bytes of the sample's members, number of its form, digest of its members, the most
@@ -29,6 +37,10 @@ LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS
 
 # So `Shard.left_out` counts members that are no texts, and text files that are not read.
 _UNREAD = ("members ", "a .")
+
+_OF_MODALITIES = re.compile(
+    rf"members \.({'|'.join(SOUND_TYPES)}|npy|{FRAMES}\.({'|'.join(IMAGE_TYPES)}))"
+)
 
 # Of the reader of tars; raised where it takes for samples or texts what it passed over before.
 READER = 1
@@ -145,6 +157,13 @@ def extents(table: bytes | memoryview, first: int, length: int) -> list[tuple[in
 def unread(left_out: Mapping[str, int]) -> dict[str, int]:
     """The members that are no texts, and the text files that no reader looks at."""
     return {kind: n for kind, n in left_out.items() if kind.startswith(_UNREAD)}
+
+
+def of_modalities(left_out: Mapping[str, int]) -> dict[str, int]:
+    """The kinds of members among them that further modalities are made of: sounds, frames and
+    arrays of numbers.
+    """
+    return {kind: n for kind, n in left_out.items() if _OF_MODALITIES.fullmatch(kind)}
 
 
 def said(left_out: Mapping[str, int]) -> str:

@@ -2,7 +2,8 @@
 
     row = log10 of the power in F mel bands up to half the rate, floored at 10⁻¹⁰, as (x + 4) / 4
 
-Waves of PCM are read by the standard library; all else by soundfile, where it is installed.
+Waves of PCM are read by the standard library; all else by soundfile (the extra
+audio).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from vlp import config
 from vlp.data.further_members import Files
 
-_INSTALL = "pip install soundfile"
+_INSTALL = "pip install 'vlp[audio]'"
+_AT_ONCE = 1 << 20  # numbers that are decoded at once
 
 
 def rows_of(files: Files, sound: config.Sound, chance: random.Random | None) -> np.ndarray:
@@ -103,15 +105,23 @@ def _wave(data: bytes) -> tuple[int, np.ndarray]:
 def _by_soundfile(data: bytes) -> tuple[int, np.ndarray]:
     try:
         import soundfile
-    except ImportError:
+    # The package without its library, on a system that it has none for, is an OSError.
+    except (ImportError, OSError):
         raise ValueError(
             f"a sound that is no wave of PCM: {_INSTALL} reads FLAC, OGG, MP3 and others"
         ) from None
+    blocks = []
     try:
-        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            # Not at once: a damaged header may tell of 256 GiB, which would be asked for.
+            n_frames = max(1, _AT_ONCE // file.channels)
+            while not blocks or len(blocks[-1]) == n_frames:
+                blocks.append(file.read(n_frames, dtype="float32", always_2d=True))
+            rate = file.samplerate
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"no sound ({error})") from None
-    return rate, samples
+        # Its own text names an address in memory, and reasons are counted.
+        raise ValueError(f"no sound ({error.error_string})") from None
+    return rate, np.concatenate(blocks)
 
 
 def resampled(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -314,15 +314,11 @@ class Shards(Source):
 
     def find_members(self, wanted: Mapping[str, Members]) -> None:
         self.members = MemberTable.of_tars(self.paths, wanted)
-        self._take_back(frozenset().union(*(table.endings for table in self.members.values())))
+        self.take_back(frozenset().union(*(table.kinds for table in self.members.values())))
 
-    def _take_back(self, endings: frozenset[str]) -> None:
-        """Tell no longer that members with these endings are passed over."""
-        read = {f"members {ending}" for ending in endings} & self.left_out.keys()
-        # The index tells of KEY.audio.wav as of a .wav.
-        read |= {
-            f"members .{ending.rpartition('.')[2]}" for ending in endings
-        } & self.left_out.keys()
+    def take_back(self, kinds: Set[str]) -> None:
+        """Tell no longer that members of these kinds are passed over."""
+        read = kinds & self.left_out.keys()
         if not read:
             return
         self._problems.remove(self._passed_over())
