@@ -63,7 +63,7 @@ def cut(samples: np.ndarray, most: int, chance: random.Random | None) -> np.ndar
 
 def decoded(data: bytes) -> tuple[int, np.ndarray]:
     """Rate in Hz and the mono samples in [−1, 1], float32; ValueError for what is no sound, and for
-    one without a sample.
+    one without a sample or with NaN or infinity.
     """
     if not data:
         raise ValueError("a sound file of 0 bytes")
@@ -71,6 +71,9 @@ def decoded(data: bytes) -> tuple[int, np.ndarray]:
     rate, samples = _wave(data) if is_wave else _by_soundfile(data)
     if not samples.size or rate < 1:
         raise ValueError("a sound without samples")
+    # Waves of floats hold any number.
+    if not np.isfinite(samples).all():
+        raise ValueError("a sound with NaN or infinity among its samples")
     return rate, samples.mean(1)
 
 
@@ -110,7 +113,8 @@ def _by_soundfile(data: bytes) -> tuple[int, np.ndarray]:
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"no sound ({error})") from None
+        # Without the address of the bytes: problems are counted by their words.
+        raise ValueError(f"no sound ({error.error_string})") from None
     return rate, samples
 
 
