@@ -140,6 +140,9 @@ BAD = {
     "nothing": ({"qry_text": MARK, "qry_img_path": ""}, "row 0: .*neither text nor picture"),
     "a picture": ({"qry_img_path": "9.png"}, "1 of . annotations name images that are not in"),
     "a column": ({"tgt_text": ...}, "lacks tgt_text"),
+    "a number": ({"qry_text": 5}, "row 0: found 5 in place of a text"),
+    "numbers": ({"tgt_text": [1, 2, 3]}, "row 0: found 1 in place of a text"),
+    "an instruction": ({"qry_inst": {"en": "Find"}}, "row 0: found .*Find.* in place of a text"),
 }
 
 
@@ -159,6 +162,10 @@ def test_other_folders_and_sets_are_refused_and_missing_pictures_left_out(tmp_pa
     images = pictures(tmp_path / "images")
     with pytest.raises(DataError, match="holds no table"):
         mmeb.read(mmeb.Options(str(images)))
+    # Its cells are no lists.
+    (tmp_path / "of cells.csv").write_text(",".join(mmeb.COLUMNS) + "\nq,,['a'],['']\n")
+    with pytest.raises(DataError, match="holds no table"):
+        mmeb.read(mmeb.Options(str(tmp_path / "of cells.csv"), str(images)))
     rows = {name: list(of_set) for name, of_set in ROWS.items()}
     rows["T2I"].append(row("one", "", [("", "absent.png"), ("", "1.png")]))
     data = write(tmp_path / "mmeb", rows)
