@@ -287,7 +287,7 @@ def test_waves_of_floats_that_are_no_numbers_are_refused(odd):
 def test_what_is_no_sound_is_told_alike_each_time():
     reasons = set()
     for data in (b"hello" * 20, b"others" * 20):
-        with pytest.raises(ValueError, match="^no sound") as raised:
+        with pytest.raises(ValueError, match="no sound") as raised:
             decoded(data)
         reasons.add(str(raised.value))
     assert len(reasons) == 1 and "0x" not in reasons.pop()
