@@ -142,6 +142,7 @@ def joint(
     The encoder reads both as one.
     """
     unique = list(dict.fromkeys(items))
+    legible.note(encoder, list(dict.fromkeys("".join(around) for _, around in unique)), context)
     opened = _opening(encoder, context)
 
     def encode(batch: list[tuple[Tensor, tuple[str, str]]]) -> Tensor:

@@ -5,7 +5,7 @@ Published (TIGER-Lab/MMEB-eval): a folder a data set, with parquet files of `qry
 tgt_text, tgt_img_path`; the last two are lists, the right candidate first. An empty path is no
 picture, `<|image_1|>` in a text the picture's place, and the instruction part of the text; columns
 `qry_inst` and `tgt_inst`, as MMEB-V2 has them, are put before it. Pictures lie in images.zip, which
-is to be unpacked. .jsonl and other tables with these columns do as well.
+is to be unpacked. Lists of JSON (.jsonl, .json) with these columns do as well.
 
 Reported are the precision at 1 of every data set, and their mean. A candidate that repeats the
 right one is left out; a tie is wrong, where the release takes the first of equals.
@@ -37,7 +37,7 @@ KNOWN_AS = "image_caption_selection"
 MAIN = "mean"
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 INSTRUCTIONS = ("qry_inst", "tgt_inst")
-TABLES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".jsonl", ".json")  # forms whose cells may be lists
 _PART = re.compile(r"-\d{5}-of-\d{5}$")  # of a parquet file's name
 
 
@@ -151,6 +151,11 @@ def _entry(text: Any, path: Any, instruction: Any, place: str, wanted: Wanted) -
     """A text and the name of a picture, both of which may be empty, not both; None where the
     picture is not there.
     """
+    for written in (text, instruction):
+        if written is not None and not isinstance(written, str):
+            raise DataError(
+                f"{place}: found {str(written)[:40]} in place of a text; expected words"
+            )
     words = " ".join(filter(None, (instruction, text)))
     picture: Picture | None = None
     if path:

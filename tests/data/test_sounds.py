@@ -8,6 +8,7 @@ import io
 import pickle
 import random
 import re
+import struct
 import wave
 from pathlib import Path
 
@@ -273,6 +274,24 @@ def test_whatever_a_damaged_header_says_is_an_answer_in_words():
     assert n_read > 100 and {"no wave file (RuntimeError)", "a sound without samples"} < reasons
     assert not [reason for reason in reasons if "broadcast" in reason or "reshape" in reason]
     assert any(reason.endswith("expected 8, 16, 24 or 32") for reason in reasons)
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_waves_of_floats_that_are_no_numbers_are_refused(odd):
+    samples = np.array([0, odd] * 50, "<f4").tobytes()
+    form = struct.pack("<HHIIHH", 3, 1, 8000, 32000, 4, 32)
+    chunks = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", 400) + samples
+    with pytest.raises(ValueError, match="NaN or infinity among its samples"):
+        decoded(b"RIFF" + struct.pack("<I", len(chunks)) + chunks)
+
+
+def test_what_is_no_sound_is_told_alike_each_time():
+    reasons = set()
+    for data in (b"hello" * 20, b"others" * 20):
+        with pytest.raises(ValueError, match="no sound") as raised:
+            decoded(data)
+        reasons.add(str(raised.value))
+    assert len(reasons) == 1 and "0x" not in reasons.pop()
 
 
 def test_sounds_of_which_too_many_are_broken_end_the_run(tmp_path):

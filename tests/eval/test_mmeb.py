@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests import ranks
 from tests.eval import material
 from tests.eval.test_choices import evaluate
 from tests.models import multimodals
@@ -140,6 +141,9 @@ BAD = {
     "nothing": ({"qry_text": MARK, "qry_img_path": ""}, "row 0: .*neither text nor picture"),
     "a picture": ({"qry_img_path": "9.png"}, "1 of . annotations name images that are not in"),
     "a column": ({"tgt_text": ...}, "lacks tgt_text"),
+    "a number": ({"qry_text": 5}, "row 0: found 5 in place of a text"),
+    "numbers": ({"tgt_text": [1, 2, 3]}, "row 0: found 1 in place of a text"),
+    "an instruction": ({"qry_inst": {"en": "Find"}}, "row 0: found .*Find.* in place of a text"),
 }
 
 
@@ -159,6 +163,10 @@ def test_other_folders_and_sets_are_refused_and_missing_pictures_left_out(tmp_pa
     images = pictures(tmp_path / "images")
     with pytest.raises(DataError, match="holds no table"):
         mmeb.read(mmeb.Options(str(images)))
+    # Its cells are no lists.
+    (tmp_path / "of cells.csv").write_text(",".join(mmeb.COLUMNS) + "\nq,,['a'],['']\n")
+    with pytest.raises(DataError, match="holds no table"):
+        mmeb.read(mmeb.Options(str(tmp_path / "of cells.csv"), str(images)))
     rows = {name: list(of_set) for name, of_set in ROWS.items()}
     rows["T2I"].append(row("one", "", [("", "absent.png"), ("", "1.png")]))
     data = write(tmp_path / "mmeb", rows)
@@ -214,3 +222,53 @@ def test_a_run_of_the_task_by_a_multimodal_model(tmp_path):
     data, images = write(tmp_path / "mmeb"), pictures(tmp_path / "images")
     record, _ = evaluate("mmeb", encoder, data=str(data), images=str(images))
     assert set(record["metrics"]) == {"I2T set", "T2I", "mean"}
+
+
+@pytest.mark.parametrize("family", multimodals.FAMILIES)
+def test_texts_beside_a_picture_are_cut_to_the_context_of_captions(tmp_path, family):
+    encoder = models.from_model(
+        tiny(**multimodals.tower(multimodals.multimodal_model(tmp_path, family)))
+    )
+    pixels = torch.stack([encoder.prepare(material.picture(1, (multimodals.SIZE,) * 2))] * 3)
+    # Of 16 tokens the prompt has 4.
+    texts = [(" cat" * n_before, " dog" * n) for n_before, n in ((4, 8), (4, 90), (4, 7))]
+    whole, longer, shorter = encoder.encode_joint(pixels, texts)
+    assert torch.equal(whole, longer) and not torch.equal(whole, shorter)
+    before = encoder.encode_joint(pixels[:2], [(" cat" * 12, ""), (" cat" * 50, " dog")])
+    assert torch.equal(*before)
+
+    row = {"before": " cat" * 90, "after": ""}
+    context = Context(workers=0)
+    entries = [
+        Entry(material_picture(tmp_path), **row),
+        Entry(material_picture(tmp_path), "", " dog"),
+    ]
+    queries.embeddings(encoder, entries, "model", context)
+    (reading,) = context.readings.values()
+    assert (reading.n_texts, reading.n_truncated) == (2, 1)
+
+
+def material_picture(folder):
+    """A picture of the kind that evaluation reads."""
+    options = mmeb.Options(str(folder / "one.jsonl"), str(pictures(folder / "images")))
+    (folder / "one.jsonl").write_text(json.dumps(ROWS["I2T set"][0]))
+    return mmeb.read(options).queries[0].asked.picture
+
+
+def of_rank(data, images):
+    """What a rank comes to of a model of two towers, and of one that reads both."""
+    options = {"data": data, "images": images}
+    records = [
+        evaluate("mmeb", encoder, **options, together=together)[0]
+        for encoder, together in (
+            (reads_both(), "model"),
+            (replace(reads_both(), joint=None), "sum"),
+        )
+    ]
+    return [(record["metrics"], record["counts"], record["data_sha256"]) for record in records]
+
+
+@pytest.mark.slow
+def test_two_ranks_come_to_what_one_does(tmp_path):
+    places = str(write(tmp_path / "mmeb")), str(pictures(tmp_path / "images"))
+    assert ranks.run(2, of_rank, *places) == [of_rank(*places)] * 2

@@ -65,7 +65,7 @@ def cut(samples: np.ndarray, most: int, chance: random.Random | None) -> np.ndar
 
 def decoded(data: bytes) -> tuple[int, np.ndarray]:
     """Rate in Hz and the mono samples in [−1, 1], float32; ValueError for what is no sound, and for
-    one without a sample.
+    one without a sample or with NaN or infinity.
     """
     if not data:
         raise ValueError("a sound file of 0 bytes")
@@ -73,6 +73,9 @@ def decoded(data: bytes) -> tuple[int, np.ndarray]:
     rate, samples = _wave(data) if is_wave else _by_soundfile(data)
     if not samples.size or rate < 1:
         raise ValueError("a sound without samples")
+    # Waves of floats hold any number.
+    if not np.isfinite(samples).all():
+        raise ValueError("a sound with NaN or infinity among its samples")
     return rate, samples.mean(1)
 
 

@@ -53,6 +53,7 @@ class ImageTower(nn.Module):
         self.image_size: int = model_cfg["vision_cfg"]["image_size"]
         self.name: str = text["hf_model_name"]
         self.prompt_text: str = text["tokenizer_kwargs"]["prompt"]
+        self.context_length: int = text["context_length"]
         self.model = _model(text["hf_model_name"], text["hf_model_pretrained"])
         self.projection = _projection(section, text[language.SECTION], model_cfg["embed_dim"])
 
@@ -83,13 +84,16 @@ class ImageTower(nn.Module):
 
     def prompts(self, texts: Sequence[tuple[str, str]]) -> Prompts:
         """The tokens of a picture between two texts each, in the prompt of texts; tokens that mean
-        more than words are left out of them. ValueError for what the model cannot read.
+        more than words are left out of them, and what is beyond the context that a caption has.
+        ValueError for what the model cannot read.
         """
         opening, closing = self.prompt_text.split("{}")
+        of_prompt = processor(self.name).tokenizer(opening + closing, verbose=False)["input_ids"]
+        n_tokens = max(0, self.context_length - len(of_prompt))
         rows = []
         for before, after in texts:
-            written = (mllm.without_special_tokens(self.name, text) for text in (before, after))
-            first, last = written
+            written = [mllm.without_special_tokens(self.name, text) for text in (before, after)]
+            first, last = mllm.fitting(self.name, *written, n_tokens)
             rows.append(mllm.laid_out(self.name, opening + first, last + closing, self.image_size))
 
         # Padding stands behind a row, where no token of it sees it.

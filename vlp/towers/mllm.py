@@ -165,6 +165,18 @@ def without_special_tokens(name: str, text: str) -> str:
     return text
 
 
+def fitting(name: str, before: str, after: str, n_tokens: int) -> tuple[str, str]:
+    """Two texts around a picture without what is beyond so many tokens of both."""
+    tokenizer = processor(name).tokenizer
+    words = before + after
+    read = tokenizer(words, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = read["offset_mapping"]
+    if len(spans) <= n_tokens:
+        return before, after
+    end = spans[n_tokens - 1][1] if n_tokens else 0
+    return before[:end], after[: max(0, end - len(before))]
+
+
 def _framed(tokenizer: Any, token: str, prompt: str) -> str:
     """The picture's token, between Qwen's marks where the prompt does not write them."""
     begin, end = "<|vision_start|>", "<|vision_end|>"
