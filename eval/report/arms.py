@@ -232,7 +232,7 @@ def _legend(arms: list[Arm]) -> Html:
     """Every arm's name in its colour."""
     names = []
     for place, arm in enumerate(arms):
-        key = markup.tag("i", class_=f"k{place % charts.COLORS}")
+        key = markup.tag("i", class_=charts.color_class("k", place))
         names.append(markup.tag("span", key, arm.name, class_="legend"))
     return markup.tag("p", names, class_="legends")
 

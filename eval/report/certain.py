@@ -24,21 +24,28 @@ def certainty(shown: Sequence[tuple[str, Sequence[Record]]], legend: Html | None
     """The section for runs or arms, each with its name and the records of its seeds; None where no
     record was asked for certainty.
     """
-    labels: dict[str, None] = {}
+    tasks: dict[tuple[str, str, str], None] = {}
     for _, records in shown:
-        labels |= dict.fromkeys(record["label"] for record in records)
+        tasks |= dict.fromkeys(map(_task, records))
 
     cards = []
-    for label in labels:
+    for task in tasks:
+        label, dataset, _ = task
         for way, (title, _) in QUERIES.items():
-            of_label = [
-                (name, [record for record in records if record["label"] == label])
+            of_task = [
+                (name, [record for record in records if _task(record) == task])
                 for name, records in shown
             ]
-            cards += _cards(f"{label} · {title}", way, of_label)
+            of_what = " · ".join(filter(None, (label, dataset, title)))
+            cards += _cards(of_what, way, of_task)
     if not cards:
         return None
     return section("certainty", "Certainty", legend, tag("div", cards, class_="cards"), lead=LEAD)
+
+
+def _task(record: Record) -> tuple[str, str, str]:
+    """What a curve is of: the label, and the data by name and content."""
+    return record["label"], record.get("dataset") or "", record.get("data_sha256") or ""
 
 
 def _cards(title: str, way: str, shown: list[tuple[str, list[Record]]]) -> list[Html]:

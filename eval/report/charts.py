@@ -26,6 +26,15 @@ class Series:
     color: int = 0
 
 
+def color_class(kind: str, place: int) -> str:
+    """The class of what is drawn in a place's color, kind s, or of its key, kind k.
+
+    Beyond the colors that there are lines are dashed and keys are rings: no two of eight are alike.
+    """
+    again = " again" if (place // COLORS) % 2 else ""
+    return f"{kind}{place % COLORS}{again}"
+
+
 # --- curves ---------------------------------------------------------------------------------------
 
 
@@ -287,4 +296,4 @@ class Plot:
         drawn = [tag("polyline", points=path, data_name=series.name)]
         if len(spots) <= 12:
             drawn += [tag("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.4) for x, y in spots]
-        return tag("g", drawn, class_=f"s{series.color % COLORS}")
+        return tag("g", drawn, class_=color_class("s", series.color))

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from vlp.eval.report.charts import (
     BOTTOM,
-    COLORS,
     HEIGHT,
     LEFT,
     RIGHT,
     WIDTH,
     Plot,
     Point,
+    color_class,
     domain,
 )
 from vlp.eval.report.markup import Html, number, tag
@@ -46,7 +46,7 @@ def powers(title: str, series: Sequence[Powers], across: str, remark: str = "") 
     drawing = tag(
         "svg",
         _axes(plot),
-        [_drawn(one, color % COLORS, plot) for color, one in enumerate(series)],
+        [_drawn(one, color, plot) for color, one in enumerate(series)],
         class_="plane",
         role="img",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
@@ -100,4 +100,4 @@ def _drawn(one: Powers, color: int, plot: Plot) -> Html:
         left, top = plot.at(math.log10(x), math.log10(y))
         title = tag("title", f"{one.name}, {hint}: {number(100 * y)}%")
         shapes.append(tag("circle", title, cx=f"{left:.1f}", cy=f"{top:.1f}", r=3))
-    return tag("g", shapes, class_=f"s{color}")
+    return tag("g", shapes, class_=color_class("s", color))

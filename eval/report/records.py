@@ -171,7 +171,7 @@ def _open(file: Path) -> list[Opened]:
     if not isinstance(records, list) or not all(map(_is_record, records)):
         raise DataError(
             f"{file} is not a results file of `vlp eval`: "
-            "expected a list of records with label and metrics"
+            "expected a list of records with label and metrics, each a number"
         )
 
     # By record: those of several files may bear one label.
@@ -199,7 +199,12 @@ def _outcomes(path: Path) -> dict[str, Tensor]:
 
 
 def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and "metrics" in value and "label" in value
+    if not isinstance(value, dict) or "label" not in value:
+        return False
+    metrics = value.get("metrics")
+    return isinstance(metrics, dict) and all(
+        isinstance(score, (int, float)) for score in metrics.values()
+    )
 
 
 # --- for the eye ----------------------------------------------------------------------------------

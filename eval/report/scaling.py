@@ -20,13 +20,18 @@ from safetensors import safe_open
 
 from vlp import checkpoint
 from vlp.eval.report import runs
-from vlp.eval.report.charts import COLORS
+from vlp.eval.report.charts import color_class
+from vlp.eval.report.comparison import why_not
 from vlp.eval.report.logarithms import Powers, powers
 from vlp.eval.report.markup import Html, note, section, tag
 from vlp.eval.report.numbers import headline, name_of
 from vlp.pretrained.runs import layout_of
 
 LEAST = 4  # runs of a law
+NO_LAW = (
+    f"No law is fitted: it asks {LEAST} runs or more, of known sizes that do not grow in step with "
+    "the samples."
+)
 LEAD = (
     "What is missing to 100 %, over samples seen, both logarithmic; a dot a run. Parameters are "
     "without tables of tokens and positions."
@@ -65,13 +70,17 @@ class Law:
 
 
 def scale_of(folder: Path) -> Scale | None:
-    """The scale of the run in a folder; None where it holds none, or its configuration is lost."""
+    """The scale of the run in a folder; None where it holds none, its configuration is lost or has
+    stages.
+    """
     try:
         run = runs.read(folder)
     except ValueError:
         return None
-    batch = (run.config.get("train") or {}).get("batch")
-    if not isinstance(batch, int) or run.last_step < 1:
+    train = run.config.get("train")
+    batch = train.get("batch") if isinstance(train, dict) else None
+    # Stages may have batches of their own: steps × batch is then not what was seen.
+    if not isinstance(batch, int) or run.last_step < 1 or run.config.get("stages"):
         return None
     return Scale(run.last_step * batch, batch, _parameters(run), run.config.get("objective"))
 
@@ -104,12 +113,17 @@ def _shapes(folder: Path) -> dict[str, Sequence[int]]:
 
 
 def fit(scales: Sequence[Scale], errors: Sequence[float]) -> Law | None:
-    """The law of these errors, all above 0; None where they are too few for one."""
+    """The law of these errors, all above 0; None where they are too few for one, or some sizes are
+    not known.
+    """
+    sizes = {scale.parameters for scale in scales}
+    if None in sizes and len(sizes) > 1:
+        return None
+
     varied = [
         name
         for name in ("samples", "parameters", "batch")
         if len({getattr(scale, name) for scale in scales}) > 1
-        and all(getattr(scale, name) for scale in scales)
     ]
     if len(scales) < max(LEAST, len(varied) + 2) or "samples" not in varied:
         return None
@@ -148,7 +162,7 @@ def scaling(shown: Sequence[tuple[Scale | None, Sequence[dict[str, Any]]]]) -> H
     if not drawn:
         return None
     left_out = len(shown) - len(alike)
-    remark = note(f"{left_out} runs of another objective or unknown scale are left out.")
+    remark = note(f"Left out, of another objective, of stages or unknown scale: {left_out} runs.")
     return section(
         "scaling",
         "Scaling",
@@ -163,24 +177,38 @@ Known = list[tuple[Scale, Sequence[dict[str, Any]]]]
 Group = tuple[int | None, int]  # parameters and batch of a curve
 
 
-def _scores(known: Known) -> list[tuple[str, str]]:
-    """(label, score) of hit rates that a table opens with: those of which chance is known."""
-    keys: dict[tuple[str, str], None] = {}
+def _scores(known: Known) -> list[tuple[dict[str, Any], str]]:
+    """(first record of a task, score) of hit rates that a table opens with, whose chance is known.
+
+    Results of other data, versions or settings are tasks of their own.
+    """
+    tasks: list[dict[str, Any]] = []
+    keys: dict[tuple[int, str], None] = {}
     for _, records in known:
         for record in records:
             names = [name for name in record["metrics"] if name in record.get("chance", {})]
-            keys |= dict.fromkeys((record["label"], name) for name in names if headline(name))
-    return list(keys)
+            names = [name for name in names if headline(name)]
+            if not names:
+                continue
+            place = next((n for n, task in enumerate(tasks) if _alike(task, record)), len(tasks))
+            if place == len(tasks):
+                tasks.append(record)
+            keys |= dict.fromkeys((place, name) for name in names)
+    return [(tasks[place], name) for place, name in keys]
 
 
-def _card(key: tuple[str, str], known: Known, groups: list[Group]) -> Html | None:
+def _alike(task: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether two records are of one task, and differ in the model alone."""
+    of_task, of_record = ((r["label"], r.get("dataset")) for r in (task, record))
+    return of_task == of_record and not why_not(task, record)
+
+
+def _card(key: tuple[dict[str, Any], str], known: Known, groups: list[Group]) -> Html | None:
     """A chart of one score; None where fewer than two runs of different length have it."""
-    label, name = key
+    task, name = key
     points: list[tuple[Scale, float]] = []
     for scale, records in known:
-        scores = [
-            r["metrics"][name] for r in records if r["label"] == label and name in r["metrics"]
-        ]
+        scores = [r["metrics"][name] for r in records if name in r["metrics"] and _alike(task, r)]
         # A perfect score has no logarithm.
         points += [(scale, 1 - score) for score in scores if 0 <= score < 1]
     if len({scale.samples for scale, _ in points}) < 2:
@@ -188,8 +216,8 @@ def _card(key: tuple[str, str], known: Known, groups: list[Group]) -> Html | Non
 
     law = fit([scale for scale, _ in points], [error for _, error in points])
     series = [_series(group, points, law) for group in groups]
-    remark = f"{law}." if law else f"No law is fitted: it asks {LEAST} runs or more."
-    return powers(f"{label} · 1 − {name_of(name)}", series, "samples seen", remark)
+    title = " · ".join(filter(None, (task["label"], task.get("dataset"), f"1 − {name_of(name)}")))
+    return powers(title, series, "samples seen", f"{law}." if law else NO_LAW)
 
 
 def _series(group: Group, points: list[tuple[Scale, float]], law: Law | None) -> Powers:
@@ -213,7 +241,7 @@ def _named(group: Group) -> str:
 
 def _legend(groups: list[Group]) -> Html:
     names = [
-        tag("span", tag("i", class_=f"k{place % COLORS}"), _named(group), class_="legend")
+        tag("span", tag("i", class_=color_class("k", place)), _named(group), class_="legend")
         for place, group in enumerate(groups)
     ]
     return tag("p", names, class_="legends")

@@ -52,13 +52,16 @@ def show(
         return
 
     first = next(iter(of_arms.values()))
+    chances: dict[str, float] = {}
+    for record in records.values():
+        chances |= record["chance"]
     headings = {
         heading: f"{name}/{score}"
         for heading, (name, score) in SCORES.items()
-        if f"{name}/{score}" in first[0]["items"]
+        if f"{name}/{score}" in chances
     }
     notes = f"{sizes(made)}{of_nlvr(out)} Trained at {parts.commits(list(records.values()))}."
-    scores = [guessing(first[0], headings)]
+    scores = [guessing(chances, headings)]
     scores += [row_of_scores(titles[arm], of_arm, headings) for arm, of_arm in of_arms.items()]
     report.publish("photos", "Objectives on real photos", scores, args, f"{SCORE_NOTES} {notes}")
 
@@ -107,16 +110,18 @@ def sizes(made: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def guessing(run_of: dict[str, Any], headings: dict[str, str]) -> dict[str, Any]:
-    scores = {heading: f"{100 * run_of['chance'][key]:.1f}" for heading, key in headings.items()}
+def guessing(chances: dict[str, float], headings: dict[str, str]) -> dict[str, Any]:
+    scores = {heading: f"{100 * chances[key]:.1f}" for heading, key in headings.items()}
     return {"arm": "chance", "seeds": None, **scores, "CPU s": None}
 
 
 def row_of_scores(
     title: str, runs: list[dict[str, Any]], headings: dict[str, str]
 ) -> dict[str, Any]:
-    cells = {}
+    cells: dict[str, str | None] = dict.fromkeys(headings)
     for heading, key in headings.items():
+        if not all_have(runs, key):
+            continue
         of_seeds = [100 * confidence.score(one["items"][key]) for one in runs]
         low, high = (100 * bound for bound in confidence.interval(mean_outcomes(runs, key)))
         cells[heading] = f"{evidence.spread(of_seeds)} ({low:.0f} to {high:.0f})"
@@ -130,12 +135,19 @@ def row_of_distances(
     baseline: list[dict[str, Any]],
     headings: dict[str, str],
 ) -> dict[str, Any]:
-    cells = {}
+    cells: dict[str, str | None] = dict.fromkeys(headings)
     for heading, key in headings.items():
+        if not all_have([*runs, *baseline], key):
+            continue
         pair = (mean_outcomes(side, key) for side in (runs, baseline))
         middle, low, high = (100 * value for value in confidence.paired_difference(*pair))
         cells[heading] = f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
     return {"arm": title, "seeds": len(runs), **cells}
+
+
+def all_have(runs: list[dict[str, Any]], key: str) -> bool:
+    """Whether every run was tested so: sets may have come between two calls."""
+    return all(key in one["items"] for one in runs)
 
 
 def mean_outcomes(runs: list[dict[str, Any]], key: str) -> Tensor:

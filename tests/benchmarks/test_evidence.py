@@ -227,12 +227,23 @@ def test_a_claim_is_looked_at_over_the_seeds_of_both_arms(tmp_path, capsys):
 
     out = tmp_path / "claims.json"
     args = argparse.Namespace(seeds=[0, 1, 2], json=str(out), publish=False)
+    args.tables = ["evidence_clean", "evidence_local"]
     evidence_claims.show(evidence.TABLES, lambda arm, seed: records.get((arm, seed)), args)
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["arm"], row["seeds"], row["higher"]) == ("+ KoLeo .1", 1, "shown")
     assert row["difference, points (95 %)"].startswith("+50.0 (+")
-    assert json.loads(out.read_text())["notes"].endswith("Trained at c0.")
+    notes = json.loads(out.read_text())["notes"]
+    assert notes.endswith("Trained at c0.")
+    tables = [claim.table for claim in evidence_claims.CLAIMS]
+    n_waiting = tables.count("clean") + tables.count("local") - 1
+    assert f"1 of 1 are shown, {n_waiting} more wait" in notes
 
+    # Tables that are not asked for are not looked at.
+    args.tables = ["evidence_local"]
+    evidence_claims.show(evidence.TABLES, lambda arm, seed: records.get((arm, seed)), args)
+    assert "no claim can be looked at" in capsys.readouterr().out
+
+    args.tables = list(evidence.TABLES)
     evidence_claims.show(evidence.TABLES, lambda arm, seed: None, args)
     assert "no claim can be looked at" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.benchmarks import photo_data, photo_tables, photos
 from tests.data.material import encoded, picture
@@ -114,6 +114,29 @@ def test_an_arm_is_trained_on_every_fold_and_pooled(folds, tmp_path):
     assert [row["arm"] for row in rows] == ["chance", "infonce", "counting"]
     assert rows[0]["numbers, %"] == "11.1"
     assert "zero-shot, %" not in rows[0]
+
+
+def test_a_set_that_some_runs_were_not_tested_on_leaves_their_cells_empty(tmp_path):
+    runs = {}
+    further = {"infonce": "retrieval/text_retrieval_recall@1", "counting": "zeroshot/acc1"}
+    for arm, key in further.items():
+        keys = ["negatives/acc", key]
+        runs[f"{arm}_0"] = settings = {"arm": arm, "seed": 0}
+        (tmp_path / f"{arm}_0").mkdir()
+        outcomes = {key: torch.tensor([[1.0, 1.0], [0.0, 1.0]]) for key in keys}
+        save_file(outcomes, tmp_path / f"{arm}_0" / "items.safetensors")
+        record = {"settings": settings, "chance": dict.fromkeys(keys, 0.25)}
+        record |= {"commit": "abc", "cpu_s": 1.0}
+        (tmp_path / f"{arm}_0.json").write_text(json.dumps(record))
+
+    counts = {"photos": 9, "test_photos": 9, "test_captions": 9}
+    args = argparse.Namespace(json=str(tmp_path / "table.json"), publish=False)
+    titles = {"infonce": "InfoNCE", "counting": "Counting"}
+    photo_tables.show(tmp_path, runs, titles, {"counts": counts, "folds": [0]}, args)
+    chance, first, second = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert chance["zero-shot, %"] == "25.0" and chance["text R@1, %"] == "25.0"
+    assert first["zero-shot, %"] is None and second["text R@1, %"] is None
+    assert first["rule negatives, %"] == second["rule negatives, %"]
 
 
 def test_arms_differ_in_objective_and_what_it_needs_alone():

@@ -84,6 +84,26 @@ def test_the_page_of_a_run_shows_both_ways(tmp_path):
     assert over.count("% kept") == over.count("tenth") == 2 and "step" in over
 
 
+def test_queries_of_other_data_have_charts_of_their_own(tmp_path):
+    records = [record(seed) for seed in (0, 1)]
+    records[1] |= {"dataset": "others", "data_sha256": "b"}
+    for seed, of_seed in enumerate(records):
+        place = tmp_path / "ours" / str(seed)
+        place.mkdir(parents=True)
+        (place / "results.json").write_text(json.dumps([of_seed]))
+    (tmp_path / "base.json").write_text(json.dumps(records[:1]))
+
+    target = tmp_path / "arms.html"
+    arms = [str(tmp_path / "base.json"), str(tmp_path / "ours")]
+    assert cli.main(["report", "--compare", *arms, "--to", str(target)]) == 0
+    shown = Reader(target.read_text())
+    text = shown.sections["certainty"]
+    for data in ("pairs", "others"):
+        assert f"retrieval · {data} · images seek texts, kept" in text
+    names = [attrs["data-name"] for tag, attrs in shown.tags if "data-name" in attrs]
+    assert names.count("base.json") == 4 and names.count("ours") == 8
+
+
 def test_arms_lie_in_one_chart_with_their_colors(tmp_path, capsys):
     # Two seeds of an arm are one curve; one arm was asked in one direction alone.
     for seed in (0, 1):

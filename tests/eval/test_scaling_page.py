@@ -64,7 +64,7 @@ def test_runs_of_several_sizes_and_lengths_are_drawn_with_their_law(tmp_path):
     text = shown.sections["scaling"]
     assert f"samples^-{ALPHA} · parameters^-{BETA}, residuals 0.0 %" in text
     assert "0.01 M parameters, B = 100" in text and "0.04 M parameters, B = 100" in text
-    assert "1 runs of another objective" in text
+    assert "of another objective, of stages or unknown scale: 1 runs" in text
     # A dot a run of one objective, of the hit rate alone; a line a size.
     assert text.count("samples: ") == len(places) == 6
     hints = re.findall(r"([\d,]+) samples: ([\d.]+)%", text)
@@ -105,6 +105,62 @@ def test_a_law_needs_enough_runs_that_tell_its_exponents_apart():
     assert scaling.fit(scales[:3], errors[:3]) is None
     in_step = [Scale(10 * n, BATCH, n, None) for n in (1000, 2000, 3000, 4000, 5000)]
     assert scaling.fit(in_step, errors[:5]) is None
+
+
+def change(run, file, of_file):
+    """Rewrite a YAML or JSON file of a run."""
+    tree = yaml.safe_load((run / file).read_text())
+    of_file(tree)
+    (run / file).write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{"data_sha256": "b"}, {"dataset": "photos"}, {"protocol": {"name": "zeroshot", "version": 2}}],
+    ids=["content", "name", "version"],
+)
+def test_results_of_other_data_or_versions_are_in_no_curve_together(tmp_path, what):
+    runs = [make_run(tmp_path / str(d), d, 10_000) for d in (*LENGTHS, 64_000)]
+    change(runs[-1], "results.json", lambda records: records[0].update(what))
+    text = page_of(tmp_path, runs).sections["scaling"]
+    assert text.count("samples: ") == len(LENGTHS) == 3
+    assert "No law is fitted" in text
+
+
+@pytest.mark.parametrize(
+    "tree", [{"stages": [{"batch": 10, "duration": 5}]}, {"train": "x"}], ids=["stages", "damaged"]
+)
+def test_runs_whose_samples_are_not_known_are_left_out(tmp_path, tree):
+    runs = [make_run(tmp_path / str(d), d, 10_000) for d in LENGTHS]
+    change(runs[0], "config.yaml", lambda config: config.update(tree))
+    text = page_of(tmp_path, runs).sections["scaling"]
+    assert "unknown scale: 1 runs" in text
+    assert text.count("samples: ") == 2
+
+
+def test_sizes_that_are_not_known_are_in_no_law():
+    scales = [Scale(d, BATCH, n, None) for n in SIZES for d in LENGTHS]
+    errors = [error_of(scale.samples, scale.parameters) for scale in scales]
+    unknown = Scale(LENGTHS[0], BATCH, None, None)
+    assert scaling.fit(scales, errors) is not None
+    assert scaling.fit([unknown, *scales[1:]], errors) is None
+
+
+def test_no_two_of_eight_sizes_look_alike(tmp_path):
+    places = enumerate((1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000))
+    runs = [make_run(tmp_path / str(d), d, 1_000 * (place + 1)) for place, d in places]
+    shown = page_of(tmp_path, runs)
+    drawn = [attrs["class"] for tag, attrs in shown.tags if tag == "g"]
+    keys = [attrs["class"] for tag, attrs in shown.tags if tag == "i"]
+    assert len(set(drawn)) == len(set(keys)) == len(drawn) == len(keys) == 8
+
+
+def test_a_score_that_is_no_number_is_refused_with_its_file(tmp_path, capsys):
+    runs = [make_run(tmp_path / str(d), d, 10_000) for d in LENGTHS]
+    change(runs[1], "results.json", lambda records: records[0]["metrics"].update(acc1=None))
+    assert cli.main(["report", "--compare", *map(str, runs)]) == 1
+    told = capsys.readouterr().err
+    assert str(runs[1] / "results.json") in told and "each a number" in told
 
 
 def test_axes_have_round_numbers():
