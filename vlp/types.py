@@ -86,10 +86,8 @@ class Batch(Carried):
 
     @property
     def is_of_texts(self) -> bool:
-        """Whether `image` holds queries, texts that stand in the pictures' place: token ids [b, L],
-        or what a language model gave them.
-        """
-        return self.image.ndim == 2
+        """Whether `image` holds queries, texts that stand in the pictures' place: token ids [b, L]."""
+        return self.image.ndim == 2 and not self.image.is_floating_point()
 
     def carries(self) -> frozenset[str]:
         """Names of the fields present in this batch."""

@@ -77,6 +77,7 @@ class Config:
             "selection": bool(self.selection),
             "teacher.cross_encoder": self.teacher.cross_encoder is not None,
             "image_tower.precomputed": self.model.precomputed,
+            "text_tower.stored": self.model.stored_texts is not None,
         }
         keys = [key for key, is_set in of_pictures.items() if is_set]
         if keys:
