@@ -267,7 +267,7 @@ def test_every_task_says_which_scores_can_be_watched(tmp_path, monkeypatch):
             assert any(fnmatchcase(module.MAIN, one) for one in listed), path.stem
             assert listed and len(set(listed)) == len(listed) and "*" not in listed
         n_listed += 1
-    assert n_listed == 31
+    assert n_listed == 32
 
     few = Plugin("vlp.eval.tasks", "few_shot", few_shot.Options(data="x", shots=[1, 16]))
     assert watch.scores(few)[:3] == ["acc1_0_shots", "acc1_1_shots", "acc1_16_shots"]

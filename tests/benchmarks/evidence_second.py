@@ -138,4 +138,5 @@ NOT_SHOWN = {
     "cwcl": "asks a strong tower that is locked: nothing here is pretrained on anything but scenes",
     "ranked": "asks a relevance of each pair, of which scenes have none",
     "self_distillation": "keeps what fine-tuning forgets; these arms begin from nothing",
+    "translation": "keeps modalities in spaces of their own; the tables compare embeddings in one",
 }

@@ -96,4 +96,4 @@ def test_every_task_keeps_the_contract():
         assert parameters == ["encoder", "data", "options", "context"], name
         with pytest.raises(DataError):
             task.read(task.Options(data="/nowhere"))
-    assert len(names) == 31
+    assert len(names) == 32
