@@ -78,6 +78,8 @@ class Config:
             "teacher.cross_encoder": self.teacher.cross_encoder is not None,
             "image_tower.precomputed": self.model.precomputed,
         }
+        for name, tower in self.model.heads.modalities.items():
+            of_pictures[f"model.heads.modalities.{name}.frames"] = tower.frames is not None
         keys = [key for key, is_set in of_pictures.items() if is_set]
         if keys:
             raise ValueError(
