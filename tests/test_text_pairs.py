@@ -247,6 +247,10 @@ NEEDS_PICTURES = {
         ["teacher.cross_encoder=mllm:absent"],
         r"no pictures, which teacher.cross_encoder would need",
     ),
+    "a video": (
+        ["model.heads.modalities={video: {frames: {}}}"],
+        r"no pictures, which model.heads.modalities.video.frames would need",
+    ),
     "a head": (
         ["objective={mc_infonce: {}}", "model.heads.concentration={}"],
         r"needs \['image_concentration'\], which come from pixels, and data.pairs is text",

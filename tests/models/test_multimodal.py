@@ -82,6 +82,30 @@ def test_transformers_itself_gives_the_embeddings(folders, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_frames_of_a_video_are_read_as_pictures_in_their_prompt(folders, family):
+    model = tiny(**tower(folders[family]), heads={"modalities": {"video": {"frames": {"n": 2}}}})
+    images, texts = inputs(model)
+    lengths = torch.arange(len(images)).clamp(max=2).unsqueeze(1)
+    places = [2 * i + k for i, n in enumerate(lengths[:, 0].tolist()) for k in range(n)]
+    frames = images.flip(0).repeat(2, 1, 1, 1)[: len(places)]
+    features = model(
+        image=images,
+        text=texts,
+        modalities=torch.zeros(len(images), 0),
+        modality_lengths=lengths,
+        frames=frames,
+        frame_places=torch.tensor(places),
+    )
+
+    # The mean of its frames' embeddings, at the start; a video of one frame is that picture.
+    alone = model.encode_image(frames)
+    one, two = alone[:1], F.normalize(alone[1:3].mean(0, keepdim=True), dim=1)
+    expected = torch.cat([one, two])
+    torch.testing.assert_close(features.others[1:3, 0], expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(features.image, model.encode_image(images), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_towers_are_one_set_of_weights(folders, family):
     model = tiny(**tower(folders[family])).train()
     names = [name for name, _ in model.named_parameters()]

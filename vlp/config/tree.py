@@ -79,6 +79,8 @@ class Config:
             "image_tower.precomputed": self.model.precomputed,
             "text_tower.stored": self.model.stored_texts is not None,
         }
+        for name, tower in self.model.heads.modalities.items():
+            of_pictures[f"model.heads.modalities.{name}.frames"] = tower.frames is not None
         keys = [key for key, is_set in of_pictures.items() if is_set]
         if keys:
             raise ValueError(
