@@ -161,6 +161,10 @@ def test_backward_passes_the_texts_first(texts_first):
     training, order, passed = make_training(), [], []
     encoder, part = training.engine.module, make_batch()
     embed(training, part, 0)  # shows that neither side draws random numbers
+    # As a validation does, and at every step a choice of samples by the model.
+    training.engine.model.eval()
+    embed(training, part, 0)
+    training.engine.model.train()
 
     encoder.visual.register_forward_pre_hook(lambda *_: passed.append("image"))
     encoder.text.register_forward_pre_hook(lambda *_: passed.append("text"))

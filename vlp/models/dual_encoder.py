@@ -360,8 +360,6 @@ class DualEncoder(nn.Module):
         # A locked trunk's batch norms and dropouts stay as they are.
         for module in self.locked:
             module.eval()
-        # Another mode draws other numbers. Anew: a copy for evaluation may share the old one.
-        self._draws = Draws()
         return self
 
     def example(self, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:

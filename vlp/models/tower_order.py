@@ -23,7 +23,8 @@ class Draws:
     """Which sides of a model draw random numbers while it trains, as its first pass shows.
 
     Only one side may, if texts are to pass first: two draw from one stream, and would get each
-    other's numbers. All ranks find the same, since they run the same modules in the same mode.
+    other's numbers. All ranks find the same, since they run the same modules in the same mode. It
+    holds across evaluations, in which nothing is looked at.
     """
 
     def __init__(self) -> None:
