@@ -256,7 +256,7 @@ def of_two_kinds(shards: Path, tmp_path: Path) -> list[str]:
     with ShardWriter(tmp_path / "depth", 100) as writer:
         for i in range(40):
             other = encoded(picture(i + 90, (16, 16)))
-            writer.add(f"k{i}", other, "png", [f"this is picture {i}"], {})
+            writer.add(f"k{i}", other, "png", [f"this is picture {i}: {words(i)}"], {})
 
     teacher = train(tiny(RECIPES["clip"], shards, tmp_path / "teacher"))
     embedded = tmp_path / "embedded"

@@ -157,7 +157,11 @@ def all_gather(value: Tensor, group: Group, begun: Gathering | None = None) -> T
 
     begun: the exchange of `value` in this group, where it is under way or over.
     """
-    return value if group.size == 1 else _AllGather.apply(value, group, begun)
+    if group.size == 1:
+        return value
+    if begun is None:
+        return _AllGather.apply(value, group)
+    return _AllGatherBegun.apply(value, begun, group)
 
 
 def reduce_scatter(value: Tensor, group: Group) -> Tensor:
@@ -350,17 +354,28 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Group, begun: Gathering | None) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        if begun is None:
-            return _gather(value, group)
+        return _gather(value, group)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _scatter_sum(gradient, ctx.group), None
+
+
+class _AllGatherBegun(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, begun: Gathering, group: Group) -> Tensor:
+        ctx.group = group
         # A tensor of its own for each that takes it over: autograd marks it as this call's.
         return begun.wait().detach()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _scatter_sum(gradient, ctx.group), None, None
+        of_value, of_group = _AllGather.backward(ctx, gradient)
+        return of_value, None, of_group
 
 
 class _ReduceScatter(torch.autograd.Function):
