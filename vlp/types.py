@@ -86,7 +86,7 @@ class Batch(Carried):
 
     @property
     def is_of_texts(self) -> bool:
-        """Whether `image` holds queries, texts that stand in the pictures' place: token ids [b, L]."""
+        """Whether `image` holds queries in the pictures' place, texts: token ids [b, L]."""
         return self.image.ndim == 2 and not self.image.is_floating_point()
 
     def carries(self) -> frozenset[str]:
