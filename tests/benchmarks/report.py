@@ -109,11 +109,21 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Short hash, with + where the tree has changes; 'unknown' outside a clone."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    """Short hash, with + where the tree has changes besides published results; 'unknown' outside a
+    clone.
+    """
+    name = _git("describe", "--always")
+    # The second of several tables is written when the first has changed the results.
+    others = _git("status", "--porcelain", "--", ".", ":!docs/results", ":!docs/results.md")
+    if name is None:
+        return "unknown"
+    return f"{name}+" if others else name
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints in this clone; None outside one."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:

@@ -1,7 +1,9 @@
 """The helper that publishes benchmark tables."""
 
+import subprocess
 import sys
 
+from tests.benchmarks import report
 from tests.benchmarks.report import ROOT, command, replace_section, table
 
 
@@ -45,3 +47,26 @@ def test_tables():
         "| 65,536 | 1,234 | 0.612 |  |",
         "| 1 | 0.5 | 1 | x |",
     ]
+
+
+def test_published_results_do_not_make_the_next_table_s_tree_a_changed_one(tmp_path, monkeypatch):
+    def git(*arguments):
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit() == "unknown"
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    (tmp_path / "docs" / "results.md").write_text("one table")
+    (tmp_path / "code.py").write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "First")
+    clean = report.commit()
+    assert len(clean) >= 7
+
+    (tmp_path / "docs" / "results.md").write_text("two tables")
+    (tmp_path / "docs" / "results" / "second.json").write_text("{}")
+    assert report.commit() == clean
+    (tmp_path / "code.py").write_text("2")
+    assert report.commit() == f"{clean}+"
