@@ -51,10 +51,21 @@ CROPS = (
     "a crop shifts or cuts what the caption tells of, so that views say less of it than pictures"
 )
 
+BINDS = (
+    "a scene's few words fit into one embedding; what the local scores add is binding (the row "
+    "before)"
+)
+
 CLAIMS = [
     # Beside or in place of InfoNCE.
     Claim("clean", "clean_koleo", "clean_plain", TEXT),
-    Claim("clean", "clean_kernel", "clean_plain", ZEROSHOT),
+    Claim(
+        "clean",
+        "clean_kernel",
+        "clean_plain",
+        ZEROSHOT,
+        "made for wrong captions, of which clean pairs have none",
+    ),
     Claim(
         "clean", "clean_mixup", "clean_plain", TEXT, "4,000 scenes seen six times overfit little"
     ),
@@ -84,7 +95,13 @@ CLAIMS = [
     Claim(
         "clean", "clean_barlow", "clean_plain", ZEROSHOT, "128 numbers repeat little to begin with"
     ),
-    Claim("clean", "clean_siam", "clean_plain", ZEROSHOT),
+    Claim(
+        "clean",
+        "clean_siam",
+        "clean_plain",
+        ZEROSHOT,
+        "between a picture and its caption it attracts what InfoNCE attracts",
+    ),
     Claim(
         "clean",
         "clean_uniform",
@@ -103,7 +120,7 @@ CLAIMS = [
     # Small batches.
     Claim("memory", "sogclr_32", "infonce_32", TEXT, LAGS),
     Claim("memory", "isogclr_32", "infonce_32", TEXT, LAGS),
-    Claim("memory", "queue_32", "infonce_32", TEXT),
+    Claim("memory", "queue_32", "infonce_32", TEXT, "too few items: the interval just holds 0"),
     Claim(
         "memory",
         "mixing_32",
@@ -155,18 +172,61 @@ CLAIMS = [
         TEXT,
         "one of its 15 pairs of six views is of picture and caption themselves",
     ),
-    Claim("few", "few_mixup", "few_plain", TEXT),
+    Claim(
+        "few",
+        "few_mixup",
+        "few_plain",
+        TEXT,
+        "24 epochs do not overfit yet. Examined: 72 of InfoNCE alone still gain 7.8 points",
+    ),
     # Narrow embeddings.
     Claim("widths", "narrow_matryoshka", "clean_plain", "text R@1 at 8, %"),
     # Patches and words, a third modality.
     Claim("local", "local_own", "clean_plain", "binding, %"),
-    Claim("local", "local_fsc", "local_own", "binding, %"),
-    Claim("local", "local_filip", "clean_plain", TEXT),
-    Claim("local", "local_mil", "clean_plain", TEXT),
-    Claim("local", "local_prior", "clean_plain", TEXT),
-    Claim("third", "third_pairs", "clean_plain", TEXT),
-    Claim("third", "third_gram", "clean_plain", TEXT),
-    Claim("third", "third_symile", "clean_plain", TEXT),
+    Claim(
+        "local",
+        "local_fsc",
+        "local_own",
+        "binding, %",
+        "the same negatives have taught whole embeddings what they can (order: 77 %)",
+    ),
+    Claim("local", "local_filip", "clean_plain", "binding, %"),
+    Claim("local", "local_filip", "clean_plain", TEXT, BINDS),
+    Claim("local", "local_mil", "clean_plain", "binding, %"),
+    Claim("local", "local_mil", "clean_plain", TEXT, BINDS),
+    Claim(
+        "local",
+        "local_prior",
+        "clean_plain",
+        "binding, %",
+        "its sentences are whole captions here, each of all of the scene",
+    ),
+    Claim("third", "third_pairs", "clean_plain", ZEROSHOT),
+    Claim(
+        "third",
+        "third_pairs",
+        "clean_plain",
+        TEXT,
+        "edges lack the colors that captions name: R@1 between them and texts is 4 %",
+    ),
+    Claim(
+        "third",
+        "third_gram",
+        "clean_plain",
+        TEXT,
+        "a volume has no sign, so that rows may come to lie opposite each other. Examined: in the "
+        "seeds of R@1 11 and 0 % the right picture of 300 has median rank 277 and 299; the third "
+        "seed fell on the other side and has 33 %",
+    ),
+    Claim(
+        "third",
+        "third_symile",
+        "clean_plain",
+        TEXT,
+        "a product of three rows can be large where no two are alike, and retrieval compares two. "
+        "Examined: the loss ends at 1.8 to 2.3 of log n = 5.5, while picture and caption are as "
+        "far apart as random rows (alignment 1.7 to 2.0)",
+    ),
 ]
 
 
