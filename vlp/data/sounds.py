@@ -113,7 +113,7 @@ def _by_soundfile(data: bytes) -> tuple[int, np.ndarray]:
         raise ValueError(
             f"a sound that is no wave of PCM: {_INSTALL} reads FLAC, OGG, MP3 and others"
         ) from None
-    blocks = []
+    blocks: list[np.ndarray] = []
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             # Not at once: a damaged header may tell of 256 GiB, which would be asked for.

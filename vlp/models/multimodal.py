@@ -92,8 +92,9 @@ class ImageTower(nn.Module):
         n_tokens = max(0, self.context_length - len(of_prompt))
         rows = []
         for before, after in texts:
-            written = [mllm.without_special_tokens(self.name, text) for text in (before, after)]
-            first, last = mllm.fitting(self.name, *written, n_tokens)
+            first = mllm.without_special_tokens(self.name, before)
+            last = mllm.without_special_tokens(self.name, after)
+            first, last = mllm.fitting(self.name, first, last, n_tokens)
             rows.append(mllm.laid_out(self.name, opening + first, last + closing, self.image_size))
 
         # Padding stands behind a row, where no token of it sees it.
