@@ -5,6 +5,9 @@ import torch
 import torch.distributed as torch_dist
 
 from tests import ranks
+from tests.losses.family_data import data, gradients_of
+from tests.losses.family_data import own_rows as of_rank
+from tests.losses.test_family import FAMILY
 from tests.test_step import ROWS, make_batch, make_training, own_rows
 from vlp import dist, engines, losses
 from vlp.passes import embed
@@ -153,6 +156,34 @@ def gather_for_nobody():
 
 def test_what_nobody_asks_for_is_waited_for_all_the_same():
     assert ranks.run(2, gather_for_nobody) == [True, True]
+
+
+def evaluated(name, options, is_early):
+    """A term's value and all its gradients on this rank, and whether it asked for the texts."""
+    given = data()
+    rows = of_rank(given)
+    objective = losses.build({name: options})
+    begun = dist.Gathering(rows["text"], objective.backend.group_of_texts(1)) if is_early else None
+    total, _, _ = objective.evaluate(**rows, step=1, texts_begun=begun)
+    return gradients_of(total, given), objective.gathers_texts_in(1) is not None
+
+
+def differing_terms():
+    differ, n_asked = [], 0
+    for name, options, _ in FAMILY:
+        late, was_asked = evaluated(name, options, is_early=False)
+        early, _ = evaluated(name, options, is_early=True)
+        n_asked += was_asked
+        if early != late:
+            differ.append((name, options))
+    return differ, n_asked
+
+
+@pytest.mark.parametrize("n_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_term_takes_texts_that_are_under_way(n_ranks):
+    for differ, n_asked in ranks.run(n_ranks, differing_terms):
+        assert differ == []
+        assert n_asked == 47, "terms that read the texts as they are"
 
 
 @pytest.mark.parametrize("texts_first", [False, True])
