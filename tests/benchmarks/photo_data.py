@@ -128,6 +128,19 @@ def counting(captions: Iterable[str], name: str) -> dict[str, list[Any]]:
     return {name: texts, f"{name}_of": of}
 
 
+def commonest_number(shards: list[Path]) -> float:
+    """The share of the captions that count whose number is the commonest of all: what they score
+    who name it without a look at the picture.
+    """
+    values: Counter[int] = Counter()
+    for folder in shards:
+        for sample in contents(folder):
+            for place in set(sample.meta["negatives_of"]):
+                exact, _ = numbers.counts(sample.captions[place])
+                values[exact[0].value] += 1
+    return max(values.values()) / values.total()
+
+
 def sentences_that_count(shards: Path, to: Path) -> dict[str, int]:
     """Every different caption that counts, beside the first picture that it is true of, as a set
     of choices of other numbers; returns how many.

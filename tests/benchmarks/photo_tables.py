@@ -61,7 +61,7 @@ def show(
         if f"{name}/{score}" in chances
     }
     notes = f"{sizes(made)}{of_nlvr(out)} Trained at {parts.commits(list(records.values()))}."
-    scores = [guessing(chances, headings)]
+    scores = [guessing(chances, headings), *without_a_look(out, made, headings)]
     scores += [row_of_scores(titles[arm], of_arm, headings) for arm, of_arm in of_arms.items()]
     report.publish("photos", "Objectives on real photos", scores, args, f"{SCORE_NOTES} {notes}")
 
@@ -113,6 +113,25 @@ def sizes(made: dict[str, Any]) -> str:
 def guessing(chances: dict[str, float], headings: dict[str, str]) -> dict[str, Any]:
     scores = {heading: f"{100 * chances[key]:.1f}" for heading, key in headings.items()}
     return {"arm": "chance", "seeds": None, **scores, "CPU s": None}
+
+
+def without_a_look(
+    out: Path, made: dict[str, Any], headings: dict[str, str]
+) -> list[dict[str, Any]]:
+    """The row of who always names the commonest number, whatever the picture; none without data
+    that tell numbers apart.
+    """
+    sets = {
+        "numbers, %": [out / "photos" / str(fold) / "numbers" for fold in made["folds"]],
+        "NLVR numbers, %": [out / "nlvr"],
+    }
+    cells: dict[str, str | None] = dict.fromkeys(headings)
+    for heading, folders in sets.items():
+        folders = [folder for folder in folders if folder.exists()]
+        if heading in headings and folders:
+            cells[heading] = f"{100 * photo_data.commonest_number(folders):.1f}"
+    row = {"arm": "the commonest number, always", "seeds": None, **cells, "CPU s": None}
+    return [row] if any(cells.values()) else []
 
 
 def row_of_scores(

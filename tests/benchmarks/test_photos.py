@@ -111,8 +111,11 @@ def test_an_arm_is_trained_on_every_fold_and_pooled(folds, tmp_path):
 
     photo_tables.show(out, runs, titles, made, args)
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
-    assert [row["arm"] for row in rows] == ["chance", "infonce", "counting"]
+    blind = "the commonest number, always"
+    assert [row["arm"] for row in rows] == ["chance", blind, "infonce", "counting"]
     assert rows[0]["numbers, %"] == "11.1"
+    # All captions that count say three.
+    assert rows[1]["text R@1, %"] is None and rows[1]["numbers, %"] == "100.0"
     assert "zero-shot, %" not in rows[0]
 
 
