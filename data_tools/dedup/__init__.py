@@ -22,7 +22,7 @@ Up to 200,000 samples, or 50,000 with embeddings, are compared all with all in o
 are searched in buckets (--search), in stages of jobs that all --processes and machines share and
 that go on after a kill: hashes are cut into blocks and compared where enough of them agree, which
 misses no pair; embeddings are compared within the --probes nearest of many cells of about 256 rows,
-in a tree of K-means, which needs FAISS, costs ∝ n·log n, and finds 99.8 % of the pairs of a million
+in a tree of K-means, which needs FAISS, costs ∝ n·log n, and finds 99.9 % of the pairs of a million
 random rows. Where very many different pictures are alike, such as blank ones in a million shades,
 they are compared with those that stay, which finds nearly all copies; pairs beyond that are passed
 over, and counted.
@@ -53,7 +53,7 @@ EXAMPLE = """vlp data dedup data/raw --to data/unique --processes 8
   vlp data dedup data/raw --to data/unique --embeddings data/raw_embedded    (of `vlp data embed`)
 """
 
-PROBES = 16  # 99.8 % of the pairs of a million random rows
+PROBES = 16  # 99.9 % of the pairs of a million random rows
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
