@@ -26,8 +26,10 @@ Needs: image, text, scale; where the call carries them others and others_valid
 
 Cost: one pass over the pairs with 1 + O score matrices; O(O·b·D) memory
 
-Use: with three modalities or more that should all agree; more of them than the embedding has
-dimensions span no volume, which is refused
+Use: with three modalities or more that should all agree, from towers that agree already or beside
+`infonce`: from nothing, texts and images may come to lie opposite each other, and retrieval by
+cosines then ranks the right one last; more modalities than the embedding has dimensions span no
+volume, which is refused
 """
 
 from __future__ import annotations

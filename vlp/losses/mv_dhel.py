@@ -22,7 +22,8 @@ Needs: image, text, scale; with `views` image_views, text_views or both, with `i
 
 Cost: M passes over the pairs; O(M·b·D) memory, and the towers on the further views
 
-Use: with several views, and where a batch is small: attraction does not fade as negatives are easy
+Use: with several views, and where a batch is small: attraction does not fade as negatives are easy.
+As in `mv_infonce` one pair of views may attract alone: keep `infonce` beside it
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ Needs: image, text, scale; with `views` image_views, text_views or both, with `i
 
 Cost: M(M−1)/2 passes over the pairs; O(M·b·D) memory, and the towers on the further views
 
-Use: in place of `infonce` where data give several views of a sample; the best-matched pair of views
-dominates the numerator, so that others may stay apart
+Use: where data give several views of a sample. The best-matched pair of views dominates the
+numerator: with further views of one modality keep `infonce` beside it, or images and texts may stay
+apart
 """
 
 from __future__ import annotations

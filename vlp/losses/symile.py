@@ -27,8 +27,9 @@ Cost: a pass over n candidates for each modality, and their rows gathered; O(k·
 n_squared: passes over n^(k−1) candidates, O(b·n^(k−2)·D) memory
 
 Use: where modalities say something only together, as a text that chooses what of the image the
-sound belongs to. A product of k unit rows is of the order D^(1 − k/2): start the scale as high as
-it takes, and raise its bound
+sound belongs to; rows of two need not be alike for that, and queries of one modality want
+`infonce` beside it. A product of k unit rows is of the order D^(1 − k/2): start the scale as high
+as it takes, and raise its bound
 """
 
 from __future__ import annotations
