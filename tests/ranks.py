@@ -92,13 +92,22 @@ def _serve(
             timeout=timedelta(seconds=timeout_s),
         )
         result = function(*args)
-        torch_dist.barrier()  # nobody leaves while a neighbour still talks
-        torch_dist.destroy_process_group()
+        leave()
         pipe.send((True, result))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
         pipe.close()
+
+
+def leave() -> None:
+    """Leave the process group, when no neighbour talks or connects any more: one that still does
+    would fail. Collective.
+    """
+    import torch.distributed as torch_dist
+
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -103,7 +103,7 @@ def test_one_function_chooses_devices():
 
 def _late(port, by_exchange):
     """Rank 0 works longer than an exchange may take; the seconds that this rank waited."""
-    torch.distributed.destroy_process_group()
+    ranks.leave()
     os.environ["MASTER_PORT"] = str(port)
     joining.join("cpu", timedelta(seconds=LIMIT_S))
 
@@ -124,7 +124,7 @@ def test_ranks_wait_longer_for_one_that_works_than_for_an_exchange():
 
 
 def _said_while_waiting(port):
-    torch.distributed.destroy_process_group()
+    ranks.leave()
     os.environ["MASTER_PORT"] = str(port)
     joining.join("cpu")
     dist._SAY_EVERY_S = 0.5

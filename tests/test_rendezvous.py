@@ -20,7 +20,7 @@ SHORT = timedelta(seconds=1)
 
 def _join_with(port, folder, other):
     """What this rank is refused with. `other`: packages that rank 1's node has otherwise."""
-    torch.distributed.destroy_process_group()
+    ranks.leave()
     os.environ["MASTER_PORT"] = str(port)
     if int(os.environ["RANK"]) == 1:
         for name, version in other.items():
@@ -93,11 +93,11 @@ def test_ranks_that_never_come_are_named_with_the_address(place, rank, message):
 
 def _meet_twice(port):
     """The ranks of a second meeting, in the store that the first one left as it was."""
-    torch.distributed.destroy_process_group()
+    ranks.leave()
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     limit = timedelta(seconds=90)
     torch.distributed.init_process_group("gloo", timeout=limit, **meet(limit))
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
     # The other rank has then seen what there was.
     if not int(os.environ["RANK"]):
