@@ -21,7 +21,6 @@ import io
 import math
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -179,9 +178,9 @@ def _model(folder: Path) -> Path:
 
 
 def slope(rows: list[dict[str, Any]], tool: str, engine: str) -> str:
-    """The exponent of growth: the slope of the logarithms by least squares; "too few lines" of
-    which a rate is known.
-    """
+    """The exponent of growth of the time after start-up, or "too few lines" with a rate."""
+    from tests.benchmarks import report
+
     known = [
         row
         for row in rows
@@ -189,9 +188,8 @@ def slope(rows: list[dict[str, Any]], tool: str, engine: str) -> str:
     ]
     if len(known) < 2:
         return "too few lines"
-    sizes = [math.log(row["samples"]) for row in known]
-    times = [math.log(row["samples"] / row["rows/s"]) for row in known]
-    return f"{statistics.linear_regression(sizes, times).slope:.2f}"
+    times = [row["samples"] / row["rows/s"] for row in known]
+    return f"{report.slope([row['samples'] for row in known], times):.2f}"
 
 
 if __name__ == "__main__":
