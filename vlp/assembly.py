@@ -36,6 +36,7 @@ from vlp.models.build import fit_of
 from vlp.models.dual_encoder import DualEncoder
 from vlp.online_judge import OnlineJudge
 from vlp.pretrained import references
+from vlp.pretrained.read_once import read_once
 from vlp.resume import (
     go_on_from,
     open_run,
@@ -300,7 +301,9 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     if source is None:
         return None
     # `open_run` has compared the hashes.
-    contents = checkpoint.load(source, verified=True, layout=shared_layout(source))
+    stored = checkpoint.load(source, verified=True, layout=shared_layout(source))
+    model_weights, of_teacher = read_once(stored.model), read_once(stored.teacher)
+    contents = replace(stored, model=model_weights, teacher=of_teacher)
     check_extent(contents.state["step"], plan, source)
     # At a joint it is of the stage before, whose pictures may have had another size.
     if contents.state["step"] == plan.first:

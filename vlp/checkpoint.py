@@ -33,6 +33,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from vlp import log, retention
@@ -44,7 +45,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.pretrained import adapters
 from vlp.pretrained.fitting import UNCHANGED, Fit
-from vlp.pretrained.parts import Joined, Layout, Rows
+from vlp.pretrained.parts import Joined, Layout, Rows, shape_of
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
 from vlp.pretrained.runs import (
@@ -312,7 +313,7 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Pat
     misfits = [f"{name}: not in the checkpoint" for name in current.keys() - weights.keys()]
     misfits += [f"{name}: not in the model" for name in weights.keys() - current.keys()]
     for name in current.keys() & weights.keys():
-        shape, expected = tuple(weights[name].shape), tuple(current[name].shape)
+        shape, expected = shape_of(weights, name), tuple(current[name].shape)
         if shape != expected:
             misfits.append(f"{name}: {shape}, expected {expected}")
 
@@ -323,7 +324,11 @@ def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Pat
             f"{source} has another architecture than the configuration's model:\n  {shown}{more}"
             "\nUse its own `model` section, or another source of weights."
         )
-    model.load_state_dict(dict(weights))
+
+    # One after another: of a checkpoint in parts no second copy of the model comes into being.
+    with torch.no_grad():
+        for name, value in weights.items():
+            current[name].copy_(value)
 
 
 def nested(tensors: Mapping[str, T], terms: Iterable[str]) -> dict[str, dict[str, T]]:

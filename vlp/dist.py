@@ -48,7 +48,8 @@ __all__ = [
     "Gathering", "Group", "Shift", "all_gather", "all_reduce", "all_to_all", "apart", "await_all",
     "barrier", "broadcast_object", "control_handle", "exchange_rows", "first_order",
     "gather_objects", "group_of", "initialised", "is_main", "local_rank", "local_world_size",
-    "rank", "reduce_scatter", "set_control", "split", "to_first", "within", "world", "world_size",
+    "rank", "reduce_scatter", "set_control", "split", "to_all", "to_first", "within", "world",
+    "world_size",
 ]  # fmt: skip
 
 _SAY_EVERY_S = 60  # between the lines of a rank that waits
@@ -127,7 +128,7 @@ def broadcast_object(value: Any, group: Group | None = None) -> Any:
     return box[0]
 
 
-# Tensors for one rank, through the CPU
+# Tensors through the CPU
 
 
 def to_first(value: Tensor, group: Group) -> list[Tensor]:
@@ -147,6 +148,18 @@ def to_first(value: Tensor, group: Group) -> list[Tensor]:
     parts = [torch.empty_like(sent) for _ in group.ranks] if first else None
     torch_dist.gather(sent, parts, dst=group.ranks[0], group=handle)
     return [part.cpu() for part in parts or ()]
+
+
+def to_all(value: Tensor, group: Group) -> Tensor:
+    """[...] of each rank, of one shape and on the CPU -> [g, ...] on every rank, on the CPU.
+
+    Over gloo wherever there is such a group. Not differentiable.
+    """
+    handle = control_handle(group)
+    sent = value.cuda() if torch_dist.get_backend(handle) == "nccl" else value
+    gathered = sent.new_empty(group.size * sent.numel())
+    torch_dist.all_gather_into_tensor(gathered, sent.flatten(), group=handle)
+    return gathered.cpu().view(group.size, *sent.shape)
 
 
 # Tensors, with gradients

@@ -35,6 +35,7 @@ from vlp.engines.zero import ZeRO
 from vlp.models.build import from_description
 from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import adapters, image_size
+from vlp.pretrained.read_once import read_once
 from vlp.schema import plain
 from vlp.teacher import EMA
 from vlp.types import TextSpec
@@ -295,7 +296,7 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
         if name.startswith(EMA)
     }
     average = {EMA + name: value for name, value in fit(average).items()}
-    optimizer = dict(contents.optimizer)
+    optimizer = dict(read_once(contents.optimizer))
     for name in changed:
         optimizer = _moments_fitted(optimizer, name, stored[name], fit)
     teacher = {**contents.teacher, **average}

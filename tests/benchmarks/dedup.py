@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,7 +76,7 @@ def main() -> None:
         # With all its digits: a table's three would make 100 of 99.99.
         row["found, %"] = row["found, %"] and f"{row['found, %']:.3f}"
     slopes = "; ".join(
-        f"{name}: {slope(lines, 'CPU, s'):.2f}"
+        f"{name}: {growth(lines):.2f}"
         for name, lines in (("fingerprints", by_hash), ("embeddings", by_cosine))
     )
     notes = (
@@ -347,12 +346,11 @@ def extrapolated(kind: str, rows: list[dict[str, Any]], n: int) -> dict[str, Any
     }
 
 
-def slope(rows: list[dict[str, Any]], measure: str) -> float:
-    """The exponent of growth: the slope of the logarithms by least squares."""
-    if len(rows) < 2:
-        return math.nan
-    sizes = [math.log(row["samples"]) for row in rows]
-    return statistics.linear_regression(sizes, [math.log(row[measure]) for row in rows]).slope
+def growth(rows: list[dict[str, Any]]) -> float:
+    """The exponent with which CPU seconds grow."""
+    from tests.benchmarks import report
+
+    return report.slope([row["samples"] for row in rows], [row["CPU, s"] for row in rows])
 
 
 def forget_peak() -> int:

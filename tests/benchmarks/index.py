@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -52,7 +51,8 @@ def main() -> None:
 
     rows = [measured(n, args.repeats) for n in args.samples]
     columns = ["start, s", "CPU, s", "private memory, MB", "sent to a loader process, MB"]
-    slopes = {column: slope(rows, column) for column in columns}
+    sizes = [row["samples"] for row in rows]
+    slopes = {column: report.slope(sizes, [row[column] for row in rows]) for column in columns}
     rows.append(extrapolated(rows[-2:], columns))
 
     shown = "; ".join(f"{column}: {value:.2f}" for column, value in slopes.items())
@@ -162,13 +162,6 @@ def private_bytes() -> int:
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     of_process = [line.split() for line in lines if line.startswith("Private_")]
     return sum(int(words[1]) << 10 for words in of_process)
-
-
-def slope(rows: list[dict[str, Any]], measure: str) -> float:
-    """The exponent of growth: the slope of the logarithms by least squares."""
-    sizes = [math.log(row["samples"]) for row in rows]
-    measures = [math.log(max(row[measure], 1e-3)) for row in rows]
-    return statistics.linear_regression(sizes, measures).slope
 
 
 def extrapolated(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ batch, which a process needs only where a sample is bad.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -122,10 +121,8 @@ def durations(draw: Callable[[int], Any], repeats: int) -> tuple[list[float], li
 
 
 def slope(rows: list[dict[str, Any]], size: str, measure: str) -> float:
-    """The exponent of growth: the slope of the logarithms by least squares."""
-    sizes = [math.log(row[size]) for row in rows]
-    measures = [math.log(row[measure]) for row in rows]
-    return statistics.linear_regression(sizes, measures).slope
+    """The exponent with which one column grows with another."""
+    return report.slope([row[size] for row in rows], [row[measure] for row in rows])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,13 @@ where there is none.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,16 @@ def replace_section(document: str, name: str, body: str) -> str:
         before, rest = document.split(first, 1)
         return before + section + rest.split(last, 1)[1]
     return document.rstrip("\n") + "\n\n" + section + "\n"
+
+
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent of growth: the slope of the logarithms by least squares, NaN of fewer than two
+    sizes. What is below a thousandth of its unit counts as that.
+    """
+    if len(sizes) < 2:
+        return math.nan
+    logarithms = [math.log(max(value, 1e-3)) for value in values]
+    return statistics.linear_regression([math.log(size) for size in sizes], logarithms).slope
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -22,6 +22,7 @@ from vlp.engines.processes import accelerator
 from vlp.models.batch_norm import batch_norms
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.recomputing import recompute_activations
+from vlp.pretrained.read_once import read_once
 
 
 class Replicated:
@@ -147,6 +148,7 @@ class Replicated:
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Take over the optimiser's part of `state`, at any number of ranks and from any engine."""
         named = dict(self.module.named_parameters())
+        moments = read_once(moments)
         optim.restore(self.optimizer, self.optimizer_options, named, moments, part_like)
 
     def average(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:

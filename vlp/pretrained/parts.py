@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -160,6 +160,15 @@ def _parts(path: Path, number: int) -> Iterator[tuple[str, Part]]:
         ) from None
 
 
+@runtime_checkable
+class Described(Protocol):
+    """Tensors by name of which form and kind are known without reading them."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+
 class Joined(Mapping[str, Tensor]):
     """The tensors of one kind by name, each made whole when it is asked for and not kept.
 
@@ -191,6 +200,12 @@ class Joined(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.cuts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.cuts[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.cuts[name].dtype
 
     def rows_of(self, name: str, begin: int, end: int) -> Tensor:
         """Rows [begin, end) of a tensor along its first dimension, of which no others are read
@@ -278,9 +293,16 @@ class Rows:
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of a tensor, which is not read."""
-    if isinstance(tensors, Joined):
-        return tensors.cuts[name].shape
+    if isinstance(tensors, Described):
+        return tensors.shape(name)
     return tuple(tensors[name].shape)
+
+
+def dtype_of(tensors: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """The dtype of a tensor, which is not read."""
+    if isinstance(tensors, Described):
+        return tensors.dtype(name)
+    return tensors[name].dtype
 
 
 def rows_of(tensors: Mapping[str, Tensor], name: str, begin: int, end: int) -> Tensor:

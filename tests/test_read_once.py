@@ -1,0 +1,148 @@
+"""Each byte of a checkpoint is read by one rank, and all ranks hold what it says."""
+
+import math
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.engines.test_own_rows import save_parts
+from tests.test_step import make_training
+from vlp import checkpoint, dist
+from vlp.pretrained import read_once as reading
+from vlp.pretrained.parts import CheckpointError, Joined
+from vlp.pretrained.read_once import ReadOnce, read_once
+
+SHAPES = [(), (1,), (2,), (3,), (4,), (5,), (17,), (0,), (0, 3), (3, 0), (2, 3), (9, 2, 3), (64, 8)]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+
+
+def of_every_form():
+    """Tensors of all shapes and dtypes, the same on every rank."""
+    torch.manual_seed(0)
+    return {
+        f"{dtype}.{shape}": (100 * torch.randn(shape)).to(dtype)
+        for dtype in DTYPES
+        for shape in SHAPES
+    }
+
+
+def read_in(order, piece):
+    """How many tensors are those that are stored, asked for in an order of names."""
+    reading.PIECE = piece
+    stored = of_every_form()
+    names = {"stored": list(stored), "turned": list(stored)[::-1]}
+    # As an optimiser's: one of each kind for a parameter, then for the next one.
+    names["in turns"] = [f"{dtype}.{shape}" for shape in SHAPES for dtype in DTYPES]
+    names["twice"] = [name for name in stored for _ in range(2)]
+
+    shared = ReadOnce(stored)
+    assert list(shared) == list(stored)
+    n_alike = 0
+    for name in names[order]:
+        value = shared[name]
+        assert value.shape == stored[name].shape and value.dtype == stored[name].dtype
+        n_alike += torch.equal(value, stored[name])
+    return n_alike
+
+
+def read_in_all_orders():
+    n_alike = 0
+    for piece in (1, 200, 2**25):
+        for order in ("stored", "turned", "in turns", "twice"):
+            n_alike += read_in(order, piece)
+    return n_alike
+
+
+@pytest.mark.parametrize("n_ranks", [3, 4])
+def test_tensors_of_any_form_are_what_is_stored(n_ranks):
+    n_asked = 3 * (3 + 2) * len(of_every_form())  # three pieces, three orders and one of two
+    assert n_asked == 1170
+    assert ranks.run(n_ranks, read_in_all_orders) == [n_asked] * n_ranks
+
+
+def bytes_read(run, engine):
+    """Bytes that this rank reads of weights and of moments; bytes of all."""
+    contents = checkpoint.load(checkpoint.newest(run))
+    sizes = [
+        sum(value.nbytes for value in of_kind.values())
+        for of_kind in (contents.model, contents.optimizer)
+    ]
+    part, n_read = Joined.part, []
+
+    def counted(*args):
+        result = part(*args)
+        n_read.append(result.nbytes)
+        return result
+
+    training = make_training(engine=engine, double=False)
+    model = training.engine.evaluation_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Joined, "part", counted)
+        checkpoint.restore(model, read_once(contents.model), run)
+        of_model = sum(n_read)
+        training.engine.load_moments(contents.optimizer)
+
+    same = [torch.equal(value, contents.model[name]) for name, value in model.state_dict().items()]
+    _, moments = training.engine.state(everywhere=True)
+    same += [torch.equal(value, contents.optimizer[name]) for name, value in moments.items()]
+    return same, (of_model, sum(n_read) - of_model), sizes
+
+
+def saved_and_read(run, engine):
+    save_parts(run)
+    return bytes_read(run, engine)
+
+
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_ranks_read_each_byte_of_weights_and_moments_once(engine, tmp_path):
+    results = ranks.run(4, saved_and_read, tmp_path, engine)
+    sizes = results[0][2]
+    n_compared = 0
+    for kind, n_bytes in enumerate(sizes):
+        shares = [of_rank[1][kind] for of_rank in results]
+        # FSDP2 leaves each rank the counts of steps, of 4 bytes a parameter.
+        assert n_bytes <= sum(shares) <= 1.01 * n_bytes
+        assert max(shares) < 1.1 * n_bytes / 4
+    for same, _, _ in results:
+        assert all(same)
+        n_compared += len(same)
+    assert n_compared > 4 * 100
+
+
+def read_what_one_lacks():
+    stored = of_every_form()
+    if dist.rank() == 2:
+        stored = Lost(stored)
+    try:
+        read_once(stored)["torch.float32.(64, 8)"]
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+class Lost(dict):
+    """Tensors of a disk that is gone: their forms are known."""
+
+    def __getitem__(self, name):
+        value = super().__getitem__(name)
+        return Unreadable(value.shape, value.dtype)
+
+
+class Unreadable:
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, rows):
+        raise OSError("Stale file handle")
+
+
+def test_what_one_rank_cannot_read_is_an_error_on_all():
+    messages = ranks.run(3, read_what_one_lacks)
+    assert len(set(messages)) == 1
+    assert "rank 2: OSError: Stale file handle" in messages[0]
+
+
+def test_one_process_reads_as_before():
+    stored = {"w": torch.ones(math.factorial(3))}
+    assert read_once(stored) is stored
