@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from vlp.data.asking import in_words, is_full, is_refused, tried
+from vlp.data.asking import in_words, is_full, is_refused, status_of, tried
 from vlp.privacy import address, remember, scrubbed
 
 # Stores that show an object only when all of it is there.
@@ -23,8 +23,8 @@ _AZURE = ("abfs", "abfss", "az")
 HTTP = ("http", "https")
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a", *HTTP), "'vlp[remote]'"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(_AZURE, "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "'vlp[gs]'"),
+    **dict.fromkeys(_AZURE, "'vlp[azure]'"),
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
@@ -176,14 +176,14 @@ def _tried(work: Callable[[], _Result], verb: str, place: str) -> _Result:
         return tried(work, lambda error: _is_final(error, place), told)
     except FileNotFoundError:
         raise
-    except PermissionError as error:
-        raise PermissionError(
-            f"the store does not let {place} be {verb} ({_told(error)}); look at the "
-            f"credentials: they may have ended, or lack the right. {goes_on}"
-        ) from error
     except NotImplementedError as error:
         raise OSError(f"{place} cannot be {verb}: its store cannot ({_told(error)})") from error
     except Exception as error:
+        if _is_denied(error):
+            raise PermissionError(
+                f"the store does not let {place} be {verb} ({_told(error)}); look at the "
+                f"credentials: they may have ended, or lack the right. {goes_on}"
+            ) from error
         if _is_of_credentials(error):
             raise OSError(told(error, 1)) from error
         raise
@@ -194,8 +194,15 @@ def _is_final(error: Exception, place: str) -> bool:
     # fsspec's http says of errors of a moment, too, that there is no such file.
     if isinstance(error, FileNotFoundError):
         return is_refused(error, place)
-    refusals = (PermissionError, NotImplementedError)
-    return isinstance(error, refusals) or _is_of_credentials(error)
+    is_final = isinstance(error, NotImplementedError) or _is_of_credentials(error)
+    return is_final or _is_denied(error)
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether the store knows who asks, and does not let it, or no longer knows."""
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
+        return True
+    return type(error).__name__ == "RefreshError"  # of Google's, which fetches new ones itself
 
 
 def _is_of_credentials(error: Exception) -> bool:
