@@ -35,6 +35,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 from uuid import uuid4
 
+from vlp.data import member_index
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
 from vlp.data.index import index, piece_of
@@ -245,6 +246,7 @@ class ShardWriter:
         shard = scan(self._temporary())
         shard.name = path.name
         save_index(piece_of(path), {path.name: shard})
+        member_index.save_piece(path, self._temporary(), shard)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -285,6 +287,7 @@ def index_written(paths: list[Path]) -> None:
     if not stored:
         return
 
+    member_index.join_pieces(paths, shards)
     # Whoever read the folder before has an index of it in the cache, which others do not see.
     beside = stored[0].parent / NAME
     if not beside.is_file():
