@@ -145,6 +145,26 @@ def test_what_is_kept_is_what_the_headers_say(tmp_path):
     assert n_found > 300
 
 
+def test_a_start_reads_the_header_and_a_sample_its_own_bucket(shards, monkeypatch):
+    write_tar(shards / "00020.tar", odd_members(random.Random(0), 300))
+    paths = sorted(shards.glob("*.tar"))
+    member_index.located(paths, indexed(paths))
+    index_file._handles.clear()
+
+    n_read: list[int] = []
+    read = index_file.Handle.read
+    monkeypatch.setattr(
+        index_file.Handle, "read", lambda self, at, n: n_read.append(n) or read(self, at, n)
+    )
+    by_name = tables([*map(str, paths)], member_index.located(paths, indexed(paths)), WANTED)
+    assert not n_read
+    (place,) = by_name["audio"].places(1, str(paths[1]), "clip.5")
+    assert place.size and sum(n_read) < 1000
+    for i in range(300):
+        by_name["audio"].places(3, str(paths[3]), f"k.{i}")
+    assert sum(n_read) / 301 < 1000
+
+
 def test_only_shards_that_changed_are_walked_again(shards, walked):
     before = {key: frames for key, frames in of_keys(member_loader(shards)).items() if frames.any()}
     walked.clear()

@@ -14,6 +14,7 @@ uses.
     folder/00000_stats.json   counts, and a digest of every sample (vlp.data.digests); written after
                               its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
+    folder/_members.bin       vlp.data.member_file; made when a run reads sounds or frames
 
 A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any
 keys, member order and missing texts; `vlp.data.members` says what counts. Tars are reproducible (no

@@ -6,9 +6,10 @@ open it; the plain index stays small.
 
 The header names a check sum of the members of each shard and what a start asks of them, so that a
 start costs as much as there are shards. The members of a shard are sorted into buckets by the
-numbers of their samples' keys, so that a sample's are found by three short readings:
+numbers of their samples' keys, so that a sample's are found by three short readings. Each bucket
+has a check sum of its own: nobody reads a whole shard's members for a few of its samples.
 
-    buckets, members | first member of each bucket, and the end | members, 32 bytes each
+    buckets, members | first member and check sum of each bucket, and the end | members of 32 bytes
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +47,7 @@ MEMBER = np.dtype([
     ("unused", "<u2"),
 ])  # fmt: skip
 COUNTS = struct.Struct("<II")  # buckets, a power of two, and members
-START = struct.Struct("<I")
+BUCKET = np.dtype([("first", "<u4"), ("checksum", "<u4")])
 _A_BUCKET = 4  # samples, about
 # Names of sounds in a shard that its header counts; of a shard with more its members are read.
 _NAMES = 32
@@ -95,7 +98,7 @@ class OfShard:
         if self.stored is not None and not body:
             body = checked(opened(self.stored.path, self.stored.head), self.stored)
         n_buckets, _ = COUNTS.unpack_from(body)
-        members = np.frombuffer(body, MEMBER, offset=COUNTS.size + (n_buckets + 1) * START.size)
+        members = np.frombuffer(body, MEMBER, offset=_begin(n_buckets))
         sounds = members[(members["kind"] == SOUND) & (members["infix"] == number_of_infix(name))]
         # The first of each sample's.
         _, first = np.unique(sounds["number"], return_index=True)
@@ -159,14 +162,56 @@ def _body(members: np.ndarray, n_samples: int) -> bytes:
     while n_buckets * _A_BUCKET < n_samples:
         n_buckets *= 2
     members = members[np.argsort(members["number"], kind="stable")]
-    buckets = bucket_of(members["number"], n_buckets)
-    starts = np.searchsorted(buckets, np.arange(n_buckets + 1)).astype("<u4")
-    return COUNTS.pack(n_buckets, len(members)) + starts.tobytes() + members.tobytes()
+    buckets = np.zeros(n_buckets + 1, BUCKET)
+    numbers = _bucket_of(members["number"], n_buckets)
+    buckets["first"] = np.searchsorted(numbers, np.arange(n_buckets + 1))
+
+    counts, data = COUNTS.pack(n_buckets, len(members)), members.tobytes()
+    ends = (buckets["first"].astype(int) * MEMBER.itemsize).tolist()
+    for place, (first, end) in enumerate(pairwise(ends)):
+        buckets["checksum"][place] = _checksum(counts, place, data[first:end])
+    return counts + buckets.tobytes() + data
 
 
-def bucket_of(number: Any, n_buckets: int) -> Any:
-    """Which bucket holds the members of a key's number (or numbers, uint64)."""
-    return number >> (65 - n_buckets.bit_length())
+def _checksum(counts: bytes, place: int, members: bytes) -> int:
+    """Of a bucket, and of what leads to it."""
+    return zlib.crc32(members, zlib.crc32(counts, place))
+
+
+def _begin(n_buckets: int) -> int:
+    """Where the members begin, behind their buckets."""
+    return COUNTS.size + (n_buckets + 1) * BUCKET.itemsize
+
+
+def members_of_key(read: Callable[[int, int], bytes], key: str) -> np.ndarray:
+    """The members of the sample `key`, [m] MEMBER, from the bytes of a shard's that `read` gives by
+    offset and number; ValueError where they are damaged.
+    """
+    number = unsigned_number_of(key)
+    counts = read(0, COUNTS.size)
+    n_buckets, n_members = COUNTS.unpack(counts)
+    place = _bucket_of(number, n_buckets)
+
+    two = read(COUNTS.size + place * BUCKET.itemsize, 2 * BUCKET.itemsize)
+    (first, checksum), (end, _) = np.frombuffer(two, BUCKET).tolist()
+    if not first <= end <= n_members:
+        raise ValueError("a bucket of members lies nowhere")
+
+    data = read(_begin(n_buckets) + first * MEMBER.itemsize, (end - first) * MEMBER.itemsize)
+    if _checksum(counts, place, data) != checksum:
+        raise ValueError("a bucket of members is damaged")
+    members = np.frombuffer(data, MEMBER)
+    return members[members["number"] == number]
+
+
+def _bucket_of(number: Any, n_buckets: int) -> Any:
+    """Which bucket holds the members of a key's number (or numbers, uint64); ValueError for a
+    number of buckets that is damaged.
+    """
+    shift = 65 - n_buckets.bit_length()
+    if not 0 < shift < 64:
+        raise ValueError(f"{n_buckets} buckets of members")
+    return number >> shift
 
 
 def unsigned_number_of(key: str) -> int:
@@ -247,30 +292,42 @@ def _read(file: Any, size: int, path: str) -> dict[str, OfShard]:
     return shards
 
 
+class Body(NamedTuple):
+    """What the header says of the members of a shard."""
+
+    n_bytes: int
+    digest: str  # SHA-256, in hex
+
+
 def save_members(path: Path, shards: Mapping[str, OfShard]) -> None:
     """Write a file, and let the shards leave their members there; raises OSError, ValueError."""
-    entries, digests = [], []
+    said = []
     for shard in shards.values():
-        n_bytes, digest = len(shard.body), hashlib.sha256(shard.body).hexdigest()
         if shard.stored is not None and not shard.body:
-            n_bytes, digest = shard.stored.n_bytes, shard.stored.digest
-        entry = {name: value for name, value in asdict(shard).items() if value}
-        for name in ("body", "stored"):
-            entry.pop(name, None)
-        # These may be 0 or empty, and are told all the same.
-        always = {name: getattr(shard, name) for name in _IDENTITY}
-        entries.append({**entry, **always, "n_bytes": n_bytes, "digest": digest})
-        digests.append(digest)
+            said.append(Body(shard.stored.n_bytes, shard.stored.digest))
+        else:
+            said.append(Body(len(shard.body), hashlib.sha256(shard.body).hexdigest()))
 
-    encoded = json.dumps({"extensions": EXTENSIONS, "shards": entries}).encode()
     bodies = ([_body_of(shard)] for shard in shards.values())
-    head, extents = write(path, framed(_MAGIC, encoded), bodies)
+    head, extents = write(path, header(list(shards.values()), said), bodies)
 
     # Only where the file is complete.
     place = os.fspath(path)
-    for shard, digest, (offset, n_bytes) in zip(shards.values(), digests, extents):
-        shard.body, shard.stored = b"", Stored(place, head, offset, n_bytes, 0, digest)
+    for shard, of_one, (offset, n_bytes) in zip(shards.values(), said, extents):
+        shard.body, shard.stored = b"", Stored(place, head, offset, n_bytes, 0, of_one.digest)
     opened(place, head, again=True)
+
+
+def header(shards: Sequence[OfShard], bodies: Sequence[Body]) -> bytes:
+    """The beginning of a file, up to the members of the first shard."""
+    entries = []
+    for shard, body in zip(shards, bodies, strict=True):
+        entry = {name: value for name, value in vars(shard).items() if value}
+        entry = {name: value for name, value in entry.items() if name not in ("body", "stored")}
+        # These may be 0 or empty, and are told all the same.
+        identity = {name: getattr(shard, name) for name in _IDENTITY}
+        entries.append({**entry, **identity, **body._asdict()})
+    return framed(_MAGIC, json.dumps({"extensions": EXTENSIONS, "shards": entries}).encode())
 
 
 def _body_of(shard: OfShard) -> bytes:

@@ -62,6 +62,8 @@ def _known(folder: Path, shards: OfFolder) -> dict[str, OfShard]:
         for name, of_one in here.items():
             if name not in known or (name in indexed and not known[name].fits(indexed[name])):
                 known[name] = of_one
+        if not _unknown(known, shards):
+            break
     return known
 
 
@@ -118,15 +120,15 @@ def join_pieces(paths: Sequence[Path], shards: Sequence[Shard]) -> None:
     if not having:
         return
 
-    # That of the folder tells of shards that an earlier call wrote.
-    before = _opened(paths[0].parent / NAME)
-    known = {}
+    written = {}
     for path, shard in having:
-        candidates = [_opened(piece_of(path)).get(path.name), before.get(path.name)]
-        fitting = [one for one in candidates if one is not None and one.fits_elsewhere(shard)]
-        if fitting:
-            known[path.name] = fitting[0]
-    save_members(paths[0].parent / NAME, known)
+        of_one = _opened(piece_of(path)).get(path.name)
+        if of_one is not None and of_one.fits_elsewhere(shard):
+            written[path.name] = of_one
+    # That of the folder tells of shards that an earlier call wrote.
+    beside = paths[0].parent / NAME
+    if written:
+        save_members(beside, _opened(beside) | written)
     for path, _ in having:
         piece_of(path).unlink(missing_ok=True)
 

@@ -12,17 +12,15 @@ import numpy as np
 
 from vlp import config, log
 from vlp.data.further_members import Member
+from vlp.data.index_file import opened
 from vlp.data.member_file import (
-    COUNTS,
     MEMBER,
-    START,
     OfShard,
-    bucket_of,
     is_of_modality,
     kinds_of,
+    members_of_key,
     of_shard,
     open_members,
-    unsigned_number_of,
 )
 from vlp.data.rows import Shard, Stored
 from vlp.data.sources._stored_rows import Bodies
@@ -38,16 +36,13 @@ class StoredMembers(Bodies):
         """Those of the sample `key` of shard s, whose tar is at `path`, [m] MEMBER."""
         if not self._places[s, 2]:
             return np.zeros(0, MEMBER)
-        n_buckets, _ = COUNTS.unpack(self._part(s, path, 0, COUNTS.size))
-        number = unsigned_number_of(key)
-        bucket = bucket_of(number, n_buckets)
-        ends = self._part(s, path, COUNTS.size + bucket * START.size, 2 * START.size)
-        first, end = np.frombuffer(ends, "<u4").tolist()
-
-        begin = COUNTS.size + (n_buckets + 1) * START.size
-        place, n_bytes = begin + first * MEMBER.itemsize, (end - first) * MEMBER.itemsize
-        members = np.frombuffer(self._part(s, path, place, n_bytes), MEMBER)
-        return members[members["number"] == number]
+        stored = self._stored(s)
+        try:
+            file = opened(stored.path, stored.head)
+            return members_of_key(lambda at, n: file.read(stored.offset + at, n), key)
+        except (OSError, ValueError):
+            body = self.body(s, path)
+        return members_of_key(lambda at, n: body[at : at + n], key)
 
     def _lying_in(self, path: str, inode: int, mtime_ns: int) -> dict[str, Stored]:
         return _by_digest(path, inode, mtime_ns)
