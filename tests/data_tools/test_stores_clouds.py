@@ -38,8 +38,8 @@ def scheme(request) -> str:
 @pytest.fixture
 def server(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Three shards of two samples in a store, and here."""
-    # Read when gcsfs is imported: it would ask Google's gRPC what kind of bucket this is.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # Before gcsfs is imported, as a call would.
+    stores.use({"gs": {"endpoint_url": "http://127.0.0.1:9"}})
     import adlfs
     import gcsfs
     import gcsfs.retry

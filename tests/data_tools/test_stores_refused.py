@@ -119,6 +119,21 @@ def test_commands_that_write_here_only_refuse_addresses(command, server, capsys)
     assert not Path("s3:").exists()
 
 
+@pytest.mark.parametrize("name", ["ClientAuthenticationError", "RefreshError"])
+def test_refusals_that_are_no_permission_errors_are_told_at_once(name, server, monkeypatch):
+    n_tries = []
+
+    def refused(*_: object, **__: object) -> None:
+        n_tries.append(1)
+        raise type(name, (Exception,), {})("told by the store")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "get_file", refused)
+    folder = stored.destination("s3://bucket/in")
+    with pytest.raises(PermissionError, match=r"told by the store\); look at the credentials"):
+        os.fspath(folder / "00000.tar")
+    assert len(n_tries) == 1
+
+
 def test_a_full_disk_is_told_at_once(server, monkeypatch):
     n_tries = []
 

@@ -8,6 +8,7 @@ What opens it is kept apart (`bare`, `use`) and stands in no message, note or ma
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -103,6 +104,10 @@ def use(further: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for scheme, of_scheme in further.items():
         remember(dict(of_scheme), "storage")
+        # Before gcsfs is imported: it would ask any server by gRPC and TLS what kind of bucket this
+        # is, and one that stands in for Google's never answers.
+        if scheme in ("", "gs", "gcs") and "endpoint_url" in of_scheme:
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         options[scheme] = {**options.get(scheme, {}), **of_scheme}
 
 
@@ -202,7 +207,8 @@ def _is_denied(error: Exception) -> bool:
     """Whether the store knows who asks, and does not let it, or no longer knows."""
     if isinstance(error, PermissionError) or status_of(error) in (401, 403):
         return True
-    return type(error).__name__ == "RefreshError"  # of Google's, which fetches new ones itself
+    # What google.auth, which fetches new ones itself, and azure raise without a status.
+    return type(error).__name__ in ("RefreshError", "ClientAuthenticationError")
 
 
 def _is_of_credentials(error: Exception) -> bool:
