@@ -1,6 +1,6 @@
 """How much of the all-gather of texts a step hides behind the image tower, on a slow network.
 
-    python tests/benchmarks/overlap.py --mbit 50 200 1000 0
+    python tests/benchmarks/overlap.py [--mbit 100 … 0] [--publish]
 
 Two gloo ranks of one thread each train by DDP in a network namespace of their own, whose loopback a
 token bucket limits (`unshare`, `tc`; root of Linux). The bucket is one for both ranks: a rank has
@@ -65,9 +65,9 @@ def main() -> None:
         f"{args.repeats} steps of each kind, alternating, ± the median absolute deviation. "
         "gather ms: how long a step blocks that waits where the gather begins. hidden: the share "
         "of it that no step blocks for which overlaps. gloo CPU ms: of all threads but the main "
-        "one while the image tower passes, overlapped. Model: a step without limit as computation, "
-        f"so that row is no test of it, and {by_rank[0]['latency_us']:.0f} µs a message, measured there. Load of the machine at "
-        f"the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
+        "one while the image tower passes, overlapped. Model: a step without limit as "
+        f"computation, so that row is no test of it, and {by_rank[0]['latency_us']:.0f} µs a message, "
+        f"measured there. Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     )
     title = "The gather of texts beside the image tower, on a network of limited rate"
     report.publish("overlap", title, rows, args, notes)
@@ -83,10 +83,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--mbit", type=int, nargs="+", default=[50, 200, 1000, 0], help="rates; 0: no limit, last"
+        "--mbit", type=int, nargs="+", default=[100, 200, 400, 0], help="rates; 0: no limit, last"
     )
-    parser.add_argument("--rows", type=int, default=128, help="b, rows of a rank")
-    parser.add_argument("--dim", type=int, default=512, help="D")
+    parser.add_argument("--rows", type=int, default=256, help="b, rows of a rank")
+    parser.add_argument("--dim", type=int, default=2048, help="D")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind at each rate")
     report.add_arguments(parser)
     args = parser.parse_args()
