@@ -65,9 +65,10 @@ def main() -> None:
         f"{args.repeats} steps of each kind, alternating, ± the median absolute deviation. "
         "gather ms: how long a step blocks that waits where the gather begins. hidden: the share "
         "of it that no step blocks for which overlaps. gloo CPU ms: of all threads but the main "
-        "one while the image tower passes, overlapped. Model: a step without limit as "
-        f"computation, so that row is no test of it, and {by_rank[0]['latency_us']:.0f} µs a message, "
-        f"measured there. Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
+        "one while the image tower passes, overlapped. Model: a step without limit is its "
+        "computation, so that row is no test of it; a message takes "
+        f"{by_rank[0]['latency_us']:.0f} µs, measured there. Load of the machine at the end: "
+        f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores."
     )
     title = "The gather of texts beside the image tower, on a network of limited rate"
     report.publish("overlap", title, rows, args, notes)
