@@ -21,6 +21,9 @@ from vlp.data_tools._run.nodes import ClusterError
 
 AUTO = "auto"  # the address that --ray alone stands for
 _CONNECT_S = 10  # for a cluster's port to answer
+# What a client of HTTP/2, which gRPC speaks, begins with; and its settings, of which none differs.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_SETTINGS = 4  # the kind of frame that a server answers with, in its fourth byte
 LOOK_S = 5  # between two looks whether the head is still there
 _SILENT_S = 25  # of the head, for the call to end: Ray itself ends it after 60
 _ANSWER_S = 180  # for a node to start a process and answer
@@ -103,21 +106,43 @@ def _begun_here() -> str | None:
 
 
 def _refuse_deaf(place: str) -> None:
-    """Raise ClusterError where nothing listens: Ray itself would try for many minutes."""
+    """Raise ClusterError where nothing listens, or what listens is no server of gRPC, as a
+    dashboard is none: Ray itself would try for many minutes.
+    """
+    advice = "start one with ray start --head, look with ray status, or let ray stop forget one"
     try:
-        _reach(place, _CONNECT_S)
+        with _reached(place, _CONNECT_S) as connection:
+            # Behind TLS nothing answers a greeting that is not encrypted.
+            speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_grpc(connection)
     except (OSError, OverflowError) as error:
         raise ClusterError(
-            f"no Ray cluster answers at {place} ({error}); start one with ray start --head, look "
-            "with ray status, or let ray stop forget one that is gone"
+            f"no Ray cluster answers at {place} ({error}); {advice} that is gone"
         ) from None
 
+    if not speaks:
+        raise ClusterError(
+            f"no Ray cluster answers at {place}: something else listens there. Expected the port "
+            "that ray start --head has said (6379 unless told otherwise), not that of a dashboard "
+            "(8265)"
+        )
 
-def _reach(place: str, timeout_s: float) -> None:
-    """Connect to HOST:PORT and leave; raises OSError, OverflowError where nothing listens."""
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether who listens greets as gRPC does; raises OSError where it is silent."""
+    connection.sendall(_GREETING)
+    answer = b""
+    while len(answer) < 4:
+        part = connection.recv(4 - len(answer))
+        if not part:
+            return False
+        answer += part
+    return answer[3] == _SETTINGS
+
+
+def _reached(place: str, timeout_s: float) -> socket.socket:
+    """A connection to HOST:PORT; raises OSError, OverflowError where nothing listens."""
     host, _, port = place.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout_s):
-        pass
+    return socket.create_connection((host.strip("[]"), int(port)), timeout_s)
 
 
 def _why_not(place: str | None, error: Exception) -> str:
@@ -153,7 +178,7 @@ class Head:
             return
         self._looked_at = now
         try:
-            _reach(self.place, LOOK_S)
+            _reached(self.place, LOOK_S).close()
             self._heard_at = now
         except OSError as error:
             silent_s = now - self._heard_at

@@ -6,6 +6,7 @@ import argparse
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import time
@@ -288,6 +289,46 @@ def test_what_is_typed_wrongly_is_refused_before_anything_is_written(
     source = write(tmp_path / "in", 1, 2)
     with pytest.raises(ValueError, match=message):
         call(stats, source, "--to", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else listens there.*6379"),
+        (b"", "something else listens there"),
+        (None, "no Ray cluster answers at .*timed out.*ray start --head"),
+    ],
+)
+def test_a_port_of_something_else_is_refused_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, message: str
+) -> None:
+    """Of a dashboard, of what hangs up, and of what is silent: Ray would try for minutes."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.3)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+
+    def listen() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(100)
+            if answer is None:
+                said.wait(ray_works.PATIENCE_S)
+            else:
+                connection.sendall(answer)
+
+    said = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        source = write(tmp_path / "in", 1, 2)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(nodes.ClusterError, match=message):
+            call(stats, source, "--to", tmp_path / "out", "--ray", address)
+        said.set()
+        thread.join()
     assert not (tmp_path / "out").exists()
 
 
