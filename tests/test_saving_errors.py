@@ -86,6 +86,57 @@ def test_an_error_that_cannot_travel_arrives_in_words():
         assert ranks_after == [0, 1]
 
 
+class Panic(BaseException):
+    """As safetensors' own: no Exception, and not to be packed."""
+
+    def __reduce__(self):
+        raise TypeError("cannot pickle Panic")
+
+
+def interrupt_one(run, endings):
+    """Saves whose writing thread is ended on one rank at one place after another, then a whole one:
+    what each rank raises.
+    """
+    training = make_training(1, double=False)
+    raised = []
+    for rank, owner_name, place, ending in endings:
+        owner = getattr(saving, owner_name)
+        real = getattr(owner, place)
+
+        def ended(*args, real=real, ending=ending):
+            real(*args)
+            raise ending[0](ending[1])
+
+        if dist.rank() == rank:
+            setattr(owner, place, ended)
+        try:
+            save(training, run)
+        # What ends pytest or a rank, too.
+        except BaseException as error:
+            raised.append((type(error), str(error)))
+        setattr(owner, place, real)
+        if dist.is_main():  # which makes the folder and removes it
+            assert not list((run / "checkpoints").glob("*"))
+    save(training, run)
+    return raised
+
+
+def test_what_is_no_error_of_one_rank_ends_the_save_of_all(tmp_path):
+    endings = [
+        (1, "Staging", "settle", (SystemExit, "enough")),
+        (1, "HuggingFaceStorageWriter", "write_data", (KeyboardInterrupt, "now")),
+        (0, "HuggingFaceStorageWriter", "write_data", (Panic, "index out of bounds")),
+        (0, "checkpoint", "described", (Panic, "too long")),
+        (1, "checkpoint", "described", (KeyboardInterrupt, "again")),
+    ]
+    of_ranks = ranks.run(2, interrupt_one, tmp_path, endings, timeout_s=30)
+    for number, (rank, _, _, (kind, text)) in enumerate(endings):
+        assert of_ranks[rank][number] == (kind, text)
+        assert of_ranks[1 - rank][number] == (RuntimeError, f"{kind.__name__}: {text}")
+    assert [len(raised) for raised in of_ranks] == [len(endings)] * 2
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
+
+
 def spoil_and_save(run):
     training = make_training(1, engine="fsdp2", double=False)
     if dist.rank() == 1:

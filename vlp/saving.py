@@ -27,8 +27,11 @@ from typing import Any
 import torch.distributed as torch_dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import DeviceMesh
+from torch.futures import Future as TorchFuture
 
 from vlp import checkpoint, dist, log
 from vlp import config as configuration
@@ -60,7 +63,7 @@ class Saver:
         # One thread for all saves: starting one would hand this one's core to others.
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
-        self.error: BaseException | None = None  # of the last one, the same on every rank
+        self.error: BaseException | None = None  # of the last one; where one has it, all ranks do
 
     def save(self, config: Config, training: Training, loader: Loader, stays: bool = False) -> None:
         """Save the step just done, for good if it `stays`; then raises what went wrong with the
@@ -148,7 +151,7 @@ def write_parts(run: Path, step: int, contents: Contents, keep: int, group: dist
         of_ranks = agree(group, partial(_manifest_of_own, folder, group.index))
         finish = partial(_finish, folder, contents, of_ranks, keep)
         agree(group, finish if is_first else _nothing)
-    except Exception:
+    except BaseException:
         # Half a checkpoint would only fill the disk further.
         if is_first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -171,15 +174,31 @@ def _save_tensors(folder: Path, contents: Contents, group: dist.Group) -> None:
         for name, value in getattr(contents, kind).items():
             tensors[f"{kind}/{name}"] = value
 
-    writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=FileOfKind(), save_distributed=True
-    )
+    writer = PartWriter(str(folder), fqn_to_index_mapping=FileOfKind(), save_distributed=True)
     with naming(folder):
         try:
             save_parts(tensors, storage_writer=writer, process_group=group.handle)
         except CheckpointException as failure:  # of several ranks at once, and no Exception
+            if writer.interruption is not None:
+                raise writer.interruption from None
             error, _ = next(iter(failure.failures.values()))
             raise error from None
+
+
+class PartWriter(HuggingFaceStorageWriter):
+    """torch's writer, of which whatever goes wrong can be sent to the other ranks, as torch does:
+    they would wait for a rank that fails to, say for a panic of safetensors, which is no Exception.
+    """
+
+    interruption: BaseException | None = None  # of this rank, where it is no Exception
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except BaseException as failure:
+            if not isinstance(failure, Exception):
+                self.interruption = failure
+            raise sendable(failure) from None
 
 
 class FileOfKind(dict[str, int]):
@@ -208,14 +227,23 @@ def _finish(folder: Path, contents: Contents, of_ranks: list[Manifest], keep: in
 
 
 def agree(group: dist.Group, doing: Callable[[], Any]) -> list[Any]:
-    """What `doing` returns on each rank; an exception of any rank is raised on all. Collective."""
-    error: Exception | None = None
+    """What `doing` returns on each rank; what any rank raises is raised on all. Collective.
+
+    What is no Exception, like KeyboardInterrupt, is raised as it is where it came up, and in words
+    on the other ranks.
+    """
+    failure: BaseException | None = None
     result = None
     try:
         result = doing()
-    except Exception as failure:
-        error = sendable(failure)
+    # Of any kind: it need not end this process, and the others would wait for this rank.
+    except BaseException as raised:
+        failure = raised
+    error = None if failure is None else sendable(failure)
     outcomes = dist.gather_objects((result, error), group)
+
+    if failure is not None and not isinstance(failure, Exception):
+        raise failure
     for _, of_rank in outcomes:
         if of_rank is not None:
             raise of_rank

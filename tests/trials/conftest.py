@@ -49,10 +49,12 @@ class Runs:
     data: Path
     chance: random.Random
 
-    def start(self, name: str, *overrides: str, n_ranks: int = 1) -> Life:
+    def start(
+        self, name: str, *overrides: str, n_ranks: int = 1, ends_at: str | None = None
+    ) -> Life:
         config = self.folder / f"{name}.yaml"
         config.write_text(CONFIG.format(out=self.folder / name, data=self.data))
-        return self.starter.start("train", config, *overrides, n_ranks=n_ranks)
+        return self.starter.start("train", config, *overrides, n_ranks=n_ranks, ends_at=ends_at)
 
     def finish(self, name: str, *overrides: str, n_ranks: int = 1) -> Life:
         life = self.start(name, *overrides, n_ranks=n_ranks)

@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from tests.trials import sudden_end
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -42,9 +44,10 @@ class Life:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signum)
 
-    def wait(self, timeout_s: float = 120) -> list[int]:
+    def wait(self, timeout_s: float = 120, ranks: list[int] | None = None) -> list[int]:
         """Exit codes by rank, negative for signals; what still runs after `timeout_s` fails."""
-        return [self.starter.ask(wait=pid, timeout_s=timeout_s)["code"] for pid in self.pids]
+        pids = self.pids if ranks is None else [self.pids[rank] for rank in ranks]
+        return [self.starter.ask(wait=pid, timeout_s=timeout_s)["code"] for pid in pids]
 
     def said(self) -> str:
         return "\n".join(path.read_text(errors="replace") for path in self.consoles)
@@ -113,8 +116,10 @@ class Starter:
         assert "error" not in answer, answer["error"]
         return answer
 
-    def start(self, *arguments: object, n_ranks: int = 1) -> Life:
-        """`vlp ARGUMENTS…`, on `n_ranks` ranks with the environment that launchers set."""
+    def start(self, *arguments: object, n_ranks: int = 1, ends_at: str | None = None) -> Life:
+        """`vlp ARGUMENTS…`, on `n_ranks` ranks with the environment that launchers set; the first
+        one kills itself at the moment `ends_at` (tests.trials.sudden_end).
+        """
         from tests.ranks import _free_port
 
         port, pids, consoles = _free_port(), [], []
@@ -123,7 +128,10 @@ class Starter:
             console = self._folder / f"console_{self._n_lives:04d}.txt"
             environment = {} if n_ranks == 1 else _of_rank(rank, n_ranks, port)
             answer = self.ask(
-                start=[str(a) for a in arguments], console=str(console), environment=environment
+                start=[str(a) for a in arguments],
+                console=str(console),
+                environment=environment,
+                ends_at=ends_at if rank == 0 else None,
             )
             pids.append(answer["pid"])
             consoles.append(console)
@@ -168,6 +176,9 @@ def _fork(request: dict[str, Any]) -> int:
     # tests may run so, and a life would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    if request["ends_at"] is not None:
+        sudden_end.end_at(request["ends_at"])
 
     from vlp.cli import main
 
