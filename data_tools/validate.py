@@ -173,25 +173,36 @@ def _check_samples(path: Path, shard: Shard) -> int:
 
 
 def _check_further(path: Path, shard: Shard) -> Counter[str]:
-    """How many samples have a sound and how many frames of a video; the shard learns what is wrong
-    with these. The sample is good all the same: not every run reads them.
+    """How many samples have frames, a sound or numbers; the shard learns what is wrong with these,
+    and no longer counts them as passed over. The sample is good all the same: not every run reads
+    them.
     """
-    from vlp.data.further_members import frames_of, of_tar, sound_of
+    from vlp.data.further_members import carried_of, frames_of, of_tar, sound_of
 
     counts: Counter[str] = Counter()
     with open(path, "rb") as file:
-        for key, members in of_tar(path).members.items():
+        for key, of_sample in of_tar(path).members.items():
+            # A second member of a name, which no reader gets, stays among what is odd.
+            members = carried_of(of_sample)
             frames = frames_of(members)
-            if frames:
-                counts["samples with frames"] += 1
-            if sound_of(members, ""):
-                counts["samples with a sound"] += 1
+            counts["samples with frames"] += bool(frames)
+            counts["samples with a sound"] += bool(sound_of(members, ""))
+            counts["samples with numbers"] += any(m.extension == "npy" for m in members)
+
             for member in members:
+                _take_back(shard, member.kind)
                 try:
                     _check_member(member, member in frames, file)
                 except ValueError as error:
                     shard.report(f"{key}{member.ending}", str(error))
-    return counts
+    return +counts
+
+
+def _take_back(shard: Shard, kind: str) -> None:
+    """Count one member of a kind no longer as passed over."""
+    shard.left_out[kind] = shard.left_out.get(kind, 0) - 1
+    if shard.left_out[kind] <= 0:
+        del shard.left_out[kind]
 
 
 def _check_member(member: Member, is_frame: bool, file: BinaryIO) -> None:

@@ -96,8 +96,8 @@ def from_model(
     """A model of ours; `keep` hashes its weights so that embeddings may be kept on disk (not while
     it is training).
 
-    The caller decides about `model.eval()`; `vlp.eval.run.in_training` does so and puts the mode
-    back.
+    The caller decides about `model.eval()`; `vlp.eval.evaluation.in_training` does so and puts the
+    mode back.
     """
     from vlp.data import text as tokenizers
     from vlp.data.decode import eval_transform

@@ -8,7 +8,7 @@ from tests.data.material import REAL, needs_data
 from tests.data_tools.tools import call
 from vlp import config
 from vlp.data_tools import embed, pack
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.models.build import build
 from vlp.train import train
 

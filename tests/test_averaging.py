@@ -17,7 +17,7 @@ from tests.test_train import losses
 from vlp import averaging, checkpoint, config
 from vlp.averaging import average, mean_of
 from vlp.cli import main
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.export.averages import soup
 from vlp.export.folder import export, export_run
 from vlp.models.build import build

@@ -22,6 +22,10 @@ HIDDEN = [
     "the variable holds value-of-PLANTED-variable",
     "the configuration's own is learned-PLANTED",
     "hf_PLANTED0123456789",
+    "ya29.PLANTED0123456789",
+    "bad connection: AccountName=me;AccountKey=PLANTED/0123+4==;EndpointSuffix=core.windows.net",
+    "BlobEndpoint=https://me.host/x;SharedAccessSignature=sv=2026&sig=PLANTED%2B0123%3D",
+    "the token sv=2026&ss=b&sig=PLANTED%2B0123%3D&se=2027 has ended",
 ]
 LEFT_ALONE = [
     "https://host/a.tar?download=true and s3://bucket/000??.tar::file:///data/{0..9}.tar",
@@ -46,9 +50,22 @@ def test_messages_hide_secrets_and_nothing_else():
         for text in HIDDEN
         if "PLANTED" in privacy.scrubbed(text) or "PLANTED" in privacy.private(text)
     ]
-    assert not left and len(HIDDEN) == 11
+    assert not left and len(HIDDEN) == 15
     assert [privacy.scrubbed(text) for text in LEFT_ALONE] == LEFT_ALONE
     assert privacy.scrubbed(privacy.scrubbed(HIDDEN[2])) == privacy.scrubbed(HIDDEN[2])
+
+
+@pytest.mark.parametrize("place", ["environment", "storage"])
+def test_the_key_in_a_connection_string_is_a_secret_of_its_own(place, monkeypatch):
+    key = "PLANTED/0123+4567=="
+    whole = f"AccountName=me;AccountKey={key};EndpointSuffix=core.windows.net"
+    assert privacy.scrubbed(f"refused: {key}") == f"refused: {key}"
+    if place == "environment":
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", whole)
+    else:
+        privacy.remember({"connection_string": whole}, "storage")
+    assert privacy.scrubbed(f"refused: {key}") == "refused: ***"
+    assert "PLANTED" not in privacy.scrubbed(f"with {whole}")
 
 
 TREE = {

@@ -1,6 +1,9 @@
 """Each byte of a checkpoint is read by one rank, and all ranks hold what it says."""
 
 import math
+import os
+import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from tests import ranks
 from tests.engines.test_own_rows import save_parts
 from tests.test_step import make_training
-from vlp import checkpoint, dist
+from vlp import checkpoint, config, dist, resume, teacher
 from vlp.pretrained import read_once as reading
 from vlp.pretrained.parts import CheckpointError, Joined
 from vlp.pretrained.read_once import ReadOnce, read_once
@@ -54,7 +57,7 @@ def read_in_all_orders():
     return n_alike
 
 
-@pytest.mark.parametrize("n_ranks", [3, 4])
+@pytest.mark.parametrize("n_ranks", [pytest.param(3, marks=pytest.mark.slow), 4])
 def test_tensors_of_any_form_are_what_is_stored(n_ranks):
     n_asked = 3 * (3 + 2) * len(of_every_form())  # three pieces, three orders and one of two
     assert n_asked == 1170
@@ -62,7 +65,12 @@ def test_tensors_of_any_form_are_what_is_stored(n_ranks):
 
 
 def bytes_read(run, engine):
-    """Bytes that this rank reads of weights and of moments; bytes of all."""
+    """Bytes that this rank reads of weights, to see whether they are finite and to take them over,
+    and of moments; bytes of all.
+    """
+    # DeepSpeed looks for ninja.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    reading.PIECE = 2**14  # else all of this model is one
     contents = checkpoint.load(checkpoint.newest(run))
     sizes = [
         sum(value.nbytes for value in of_kind.values())
@@ -79,14 +87,16 @@ def bytes_read(run, engine):
     model = training.engine.evaluation_model()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Joined, "part", counted)
+        assert resume._spoilt(run, contents.model) is None
+        looked_at, n_read[:] = sum(n_read), []
         checkpoint.restore(model, read_once(contents.model), run)
-        of_model = sum(n_read)
+        of_model, n_read[:] = sum(n_read), []
         training.engine.load_moments(contents.optimizer)
 
     same = [torch.equal(value, contents.model[name]) for name, value in model.state_dict().items()]
     _, moments = training.engine.state(everywhere=True)
     same += [torch.equal(value, contents.optimizer[name]) for name, value in moments.items()]
-    return same, (of_model, sum(n_read) - of_model), sizes
+    return same, (looked_at, of_model, sum(n_read)), [sizes[0], *sizes]
 
 
 def saved_and_read(run, engine):
@@ -94,9 +104,15 @@ def saved_and_read(run, engine):
     return bytes_read(run, engine)
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2"))]
+)
 def test_ranks_read_each_byte_of_weights_and_moments_once(engine, tmp_path):
-    results = ranks.run(4, saved_and_read, tmp_path, engine)
+    if engine == "zero2":  # a process cannot be DDP's before it is DeepSpeed's
+        ranks.run(4, save_parts, tmp_path)
+        results = ranks.run(4, bytes_read, tmp_path, engine)
+    else:
+        results = ranks.run(4, saved_and_read, tmp_path, engine)
     sizes = results[0][2]
     n_compared = 0
     for kind, n_bytes in enumerate(sizes):
@@ -117,8 +133,19 @@ def read_what_one_lacks():
     try:
         read_once(stored)["torch.float32.(64, 8)"]
     except CheckpointError as error:
-        return str(error)
-    return ""
+        of_share = str(error)
+
+    # And what each rank does by itself; rows of NaN, which one of them reads.
+    def opened():
+        if dist.rank() == 1:
+            raise OSError("Permission denied")
+
+    try:
+        resume.on_all(opened)
+    except OSError as error:
+        alone = str(error)
+    weights = {"good": torch.ones(8), "bad": torch.tensor([1.0] * 7 + [math.nan])}
+    return of_share, alone, resume._spoilt("checkpoint", weights)
 
 
 class Lost(dict):
@@ -139,8 +166,57 @@ class Unreadable:
 
 def test_what_one_rank_cannot_read_is_an_error_on_all():
     messages = ranks.run(3, read_what_one_lacks)
-    assert len(set(messages)) == 1
-    assert "rank 2: OSError: Stale file handle" in messages[0]
+    assert len({of_share for of_share, _, _ in messages}) == 1
+    assert "rank 2: OSError: Stale file handle" in messages[0][0]
+    assert [alone for _, alone, _ in messages] == ["Permission denied"] * 3
+    spoilt = [text for _, _, text in messages]
+    assert spoilt == [None, None, "checkpoint holds NaN or infinity in bad"]
+
+
+class Counted(dict):
+    """Tensors that note how often each is asked for."""
+
+    def __init__(self, stored):
+        super().__init__(stored)
+        self.asked = Counter()
+
+    def __getitem__(self, name):
+        self.asked[name] += 1
+        return super().__getitem__(name)
+
+    def items(self):
+        return ((name, self[name]) for name in self)
+
+    def shape(self, name):
+        return tuple(super().__getitem__(name).shape)
+
+    def dtype(self, name):
+        return super().__getitem__(name).dtype
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_a_teacher_asks_for_each_tensor_once(loses):
+    """Which of a checkpoint in parts is one reading of it; also that nothing of it is lost."""
+    training = make_training()
+    model = training.engine.evaluation_model()
+    average = {f"ema_{name}": value + 1 for name, value in model.state_dict().items()}
+    queue = {f"queue_{side}": torch.randn(4, model.embed_dim) for side in ("image", "text")}
+    saved = Counted(average | queue)
+    if loses:
+        del saved[next(name for name in saved if name.startswith("ema_"))]
+    options = config.Teacher(ema=0.9, queue=4)
+
+    def build():
+        return teacher.Teacher(options, training.engine, model, frozenset(), saved)
+
+    if loses:
+        with pytest.raises(CheckpointError, match="not in the checkpoint"):
+            build()
+        return
+    held = dict(build().tensors())
+    assert saved.asked == dict.fromkeys(saved, 1) and len(saved) > 20
+    for name, value in (average | queue).items():
+        assert torch.equal(held[name], value.to(held[name].dtype))
 
 
 def test_one_process_reads_as_before():

@@ -23,7 +23,7 @@ from vlp.config import Duration, Plan, Stage, WholePlan
 from vlp.config.durations import of_stages
 from vlp.engines.replicated import Replicated
 from vlp.engines.zero import ZeRO
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.export.folder import export_run
 from vlp.lifetime import Stopped
 from vlp.models.load import load

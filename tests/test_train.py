@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vlp import checkpoint, config
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.export.folder import export_run
 from vlp.lifetime import Interrupted, Stopped, StopRequest, give_way
 from vlp.step import NonFiniteError

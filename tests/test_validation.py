@@ -16,7 +16,7 @@ from vlp import checkpoint, config, watch
 from vlp.config import Best
 from vlp.data.embedded import Teacher
 from vlp.eval import tasks
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.eval.tasks import few_shot
 from vlp.lifetime import Stopped
 from vlp.plugin import Plugin

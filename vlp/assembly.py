@@ -39,6 +39,7 @@ from vlp.pretrained import references
 from vlp.pretrained.read_once import read_once
 from vlp.resume import (
     go_on_from,
+    on_all,
     open_run,
     shared_layout,
     start_from,
@@ -301,7 +302,8 @@ def load_weights(model: DualEncoder, source: Path | None, plan: Plan) -> checkpo
     if source is None:
         return None
     # `open_run` has compared the hashes.
-    stored = checkpoint.load(source, verified=True, layout=shared_layout(source))
+    layout = shared_layout(source)
+    stored = on_all(lambda: checkpoint.load(source, verified=True, layout=layout))
     model_weights, of_teacher = read_once(stored.model), read_once(stored.teacher)
     contents = replace(stored, model=model_weights, teacher=of_teacher)
     check_extent(contents.state["step"], plan, source)

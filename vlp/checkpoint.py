@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from vlp import log, retention
@@ -45,9 +44,10 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.models.load import load as load_export
 from vlp.pretrained import adapters
 from vlp.pretrained.fitting import UNCHANGED, Fit
-from vlp.pretrained.parts import Joined, Layout, Rows, shape_of
+from vlp.pretrained.parts import Joined, Layout, Rows
 from vlp.pretrained.references import Reference
 from vlp.pretrained.references import resolve as resolve_reference
+from vlp.pretrained.restoring import restore
 from vlp.pretrained.runs import (
     FOLDER,
     KINDS,
@@ -304,31 +304,6 @@ def check_alike(source: nn.Module, model: DualEncoder, name: str) -> None:
             f"{name} read its captions as {source.text_spec}, "
             f"and this model reads {model.text_spec}"
         )
-
-
-def restore(model: DualEncoder, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load weights strictly; CheckpointError lists what does not fit."""
-    # torch's own message lists every parameter of both, often hundreds.
-    current = model.state_dict()
-    misfits = [f"{name}: not in the checkpoint" for name in current.keys() - weights.keys()]
-    misfits += [f"{name}: not in the model" for name in weights.keys() - current.keys()]
-    for name in current.keys() & weights.keys():
-        shape, expected = shape_of(weights, name), tuple(current[name].shape)
-        if shape != expected:
-            misfits.append(f"{name}: {shape}, expected {expected}")
-
-    if misfits:
-        shown = "\n  ".join(sorted(misfits)[:5])
-        more = f"\n  … and {len(misfits) - 5} more" if len(misfits) > 5 else ""
-        raise CheckpointError(
-            f"{source} has another architecture than the configuration's model:\n  {shown}{more}"
-            "\nUse its own `model` section, or another source of weights."
-        )
-
-    # One after another: of a checkpoint in parts no second copy of the model comes into being.
-    with torch.no_grad():
-        for name, value in weights.items():
-            current[name].copy_(value)
 
 
 def nested(tensors: Mapping[str, T], terms: Iterable[str]) -> dict[str, dict[str, T]]:

@@ -247,7 +247,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
         server.start_for(loaded)  # its imports take seconds, which pass beside ours
         from vlp.assembly import check_places
-        from vlp.eval.run import in_training, read_all
+        from vlp.eval.evaluation import in_training, read_all
         from vlp.joining import local_device
 
         # Too few GPUs, or a machine without them, and models that are not there, before anything

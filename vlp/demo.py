@@ -10,8 +10,8 @@ from pathlib import Path
 
 from vlp import config, log
 from vlp.data_tools import scenes
+from vlp.eval.evaluation import in_training
 from vlp.eval.report import page
-from vlp.eval.run import in_training
 from vlp.export.folder import export_run
 from vlp.files import write_atomically
 from vlp.locks import held

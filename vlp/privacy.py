@@ -32,9 +32,9 @@ _SECRET = re.compile(
     r"api_?key|access_?key|account_?key|connection_string|key)s?$"
 )
 _VARIABLE = re.compile(
-    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|KEY|PAT|DSN)$"
+    r"(?i)(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|SIGNATURE|KEY|PAT|DSN|CONNECTION_STRING)$"
 )
-_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA)[\w-]{8,}")
+_TOKEN = re.compile(r"\b(hf_|sk-|ghp_|gho_|github_pat_|glpat-|xox[a-z]-|AKIA|ASIA|ya29\.)[\w-]{8,}")
 _BEARER = re.compile(r"((?i:\bbearer\s+)|\bBasic\s+(?=\S*[\d=]))[\w.~+/=-]{6,}")
 _NAMES = r"(?:token|secret|password|passwd|signature|authorization|api[_-]?key|access[_-]?key)s?"
 _ASSIGNED = re.compile(
@@ -42,6 +42,11 @@ _ASSIGNED = re.compile(
     r"(?!true\b|false\b|none\b|null\b)[^\s\"',;&)}\]]{6,}"
 )
 _HEADER = re.compile(rf"(?i)((?:^|[^A-Za-z0-9]){_NAMES}[\"']?:\s+[\"']?)[^\s\"',;)}}\]]{{12,}}")
+# In Azure's connection strings, in any case of letters. A signature for shared access is a query.
+_AZURE = re.compile(
+    r"(?i)(\b(?:AccountKey|SharedAccessKey|SharedAccessSignature)=)[^\s\"';,)}\]]{6,}"
+)
+_SHARED = re.compile(r"((?:^|[?&;\s\"'=])sig=)[^\s\"'&;,)}\]]{6,}")
 _LOGIN = re.compile(r"((?:^|\s)(?:-u|--user|--password)[= ])\S+")
 _ADDRESS = re.compile(
     r"\b(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^\s/'\"<>?]*@)?"
@@ -72,7 +77,7 @@ def scrubbed(text: str) -> str:
     # Addresses before words, whose patterns would cut an address in two.
     text = _ADDRESS.sub(lambda match: _bare(match, HIDDEN), text)
     text = _TOKEN.sub(HIDDEN, text)
-    for pattern in (_BEARER, _ASSIGNED, _HEADER, _LOGIN):
+    for pattern in (_BEARER, _ASSIGNED, _AZURE, _SHARED, _HEADER, _LOGIN):
         text = pattern.sub(rf"\g<1>{HIDDEN}", text)
     return text
 
@@ -150,8 +155,13 @@ def remember(value: Any, key: str = "") -> None:
             remember(item, key)
     elif isinstance(value, str) and is_secret(key, value) and HIDDEN not in value:
         # A header such as "Bearer abc" is shown by others without its first word.
-        parts = (value, *value.split())
+        parts = (value, *value.split(), *_keys_of(value))
         _remembered.update(part for part in parts if _is_telling(part, key))
+
+
+def _keys_of(text: str) -> list[str]:
+    """The secrets within a connection string of Azure, which its errors may show alone."""
+    return [match[0][len(match[1]) :] for match in _AZURE.finditer(text)]
 
 
 def _is_telling(part: str, key: str) -> bool:
@@ -189,7 +199,7 @@ def _is_harmless(scheme: str, query: str) -> bool:
 def _of_environment() -> set[str]:
     """Values of the variables whose names say that they are secret."""
     named_secrets = (value for name, value in os.environ.items() if _VARIABLE.search(name))
-    return {value for value in named_secrets if len(value) >= 8}
+    return {part for value in named_secrets for part in (value, *_keys_of(value)) if len(part) >= 8}
 
 
 def shareable(value: Any, key: str = "") -> Any:

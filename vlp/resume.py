@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from vlp.models.dual_encoder import DualEncoder
 from vlp.pretrained import context, image_size, projections, runs
 from vlp.pretrained.fitting import DECODER, UNCHANGED, Fit
 from vlp.pretrained.parts import Layout
+from vlp.pretrained.read_once import own_share
 from vlp.step import Training
 
 T = TypeVar("T")
@@ -96,6 +97,8 @@ def _problem_of(path: Path, weights_too: bool) -> str | None:
         checkpoint.verify(path, (dist.rank(), dist.world_size()))
     except checkpoint.CheckpointError as error:
         problem = str(error)
+    except OSError as error:  # a disk that fails here alone
+        problem = f"{path} cannot be read: {error}"
 
     # Hashing takes longer than an exchange may.
     dist.await_all("the last rank, which checks its part of a checkpoint")
@@ -107,10 +110,35 @@ def _problem_of(path: Path, weights_too: bool) -> str | None:
         weights = checkpoint.tensors_of(path, "model", shared_layout(path))
     except checkpoint.CheckpointError as error:  # on all ranks alike
         return str(error)
-    own_names = sorted(weights)[dist.rank() :: dist.world_size()]
-    spoilt = checkpoint.not_finite({name: weights[name] for name in own_names})
-    spoilt = [name for names in dist.gather_objects(spoilt) for name in names]
-    return f"{path} holds NaN or infinity in {spoilt[0]}" if spoilt else None
+    problems = [text for text in dist.gather_objects(_spoilt(path, weights)) if text is not None]
+    return problems[0] if problems else None
+
+
+def _spoilt(path: Path, weights: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the values of weights that this rank reads: its rows, tensor by tensor."""
+    try:
+        for name, rows in own_share(weights):
+            if checkpoint.not_finite({name: rows}):
+                return f"{path} holds NaN or infinity in {name}"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    return None
+
+
+def on_all(of_each: Callable[[], T]) -> T:
+    """What this rank gets from something that each rank does by itself; what one of them finds
+    wrong is raised on all, so that none waits for another. Collective.
+    """
+    result: Any = None
+    failure = None
+    try:
+        result = of_each()
+    except (checkpoint.CheckpointError, OSError) as error:
+        failure = error
+    failures = [error for error in dist.gather_objects(failure) if error is not None]
+    if failures:
+        raise failure or failures[0]
+    return result
 
 
 def shared_layout(path: Path) -> Layout | None:

@@ -280,6 +280,10 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
     vision_cfg = contents.description["model_cfg"]["vision_cfg"]
     trained_on = image_size.pair(vision_cfg.get("image_size", CLIPVisionCfg.image_size))
 
+    # Nothing is read here that the model would read again.
+    if image_size.pair(model.visual.image_size) == trained_on:
+        return contents
+
     def fit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return image_size.fitted(tensors, model.visual, trained_on)
 
@@ -288,18 +292,16 @@ def in_form_of(model: DualEncoder, contents: checkpoint.Contents) -> checkpoint.
     weights = fit(stored)
     changed = [name for name, value in weights.items() if value is not stored[name]]
     if not changed:
-        return contents
+        return replace(contents, model=stored)
 
+    teacher = dict(contents.teacher)
     average = {
-        name.removeprefix(EMA): value
-        for name, value in contents.teacher.items()
-        if name.startswith(EMA)
+        name.removeprefix(EMA): value for name, value in teacher.items() if name.startswith(EMA)
     }
-    average = {EMA + name: value for name, value in fit(average).items()}
+    teacher |= {EMA + name: value for name, value in fit(average).items()}
     optimizer = dict(read_once(contents.optimizer))
     for name in changed:
         optimizer = _moments_fitted(optimizer, name, stored[name], fit)
-    teacher = {**contents.teacher, **average}
     return replace(contents, model=weights, teacher=teacher, optimizer=optimizer)
 
 

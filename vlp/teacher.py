@@ -16,7 +16,7 @@ FSDP2 and whole on every rank otherwise; the queue is whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from vlp.fields import FIELDS
 from vlp.models.concatenated import Concatenated
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.embedding import embed
+from vlp.pretrained.parts import dtype_of, shape_of
 from vlp.types import Batch
 
 EMA, QUEUE, FROZEN = "ema_", "queue_", "teacher_"  # prefixes of what each gives
@@ -87,7 +88,7 @@ class Teacher:
 
         self.average = None
         if options.ema is not None:
-            self.average = engine.average(_without_prefix(saved, EMA) or None)
+            self.average = engine.average(_OfAverage(saved) or None)
         self.frozen = [frozen(name, model).to(engine.device) for name in options.models]
 
         of_teachers = stored_shape
@@ -233,7 +234,7 @@ def _held_queue(saved: Mapping[str, Tensor], names: Collection[str]) -> dict[str
     """A checkpoint's queue; nothing where it lacks a part, with which keys would stand beside the
     zeros of an empty place.
     """
-    held = {name: value for name, value in saved.items() if name in names}
+    held = {name: saved[name] for name in saved if name in names}
     missing = sorted(set(names) - held.keys())
     if not held or not missing:
         return held
@@ -275,9 +276,26 @@ def frozen(
     return model
 
 
-def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
+class _OfAverage(Mapping[str, Tensor]):
+    """A checkpoint's moving average by the model's names, of which each is read when it is asked
+    for.
+    """
+
+    def __init__(self, saved: Mapping[str, Tensor]) -> None:
+        self.saved = saved
+        self._names = [name.removeprefix(EMA) for name in saved if name.startswith(EMA)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.saved[EMA + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return shape_of(self.saved, EMA + name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return dtype_of(self.saved, EMA + name)

@@ -126,7 +126,7 @@ class TextStore:
                 self.check([text])
                 continue
             file = int(np.searchsorted(self._firsts, row, side="right")) - 1
-            stored = _mapped(self._files[file])[row - self._firsts[file]]
+            stored = _opened(self._files[file])[row - int(self._firsts[file])]
             result[i] = torch.from_numpy(stored.astype(np.float32))
         return result, 0
 
@@ -160,11 +160,7 @@ def _read(path: Path) -> tuple[Writer, np.ndarray]:
     return writer, of_texts
 
 
-@lru_cache(maxsize=128)  # a process keeps this many files mapped
-def _mapped(path: Path) -> np.ndarray:
-    """The rows of a file, float16 [m, width]; only those that are read take memory."""
-    with open(path, "rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        about = json.loads(file.read(n_header))["text"]
-    start = 8 + n_header + about["data_offsets"][0]
-    return np.memmap(path, np.float16, "r", start, tuple(about["shape"]))
+@lru_cache(maxsize=128)  # a process keeps this many files open
+def _opened(path: Path) -> Any:
+    """The rows of a file, float16 [m, width]; only those that are asked for are read."""
+    return safe_open(path, "numpy").get_slice("text")

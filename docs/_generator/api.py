@@ -19,8 +19,8 @@ PUBLIC = [  # in the order of a reader's way
     "vlp.step.train_step",
     "vlp.step.Training",
     "vlp.types.Batch",
-    "vlp.eval.run.evaluate",
-    "vlp.eval.run.in_training",
+    "vlp.eval.evaluation.evaluate",
+    "vlp.eval.evaluation.in_training",
 ]
 WIDTH = 90  # characters of a signature on one line
 

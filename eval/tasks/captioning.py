@@ -76,7 +76,7 @@ def read(options: Options) -> Source:
 
 def run(encoder: Encoder, data: Source, options: Options, context: Context) -> TaskResult:
     """A caption of every image, and its scores."""
-    assert encoder.describer is not None, "vlp.eval.run asks for it"
+    assert encoder.describer is not None, "vlp.eval.evaluation asks for it"
     try:
         encoder.describer.check(options.search)
     except ValueError as error:

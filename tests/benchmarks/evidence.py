@@ -232,7 +232,7 @@ def train_rank(overrides: list[str]) -> dict[str, Any]:
 
     from vlp import config
     from vlp.config import Plan
-    from vlp.eval.run import in_training
+    from vlp.eval.evaluation import in_training
     from vlp.models.dual_encoder import DualEncoder
     from vlp.train import train
 

@@ -36,7 +36,7 @@ from vlp import config, plugin
 from vlp.config import Config
 from vlp.eval import models
 from vlp.eval.embed import Context
-from vlp.eval.run import evaluate
+from vlp.eval.evaluation import evaluate
 from vlp.train import train
 
 RECIPE = Path(__file__).with_suffix(".yaml").resolve()

@@ -27,7 +27,7 @@ from tests.benchmarks import evidence, evidence_data, law, parts, plots, report
 from tests.benchmarks.law import Law, Point
 from vlp import config
 from vlp.config import Config
-from vlp.eval.run import in_training
+from vlp.eval.evaluation import in_training
 from vlp.models.build import build
 from vlp.train import train
 

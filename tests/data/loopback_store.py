@@ -39,14 +39,15 @@ class Store(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64  # as many are asked for at once
 
-    def __init__(self, root: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, root: Path, handler: type[Handler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.root, self.lock = root, threading.Lock()
         self.faults: list[str] = []
         self.ending = ".tar"
         self.suffered: Counter[str] = Counter()
         self.served: Counter[str] = Counter()
         self.n_sent: Counter[str] = Counter()
+        self.blocks: dict[str, bytes] = {}  # of uploads that are under way
 
         # Of every request, whatever it asks for.
         self.requests: list[str] = []
@@ -103,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
-        self.etag = _etag(data)
+        self.etag = etag(data)
         self._done(200)
 
     def do_DELETE(self) -> None:
@@ -140,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         ):
             self._refuse(403, "AccessDenied" if refused_from is None else "ExpiredToken")
             return True
-        if not urlsplit(self.path).path.startswith("/bucket") and writes:
+        if writes and not self._in_bucket():
             self._refuse(404, "NoSuchBucket")
             return True
         if self.ill == "error":
@@ -153,15 +154,25 @@ class Handler(BaseHTTPRequestHandler):
             return True
         return False
 
+    def _in_bucket(self) -> bool:
+        return urlsplit(self.path).path.startswith("/bucket")
+
     def _refuse(self, status: int, code: str) -> None:
-        body = f"<Error><Code>{code}</Code><Message>told by the store</Message></Error>".encode()
+        body = f"<Error><Code>{code}</Code><Message>told by the store</Message></Error>"
+        self._say(status, body.encode(), "application/xml")
+
+    def _say(self, status: int, body: bytes, kind: str, **headers: str) -> None:
+        """Answer with words, in which no fault falls."""
         self.send_response(status)
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _done(self, status: int) -> None:
+    def _done(self, status: int, **headers: str) -> None:
         """Answer what has been carried out."""
         if self.ill in ("late", "cut"):
             self.close_connection = True
@@ -169,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("ETag", getattr(self, "etag", '"0"'))
         self.send_header("Content-Length", "0")
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
 
     def _answer(self, *, body: bool) -> None:
@@ -176,41 +189,50 @@ class Handler(BaseHTTPRequestHandler):
         name = unquote(address.path).removeprefix("/bucket").strip("/")
         if "list-type=2" in address.query:
             return self._send(200, self._listing(parse_qs(address.query)), body)
-        file = self.server.root / name
-        if not file.is_file():
+        if not (self.server.root / name).is_file():
             return self._send(404, b"", body)
-        data = file.read_bytes()
-        self.etag = _etag(data)
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        self._answer_file(name, self.headers.get("Range", ""), body)
+
+    def _answer_file(self, name: str, asked: str, body: bool = True, **headers: str) -> None:
+        """Answer with a file, or with the range of it that is asked for."""
+        data = (self.server.root / name).read_bytes()
+        self.etag = etag(data)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
         if not match:
-            return self._send(200, data, body, name)
+            return self._send(200, data, body, name, **headers)
         first, last = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
-        self._send(206, data[first : last + 1], body, name, f"bytes {first}-{last}/{len(data)}")
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        self._send(206, data[first : last + 1], body, name, **headers)
+
+    def _entries(self, prefix: str, delimiter: str) -> tuple[list[str], list[str]]:
+        """The files whose names begin with a prefix, and the folders there, each with its /."""
+        files, folders = [], set()
+        for path in sorted(path for path in self.server.root.rglob("*") if path.is_file()):
+            name = path.relative_to(self.server.root).as_posix()
+            if not name.startswith(prefix):
+                continue
+            beyond = name[len(prefix) :]
+            if delimiter and delimiter in beyond:
+                folders.add(prefix + beyond.partition(delimiter)[0] + delimiter)
+            else:
+                files.append(name)
+        return files, sorted(folders)
 
     def _listing(self, query: dict[str, list[str]]) -> bytes:
-        prefix = query.get("prefix", [""])[0]
-        delimiter = query.get("delimiter", [""])[0]
-        files = sorted(
-            path.relative_to(self.server.root).as_posix()
-            for path in self.server.root.rglob("*")
-            if path.is_file()
+        files, folders = self._entries(
+            query.get("prefix", [""])[0], query.get("delimiter", [""])[0]
         )
         entries = []
-        folders = set()
         for name in files:
-            if name.startswith(prefix) and delimiter and delimiter in name[len(prefix) :]:
-                folders.add(prefix + name[len(prefix) :].partition(delimiter)[0] + delimiter)
-            elif name.startswith(prefix):
-                data = (self.server.root / name).read_bytes()
-                entries.append(
-                    f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size>"
-                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-                    f"<ETag>{_etag(data)}</ETag></Contents>"
-                )
-
+            data = (self.server.root / name).read_bytes()
+            entries.append(
+                f"<Contents><Key>{escape(name)}</Key><Size>{len(data)}</Size>"
+                "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                f"<ETag>{etag(data)}</ETag></Contents>"
+            )
         entries += [
             f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
-            for folder in sorted(folders)
+            for folder in folders
         ]
         listing = (
             "<ListBucketResult><Name>bucket</Name><IsTruncated>false</IsTruncated>"
@@ -218,25 +240,23 @@ class Handler(BaseHTTPRequestHandler):
         )
         return listing.encode()
 
-    def _send(
-        self, status: int, data: bytes, body: bool, name: str = "", content_range: str = ""
-    ) -> None:
+    def _send(self, status: int, data: bytes, body: bool, name: str = "", **headers: str) -> None:
         fault = self.server.fault(name) if body else ""
         if self.ill in ("late", "cut"):
             fault = "drop"
         if fault == "error":
-            status, data = 500, b"try again"
+            status, data, headers = 500, b"try again", {}
         elif fault == "denied":
-            status, data = 401, b""
+            status, data, headers = 401, b"", {}
         elif fault == "away" or (not body and self.server.away(name)):
-            status, data = 503, b""
+            status, data, headers = 503, b"", {}
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
         self.send_header("ETag", getattr(self, "etag", '"0"'))
-        if content_range and status == 206:
-            self.send_header("Content-Range", content_range)
+        for key, value in headers.items():
+            self.send_header(key, value)
         self.end_headers()
         if not body:
             return
@@ -253,14 +273,14 @@ class Handler(BaseHTTPRequestHandler):
         self.server.served[name] += status < 300
 
 
-def _etag(data: bytes) -> str:
+def etag(data: bytes) -> str:
     return f'"{hashlib.md5(data).hexdigest()}"'
 
 
 @contextmanager
-def store(root: Path) -> Iterator[Store]:
+def store(root: Path, handler: type[Handler] = Handler) -> Iterator[Store]:
     """Serve a folder while the block runs."""
-    server = Store(root)
+    server = Store(root, handler)
     thread = threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
     )

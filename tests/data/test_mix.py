@@ -172,3 +172,9 @@ def test_windows_permute_all_samples_and_keep_to_a_few_shards_at_a_time(runs, wi
         assert sum(first_use[s] <= position <= last_use[s] for s in last_use) <= width
     if n > 100:
         assert Windows(runs, width, 2)(np.arange(n)).tolist() != order.tolist()
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 3.0]])
+def test_a_source_without_samples_is_named(weights):
+    with pytest.raises(ValueError, match="source 1 holds no samples; leave it out"):
+        mixture(5, 0, 3, weights=weights)

@@ -13,6 +13,7 @@ import pytest
 from tests.data.material import encoded, picture, write_tar
 from tests.data_tools.tools import call, read
 from vlp.data.further_members import of_tar
+from vlp.data.rows import _KINDS, FURTHER_MEMBERS
 from vlp.data.scan import scan
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import negatives, reshard
@@ -123,6 +124,24 @@ def test_inspect_names_members_of_modalities(shards: Path) -> None:
     }  # fmt: skip
     assert summary["odd_or_passed_over"] == {"members .xmp": 2}
     assert not any(".wav" in problem for problem in summary["problems"])
+
+
+def test_members_are_carried_and_counted_beside_any_number_of_other_kinds(tmp_path: Path) -> None:
+    """Sounds, frames and numbers behind more kinds than a shard counts apart."""
+    odd = [(f"a.x{n}", b"x") for n in range(_KINDS + 5)]
+    own = {"0.png": encoded(picture(1)), "ogg": b"OggS", "voice.npy": b"numbers"}
+    whole = [("a.png", encoded(picture(0))), ("a.txt", b"word 0"), *odd]
+    write_tar(tmp_path / "in" / "0.tar", whole + [(f"a.{end}", own[end]) for end in own])
+
+    assert call(filtering, tmp_path / "in", "--min-words", 1, "--to", tmp_path / "out") == 0
+    assert of_folder(tmp_path / "out") == {"word 0": own}
+    counts = json.loads((tmp_path / "out" / "00000_filter.json").read_text())["counts"]
+    left_behind = {kind: n for kind, n in counts.items() if kind.startswith(LEFT_BEHIND)}
+    assert sum(left_behind.values()) == len(odd)
+    assert left_behind[f"{LEFT_BEHIND}{FURTHER_MEMBERS}"] >= 5
+    assert summarise(str(tmp_path / "in"), 1)["members_of_modalities"] == {
+        ".N.png": 1, ".ogg": 1, ".npy": 1
+    }  # fmt: skip
 
 
 def test_only_tars_with_further_members_are_walked(

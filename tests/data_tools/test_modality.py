@@ -141,6 +141,24 @@ def test_validate_names_sounds_and_frames_that_cannot_be_read(tmp_path, capsys):
     summary = json.loads((tmp_path / "report.json").read_text())
     assert summary["problems"] == 2
     assert summary["further"] == {"samples with a sound": 2, "samples with frames": 2}
+    # What is read is not odd: only what is wrong with two of them is told.
+    assert not [kind for kind in summary["left_out"] if kind.startswith("members ")]
+    assert "members ." not in said
+
+
+def test_validate_lists_members_of_no_sample_and_second_ones_of_a_name(tmp_path, capsys):
+    wave, still = sound(440), encoded(picture(3))
+    shards = shard(tmp_path / "set", {"a": [("wav", wave), ("wav", wave), ("0.png", still)]})
+    members = [("b.npy", b"numbers"), ("b.png", still), ("b.txt", b"words"), ("nobody.wav", wave)]
+    write_tar(shards / "1.tar", [*members, ("b.first.png", still)])
+
+    assert call(validate, shards, "--json", tmp_path / "report.json") == 0
+    summary = json.loads((tmp_path / "report.json").read_text())
+    assert summary["left_out"] == {"members .wav": 2, "members .first.png": 1}
+    assert summary["further"] == {
+        "samples with a sound": 1, "samples with frames": 1, "samples with numbers": 1
+    }  # fmt: skip
+    assert "odd or passed over: 2 × members .wav, 1 × members .first.png" in capsys.readouterr().out
 
 
 def test_sounds_of_which_none_can_be_read_are_refused(tmp_path):

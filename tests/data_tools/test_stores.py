@@ -106,13 +106,15 @@ def walk(
     faults: list[list[str]],
     every: int,
     stride: int = 1,
+    bucket: str = "s3://bucket",
+    patience: int = 20,  # more than the tries of all layers
 ) -> int:
     """Let each request of a call, or every `stride`-th, fail in turn, by the faults of its turn; in
     one of `every` turns so often that no patience outlasts it. Returns how many calls ended, and
     were made again.
     """
     server.requests.clear()
-    assert vlp(*call, "s3://bucket/whole") == 0
+    assert vlp(*call, f"{bucket}/whole") == 0
     n_requests = len(server.requests)
     assert n_requests > 15
 
@@ -121,13 +123,13 @@ def walk(
         for fault in faults[number % len(faults)]:
             folder = f"{fault}{number}"
             server.requests.clear()
-            n_faults = 1 if number % every else PATIENCE
+            n_faults = 1 if number % every else patience
             server.faulty = {number + i: fault for i in range(n_faults)}
-            status = vlp(*call, f"s3://bucket/{folder}")
+            status = vlp(*call, f"{bucket}/{folder}")
             server.faulty = {}
             if status:
                 n_ended += 1
-                assert vlp(*call, f"s3://bucket/{folder}") == 0
+                assert vlp(*call, f"{bucket}/{folder}") == 0
             # A note whose removal failed stays, and the call says so.
             there = content(server.root / folder)
             there.pop(".writer-1-of-1.json", None)
@@ -137,7 +139,6 @@ def walk(
     return n_ended
 
 
-PATIENCE = 20  # more than the tries of all layers
 FAULTS = ["error", "drop", "late", "cut"]
 
 

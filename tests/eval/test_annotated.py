@@ -12,7 +12,7 @@ import pytest
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import countbench, sugarcrepe
@@ -208,7 +208,7 @@ def evaluate(reader: str, options: dict) -> dict:
     encoder = material.known_encoder(material.direction, of_text)
     strings = {key: str(value) for key, value in options.items()}
     tasks = plugin.keyed("vlp.eval.tasks", {reader: strings})
-    (record,), _ = run.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
+    (record,), _ = evaluation.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
     return record
 
 

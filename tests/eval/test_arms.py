@@ -9,9 +9,9 @@ import torch
 from tests.eval import material
 from vlp import cli, config
 from vlp.eval import confidence
+from vlp.eval.evaluation import in_training
 from vlp.eval.pictures import DataError
 from vlp.eval.report import arms, records
-from vlp.eval.run import in_training
 from vlp.train import train
 
 UNITS = 400

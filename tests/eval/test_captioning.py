@@ -22,13 +22,13 @@ from vlp import checkpoint, cli, config, losses, plugin
 from vlp.checks import check_captioning, check_tasks
 from vlp.data import text
 from vlp.data.text import Frame, frame
-from vlp.eval import caption_scores, models, run
+from vlp.eval import caption_scores, evaluation, models
 from vlp.eval.describers import check_reference
 from vlp.eval.embed import Context
+from vlp.eval.evaluation import in_training
 from vlp.eval.inference import Model
 from vlp.eval.models import ModelError
 from vlp.eval.pictures import DataError
-from vlp.eval.run import in_training
 from vlp.export import folder
 from vlp.models import describe
 from vlp.models.describe import Search
@@ -83,12 +83,12 @@ def test_a_model_that_learned_captions_writes_them(tmp_path, shards):
     model = coca.coca(tmp_path)
     encoder = models.from_model(model, keep=True)
     options = {"data": shards, "captions_per_image": 1, "min_tokens": 2, "max_tokens": 10}
-    (before,), _ = run.evaluate(encoder, [task(**options)], Context(workers=0))
+    (before,), _ = evaluation.evaluate(encoder, [task(**options)], Context(workers=0))
     learn(model)
 
     for beams in (1, 3):
         chosen = task(**options, beams=beams)
-        (record,), items = run.evaluate(encoder, [chosen], Context(workers=0))
+        (record,), items = evaluation.evaluate(encoder, [chosen], Context(workers=0))
         assert record["metrics"]["bleu_1"] == pytest.approx(1, abs=1e-6)
         assert record["metrics"]["cider"] > 6 > before["metrics"]["cider"] + 3
         assert record["metrics"]["different"] == 1
@@ -232,7 +232,7 @@ def test_what_cannot_be_scored_is_refused_at_the_start(tmp_path, shards, monkeyp
     encoder = models.from_model(model)
 
     def evaluate(of, **options):
-        run.evaluate(of, [task(data=shards, **options)], Context(workers=0))
+        evaluation.evaluate(of, [task(data=shards, **options)], Context(workers=0))
 
     with pytest.raises(
         ModelError, match=r"captioning: .* has no text decoder, which captions need"
@@ -300,7 +300,9 @@ def test_a_model_without_a_decoder_is_refused_before_its_weights_are_read(shards
 def of_rank(folder, shards):
     """The metrics of a rank, whose batches are of one picture."""
     encoder = models.from_model(coca.coca(folder))
-    (record,), _ = run.evaluate(encoder, [task(data=shards, max_tokens=10)], Context(1, workers=0))
+    (record,), _ = evaluation.evaluate(
+        encoder, [task(data=shards, max_tokens=10)], Context(1, workers=0)
+    )
     return record["metrics"], record["counts"]
 
 

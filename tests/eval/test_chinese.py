@@ -10,7 +10,7 @@ import pytest
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.datasets import open_source
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
@@ -128,7 +128,7 @@ def test_recalls_and_their_mean_are_those_of_chinese_clip(tmp_path):
     options = chinese_clip(tmp_path)
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": options | {"language": "zh"}})
     encoder = material.random_encoder(3)
-    (record,), _ = run.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
+    (record,), _ = evaluation.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
 
     texts = [caption(i, k) for i in range(N) for k in (0, 1)]
     image = encoder.encode_images([material.picture(i) for i in range(N)])

@@ -12,7 +12,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin, watch
-from vlp.eval import models, run
+from vlp.eval import evaluation, models
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.eval.tasks import aro, countbench, order, sugarcrepe, sugarcrepe_pp
@@ -20,7 +20,9 @@ from vlp.eval.tasks import aro, countbench, order, sugarcrepe, sugarcrepe_pp
 
 def evaluate(task, encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {task: options})
-    records, items = run.evaluate(encoder, tasks, Context(batch=32, workers=2, contents=Contents()))
+    records, items = evaluation.evaluate(
+        encoder, tasks, Context(batch=32, workers=2, contents=Contents())
+    )
     # By these `checkpoint.best` and `stop` are checked.
     listed = watch.scores(tasks[0])
     for name in records[0]["metrics"]:
@@ -254,7 +256,7 @@ def test_aro_leaves_out_rare_attributes_and_the_published_relations_on_cut_pictu
     # 25 right in "on", five in "under", 50 wrong in "by".
     record, _ = evaluate("aro", likes("yes"), **options, exclude=[])
     assert record["metrics"]["vg_relation"] == pytest.approx(2 / 3)
-    data = run.read_all(plugin.keyed("vlp.eval.tasks", {"aro": options}))[0]
+    data = evaluation.read_all(plugin.keyed("vlp.eval.tasks", {"aro": options}))[0]
     assert data["vg_attribution"].pictures[0].open().size == (4, 4)
     with pytest.raises(DataError, match="no group of at least 1 items that is not left out"):
         evaluate("aro", likes("yes"), **options, exclude=["by", "on", "under"])
@@ -476,7 +478,7 @@ def test_the_published_order_sets_need_spacy_and_use_its_tags(tmp_path, monkeypa
         ]
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    opened = run.read_all(plugin.keyed("vlp.eval.tasks", {"order": {"data": data}}))[0]
+    opened = evaluation.read_all(plugin.keyed("vlp.eval.tasks", {"order": {"data": data}}))[0]
     first = opened.captions[0]
     changed = {
         w for own, new in zip(first[0].split(), first[1].split()) if own != new for w in (own, new)

@@ -14,7 +14,7 @@ import torch
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import embed, models, run
+from vlp.eval import embed, evaluation, models, run
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
 from vlp.eval.report import comparison, records
@@ -77,7 +77,7 @@ def test_embeddings_are_computed_once_and_found_by_content(room, tmp_path):
         context = Context(
             batch=8, cache=tmp_path / "kept", contents=Contents(tmp_path / "kept/contents.json")
         )
-        return run.evaluate(this, tasks(room), context)[0]
+        return evaluation.evaluate(this, tasks(room), context)[0]
 
     first = evaluate()
     assert calls
@@ -151,7 +151,7 @@ def test_a_diverged_model_is_refused_not_scored(room):
         lambda n: torch.full((8,), float("nan")), lambda t: material.direction(t, dim=8)
     )
     with pytest.raises(ValueError, match="20 of 20 image embeddings are not finite"):
-        run.evaluate(encoder, tasks(room)[1:], Context())
+        evaluation.evaluate(encoder, tasks(room)[1:], Context())
 
 
 # --- ranks ----------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def evaluate_on_a_rank(room, cache):
     # Several exchanges, as of a large set.
     gathered, embed.GATHERED = embed.GATHERED, 1
     context = Context(batch=8, workers=1, contents=Contents(), cache=Path(cache) if cache else None)
-    results, items = run.evaluate(material.matrix_encoder(), tasks(room), context)
+    results, items = evaluation.evaluate(material.matrix_encoder(), tasks(room), context)
     torch.set_num_threads(threads)
     embed.GATHERED = gathered
     return results, {name: value.tolist() for name, value in items.items()}
@@ -485,10 +485,10 @@ def test_the_training_loop_gets_the_same_scores_and_its_random_state_back(room):
     model = material.our_model().train()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    results = run.in_training(model, tasks(room))
+    results = evaluation.in_training(model, tasks(room))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    expected = run.evaluate(models.from_model(model.eval()), tasks(room), Context())[0]
+    expected = evaluation.evaluate(models.from_model(model.eval()), tasks(room), Context())[0]
     assert [r["metrics"] for r in results] == [r["metrics"] for r in expected]
     assert [r["label"] for r in results] == ["zeroshot", "retrieval"]
 

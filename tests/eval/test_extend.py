@@ -12,7 +12,7 @@ import pytest
 
 from tests.eval import material
 from vlp import config, plugin
-from vlp.eval import prompts, run, tasks
+from vlp.eval import evaluation, prompts, tasks
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
@@ -56,7 +56,7 @@ def test_the_example_task_scores_and_is_known_to_configurations(extended):
 
     chosen = plugin.keyed("vlp.eval.tasks", {"colours": {"data": str(table), "every": "5%"}})
     context = Context(workers=0, contents=Contents())
-    (record,), items = run.evaluate(encoder, chosen, context, run.read_all(chosen))
+    (record,), items = evaluation.evaluate(encoder, chosen, context, evaluation.read_all(chosen))
     assert record["metrics"] == {"red": 1 / 2, "green": 1, "mean": 3 / 4}
     assert set(record["chance"].values()) == {1 / 2}
     assert record["counts"] == {"items": 3, "skipped": 0}

@@ -8,7 +8,7 @@ import pytest
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import ranked, run
+from vlp.eval import evaluation, ranked
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
@@ -18,7 +18,7 @@ GRADES = [(0, 0, 5.0), (0, 1, 3.0), (1, 1, 4.5), (1, 2, 0.0), (2, 2, 2.0), (2, 0
 def evaluate(data, encoder=None, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {"graded": {"data": str(data), **options}})
     context = Context(workers=0, contents=Contents())
-    return run.evaluate(encoder or material.random_encoder(), chosen, context)[0][0]
+    return evaluation.evaluate(encoder or material.random_encoder(), chosen, context)[0][0]
 
 
 def write(folder, header="text,image,grade", name="judged.csv", text="say {}"):

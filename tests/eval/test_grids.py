@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import grids, run
+from vlp.eval import evaluation, grids
 from vlp.eval.embed import Context
 from vlp.eval.grids import Grid
 from vlp.eval.pictures import Contents, DataError, Picture
@@ -73,7 +73,7 @@ def test_hits_and_chance_equal_the_loop_over_all_orders(which):
 
 def evaluate(task, encoder, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {task: options})
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 def knows() -> material.Encoder:

@@ -13,7 +13,7 @@ import torch
 from tests.eval import material
 from tests.eval.suite_material import CLASSES, add_vectors, write_wds, write_winogavil
 from vlp import plugin
-from vlp.eval import confidence, metrics, run
+from vlp.eval import confidence, evaluation, metrics
 from vlp.eval.embed import Context
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import winogavil, zeroshot
@@ -33,7 +33,7 @@ def knower() -> Any:
 def evaluate(task: str, data: Path, **options: Any) -> Any:
     (chosen,) = plugin.keyed("vlp.eval.tasks", {task: {"data": str(data), **options}})
     context = Context(cache=None, progress=False, batch=8, workers=1)
-    (record,), _ = run.evaluate(knower(), [chosen], context)
+    (record,), _ = evaluation.evaluate(knower(), [chosen], context)
     return record
 
 
@@ -75,7 +75,7 @@ def test_languages_of_one_prefix_and_one_called_mean_are_apart(tmp_path):
         lambda text: material.direction(int(text.split()[-1])),
     )
     (chosen,) = plugin.keyed("vlp.eval.tasks", {"multilingual": {"data": str(tmp_path)}})
-    (record,), _ = run.evaluate(encoder, [chosen], Context(workers=0))
+    (record,), _ = evaluation.evaluate(encoder, [chosen], Context(workers=0))
     names = {"fi": "fi", "fil": "fil", "mean": "group:mean"}
     at_1 = "image_retrieval_recall@1"
     scores = {language: record["metrics"][f"{name}_{at_1}"] for language, name in names.items()}

@@ -11,7 +11,7 @@ import torch
 from tests import ranks
 from tests.eval import material
 from vlp import cli, plugin
-from vlp.eval import embed, models, run
+from vlp.eval import embed, evaluation, models
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.report import records
@@ -45,7 +45,7 @@ def records_of_rank(photos: str, alone: bool) -> list:
         *tasks(data=photos, missing="skip"),
     ]
     # Outcomes do not pass the pipe of a rank that has ended.
-    done = run.attempt(material.matrix_encoder(), every)
+    done = evaluation.attempt(material.matrix_encoder(), every)
     assert all(("items" in record) != ("error" in record) for record in done)
     return [{key: part for key, part in record.items() if key != "items"} for record in done]
 
@@ -91,8 +91,8 @@ def test_unreadable_pictures_are_refused_before_anything_long_starts(photos, tmp
         r"dog/3\.png is empty(.|\n)*missing: skip"
     )
     with pytest.raises(DataError, match=message):
-        run.read_all(tasks(data=str(photos)))
-    assert len(run.read_all(tasks(data=str(photos), missing="skip"))) == 1
+        evaluation.read_all(tasks(data=str(photos)))
+    assert len(evaluation.read_all(tasks(data=str(photos), missing="skip"))) == 1
     shutil.rmtree(photos / "cat")
     command = [
         "eval",
@@ -114,11 +114,11 @@ def test_skipped_pictures_count_as_gray_and_are_counted_in_every_call(photos, tm
     context = Context(cache=tmp_path / "cache", contents=Contents())
     for _ in range(2):
         encoder = replace(material.matrix_encoder(), fingerprint="one")
-        results, _ = run.evaluate(encoder, chosen, context)
+        results, _ = evaluation.evaluate(encoder, chosen, context)
         assert results[0]["counts"]["unreadable"] == 1
         assert "NOT COMPARABLE, 1 images count as plain gray" in records.table(results)
     with pytest.raises(DataError, match=r"dog/3\.png does not open"):
-        run.evaluate(material.matrix_encoder(), tasks(data=str(photos)), context)
+        evaluation.evaluate(material.matrix_encoder(), tasks(data=str(photos)), context)
 
 
 def test_empty_pictures_are_found_however_many_there_are(tmp_path):
@@ -130,7 +130,7 @@ def test_empty_pictures_are_found_however_many_there_are(tmp_path):
     with pytest.raises(
         DataError, match=r"1 of 300 images cannot be read:\n  image .*257\.png is empty"
     ):
-        run.read_all(plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(tmp_path)}}))
+        evaluation.read_all(plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(tmp_path)}}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,9 +140,9 @@ def test_towers_compute_in_the_precision_of_the_run(dtype, photos):
     computed = set()
     linear.register_forward_hook(lambda _, args, output: computed.add(output.dtype))
 
-    (record,) = run.in_training(model, tasks(data=str(photos)), dtype)
+    (record,) = evaluation.in_training(model, tasks(data=str(photos)), dtype)
     assert computed == {dtype} and 0 <= record["metrics"]["acc1"] <= 1
-    assert run.in_training(model, tasks(data=str(photos)))  # float32 where nothing is said
+    assert evaluation.in_training(model, tasks(data=str(photos)))  # float32 where nothing is said
     assert computed == {dtype, torch.float32}
 
 
@@ -204,10 +204,10 @@ def test_a_run_whose_evaluation_fails_ends_with_its_weights(photos, scenes, tmp_
     }
     settings["eval"] = {"zeroshot": {"data": str(photos), "every": 1}}
     parsed = config.parse(settings)
-    run.read_all(parsed.eval)
+    evaluation.read_all(parsed.eval)
     (photos / "dog" / "3.png").write_bytes(b"")
     parsed.eval.extend(plugin.keyed("tests.eval.failing", {"explode": {}}))
-    train(parsed, run.in_training)
+    train(parsed, evaluation.in_training)
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

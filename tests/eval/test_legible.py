@@ -10,7 +10,7 @@ import torch
 from tests.eval import material, test_chinese
 from vlp import plugin
 from vlp.data import text as tokenizers
-from vlp.eval import legible, run
+from vlp.eval import evaluation, legible
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents
 from vlp.types import TextSpec
@@ -65,7 +65,7 @@ def test_a_result_and_a_warning_tell_of_texts_that_nobody_reads(tmp_path, capsys
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": options})
     warnings = []
     for encoder in (reader(), reader(), material.known_encoder(material.direction, str_direction)):
-        (record,), _ = run.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
+        (record,), _ = evaluation.evaluate(encoder, tasks, Context(workers=0, contents=Contents()))
         warnings.append(capsys.readouterr().err)
         if encoder.vocabulary is not None:
             # Of 24 captions only one or two cats are known: two texts are left.

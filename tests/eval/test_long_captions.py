@@ -10,7 +10,7 @@ import pytest
 from tests.eval import material
 from tests.models.tiny import tiny
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.datasets import open_source
 from vlp.eval.pictures import DataError
 from vlp.eval.tasks import retrieval
@@ -119,7 +119,7 @@ def test_a_set_is_read_by_its_layout_and_scored(tmp_path, write, options, n):
     assert set(read) <= {caption(i) for i in range(N)} and len(set(read)) == n
 
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": path, **options}})
-    (record,) = run.in_training(tiny(), tasks)
+    (record,) = evaluation.in_training(tiny(), tasks)
     assert record["counts"]["images"] == record["counts"]["captions"] == n
     assert record["counts"]["truncated_texts"] == n, "the tiny tower reads 16 tokens"
 

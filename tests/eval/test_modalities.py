@@ -17,7 +17,7 @@ from tests.test_modalities import write_rows
 from vlp import plugin, watch
 from vlp.data.decode import eval_transform
 from vlp.data.sounds import cut, decoded, log_mel
-from vlp.eval import modalities, run
+from vlp.eval import evaluation, modalities
 from vlp.eval.embed import Context
 from vlp.eval.models import from_model
 from vlp.eval.pictures import Contents, DataError
@@ -59,7 +59,7 @@ def knowing():
 
 def evaluated(encoder, task: str, options: dict) -> dict:
     (chosen,) = tasks = list(plugin.keyed("vlp.eval.tasks", {task: options}))
-    records, _ = run.evaluate(encoder, tasks, Context(workers=0), run.read_all(tasks))
+    records, _ = evaluation.evaluate(encoder, tasks, Context(workers=0), evaluation.read_all(tasks))
     record = records[0]
     assert not [name for name in record["metrics"] if watch.unlisted(chosen, name)]
     return record

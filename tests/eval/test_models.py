@@ -278,7 +278,7 @@ def test_truncated_texts_are_counted_by_every_kind_of_encoder(tiny, tmp_path):
 
 def test_a_record_tells_of_truncated_texts(tiny, tmp_path):
     from vlp import plugin
-    from vlp.eval import embed, run
+    from vlp.eval import embed, evaluation
 
     samples = [
         (material.png(material.picture(i)), ["a dog " * (60 if i == 1 else 1) + str(i)])
@@ -286,7 +286,7 @@ def test_a_record_tells_of_truncated_texts(tiny, tmp_path):
     ]
     root = material.clip_benchmark_set(tmp_path / "set", samples, n_shards=1)
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(root)}})
-    (record,), _ = run.evaluate(models.load(str(tiny)), tasks, embed.Context())
+    (record,), _ = evaluation.evaluate(models.load(str(tiny)), tasks, embed.Context())
     assert record["counts"]["truncated_texts"] == 1
 
 

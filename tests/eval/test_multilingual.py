@@ -8,7 +8,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import pictures, run
+from vlp.eval import evaluation, pictures
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
@@ -73,7 +73,7 @@ def knows() -> material.Encoder:
 
 def evaluate(**options):
     chosen = plugin.keyed("vlp.eval.tasks", {"multilingual": options})
-    return run.evaluate(knows(), chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(knows(), chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 @pytest.mark.parametrize("write", [crossmodal, xtd, tables, flores])
@@ -117,7 +117,7 @@ def test_each_picture_is_listed_once_and_embedded_once_over_all_languages(
         knows(), prepare=lambda p: embedded.append(p) or torch.tensor([material.number_of(p)])
     )
     chosen = plugin.keyed("vlp.eval.tasks", {"multilingual": {"data": str(tmp_path)}})
-    ((record,), _) = run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
+    ((record,), _) = evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
 
     assert len(walks) == 1 and len(embedded) == N == record["counts"]["images"]
     assert copied == 0 or record["counts"]["equal_pictures_joined"] == copied

@@ -8,7 +8,7 @@ import torch
 from tests.eval import material
 from tests.models.tiny import tiny
 from vlp import plugin
-from vlp.eval import models, probes, run
+from vlp.eval import evaluation, models, probes
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.unprojected import unprojected
@@ -77,7 +77,7 @@ def photos(root, n=24):
 
 def evaluate(encoder, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {"clip_benchmark_probe": options})
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 @pytest.mark.parametrize("more", [{}, {"val_split": "val"}, {"val_proportion": 0.25}, {"shots": 2}])
@@ -111,7 +111,7 @@ def test_what_the_probe_cannot_do_is_said_at_the_start(tmp_path):
 
 
 def read(task, **options):
-    return run.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
+    return evaluation.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_what_decides_about_a_probe_is_in_the_hash_of_its_data(tmp_path):
         more = {"epochs": 1} if task == "clip_benchmark_probe" else {}
         every = [{"data": str(tmp_path), **chosen, **more} for chosen in options]
         chosen = plugin.keyed("vlp.eval.tasks", {task: every})
-        records, _ = run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
+        records, _ = evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
         hashes[task] = [record["data_sha256"] for record in records]
 
     # The same names said, or taken from the folders, are the same data.
@@ -205,7 +205,7 @@ def test_our_own_probe_reads_them_too(tmp_path):
     options = {"data": str(tmp_path), "features": "unprojected", "decays": [0.01]}
     chosen = plugin.keyed("vlp.eval.tasks", {"linear_probe": options})
     encoder = models.load(f"local-dir:{tmp_path / 'model'}")
-    (record,), _ = run.evaluate(encoder, chosen, Context(workers=0))
+    (record,), _ = evaluation.evaluate(encoder, chosen, Context(workers=0))
     assert record["task"] == "linear_probe_lbfgs" and "acc1" in json.loads(
         json.dumps(record["metrics"])
     )
@@ -222,7 +222,7 @@ def test_few_shots_start_at_the_zero_shot_classifier_and_learn(tmp_path):
     options = {"data": str(tmp_path), "templates": "photo", "shots": [1, 4]}
     far = {**options, "decays": [1e9]}
     chosen = plugin.keyed("vlp.eval.tasks", {"few_shot": [options, far]})
-    (near_record, far_record), _ = run.evaluate(encoder, chosen, Context(workers=0))
+    (near_record, far_record), _ = evaluation.evaluate(encoder, chosen, Context(workers=0))
     for record in (near_record, far_record):
         assert record["metrics"]["acc1_0_shots"] == 1 / 2
     assert near_record["metrics"]["acc1_4_shots"] == 1
@@ -232,4 +232,4 @@ def test_few_shots_start_at_the_zero_shot_classifier_and_learn(tmp_path):
 
     too_many = plugin.keyed("vlp.eval.tasks", {"few_shot": {**options, "shots": [7]}})
     with pytest.raises(DataError, match="6 training images, fewer than shots=7"):
-        run.read_all(too_many)
+        evaluation.read_all(too_many)

@@ -8,14 +8,14 @@ import pytest
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
 
 def evaluate(task, encoder, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {task: options})
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 def knows() -> material.Encoder:
@@ -173,5 +173,5 @@ def test_what_cannot_be_scored_is_named_before_a_model_is_loaded(tmp_path):
     cases = list(bad_files(tmp_path))
     for task, options, message in cases:
         with pytest.raises(DataError, match=re.escape(message)):
-            run.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
+            evaluation.read_all(plugin.keyed("vlp.eval.tasks", {task: options}))
     assert len(cases) == 26

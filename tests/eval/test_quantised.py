@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.eval import material
 from vlp import plugin, watch
-from vlp.eval import metrics, quantised, run
+from vlp.eval import evaluation, metrics, quantised
 from vlp.eval.embed import Context
 from vlp.eval.quantised import KINDS
 from vlp.eval.tasks import retrieval
@@ -164,7 +164,7 @@ def shards(tmp_path):
 
 def evaluate(encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": options})
-    (record,), items = run.evaluate(encoder, tasks, Context(batch=5, workers=0))
+    (record,), items = evaluation.evaluate(encoder, tasks, Context(batch=5, workers=0))
     assert set(record["metrics"]) == set(watch.scores(tasks[0]))
     return record, items
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import ranked, run
+from vlp.eval import evaluation, ranked
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 
@@ -101,7 +101,7 @@ def test_eccv_captions_files_are_scored_with_all_right_answers(tmp_path):
         lambda text: material.direction(int(text.split()[1])),
     )
     chosen = plugin.keyed("vlp.eval.tasks", {"eccv_caption": {"data": str(tmp_path)}})
-    (record,), _ = run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
+    (record,), _ = evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))
     scores = record["metrics"]
     assert scores["original_text_retrieval_recall@1"] == 3 / 4
     assert scores["cxc_text_retrieval_recall@1"] == scores["eccv_text_retrieval_recall@1"] == 1
@@ -112,4 +112,4 @@ def test_eccv_captions_files_are_scored_with_all_right_answers(tmp_path):
     assert scores["eccv_image_retrieval_map_at_r"] <= 1 and len(scores) == 22
     (tmp_path / "eccv_image_to_caption.json").unlink()
     with pytest.raises(DataError, match="no annotations at"):
-        run.read_all(chosen)
+        evaluation.read_all(chosen)

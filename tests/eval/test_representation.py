@@ -7,7 +7,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import probes, run
+from vlp.eval import evaluation, probes
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import linear_probe
@@ -15,7 +15,7 @@ from vlp.eval.tasks import linear_probe
 
 def evaluate(task, encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {task: options})
-    return run.evaluate(encoder, tasks, Context(contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, tasks, Context(contents=Contents()))[0][0]
 
 
 @pytest.fixture(scope="module")

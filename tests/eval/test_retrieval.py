@@ -8,7 +8,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import retrieval
@@ -18,7 +18,9 @@ CAPTIONS = [[f"picture {i} says {k}" for k in range(2 + i % 2)] for i in range(1
 
 def evaluate(encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": options})
-    records, items = run.evaluate(encoder, tasks, Context(batch=5, workers=2, contents=Contents()))
+    records, items = evaluation.evaluate(
+        encoder, tasks, Context(batch=5, workers=2, contents=Contents())
+    )
     return records[0], items
 
 
@@ -162,7 +164,7 @@ def test_every_published_caption_file_is_read_alike(photos, tmp_path):
             "vlp.eval.tasks",
             {"retrieval": {"data": str(tmp_path / file), "images": str(root / "images")}},
         )
-        source = run.read_all(task)[0]
+        source = evaluation.read_all(task)[0]
         assert [r.captions for r in source.records] == [
             tuple(c.strip() for c in r["captions"]) for r in rows[:10]
         ], file

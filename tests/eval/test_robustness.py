@@ -9,7 +9,7 @@ import pytest
 from tests.eval import material
 from tests.eval.suite_material import CLASSES, write_wds
 from vlp import plugin
-from vlp.eval import robustness, run
+from vlp.eval import evaluation, robustness
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.report import records
@@ -28,8 +28,8 @@ def evaluate(root, missed=(1,), **options):
     )
     tree = {"data": str(root / "plain"), "shifted": str(root / "moved"), **options}
     chosen = plugin.keyed("vlp.eval.tasks", {"robustness": tree})
-    data = run.read_all(chosen)
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()), data)
+    data = evaluation.read_all(chosen)
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()), data)
 
 
 @pytest.fixture

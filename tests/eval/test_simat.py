@@ -8,7 +8,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import simat
@@ -89,7 +89,7 @@ def published(triplets, changes, oracle, step, wanted):
 
 def evaluate(folder, encoder, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {"simat": {"data": str(folder), **options}})
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 @pytest.mark.parametrize("split", ["test", "dev"])

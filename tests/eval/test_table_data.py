@@ -18,7 +18,7 @@ from pyarrow import parquet
 from tests.eval import material
 from vlp import plugin
 from vlp.cli import main
-from vlp.eval import models, run
+from vlp.eval import evaluation, models
 from vlp.eval.datasets.tables import read_rows
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Collection, Contents, DataError
@@ -30,7 +30,9 @@ KINDS = ("png", "JPG", "webp")
 
 def evaluate(task: str, encoder: models.Encoder, **options: Any) -> dict[str, Any]:
     tasks = plugin.keyed("vlp.eval.tasks", {task: options})
-    return run.evaluate(encoder, tasks, Context(batch=5, workers=2, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, tasks, Context(batch=5, workers=2, contents=Contents()))[0][
+        0
+    ]
 
 
 def perfect() -> models.Encoder:

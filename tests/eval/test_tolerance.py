@@ -8,7 +8,7 @@ import pytest
 from tests.eval import material
 from tests.eval.suite_material import CLASSES, write_wds
 from vlp import plugin
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError
 from vlp.eval.tasks import tolerance
@@ -16,7 +16,7 @@ from vlp.eval.tasks import tolerance
 
 def evaluate(data, encoder, **options):
     chosen = plugin.keyed("vlp.eval.tasks", {"tolerance": {"data": str(data), **options}})
-    return run.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
+    return evaluation.evaluate(encoder, chosen, Context(workers=0, contents=Contents()))[0][0]
 
 
 def image_row(number):

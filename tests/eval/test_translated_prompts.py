@@ -8,7 +8,7 @@ import pytest
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import imagenet, prompts, run
+from vlp.eval import evaluation, imagenet, prompts
 from vlp.eval.embed import Context
 from vlp.eval.pictures import DataError
 from vlp.eval.prompts import translated
@@ -50,7 +50,7 @@ def evaluate(**options):
 
     encoder = material.known_encoder(material.direction, of_text)
     tasks = plugin.keyed("vlp.eval.tasks", {"zeroshot": options})
-    return run.evaluate(encoder, tasks, Context(workers=0))[0][0]
+    return evaluation.evaluate(encoder, tasks, Context(workers=0))[0][0]
 
 
 def test_names_and_templates_of_a_language_come_from_the_package(tmp_path, monkeypatch, synsets):

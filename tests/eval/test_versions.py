@@ -26,7 +26,7 @@ from tests.eval import (
 from tests.eval.test_probes import photos
 from tests.test_modalities import write_rows
 from vlp import plugin, watch
-from vlp.eval import run, suites
+from vlp.eval import evaluation, suites
 from vlp.eval.embed import Context
 from vlp.eval.suites.places import locate
 from vlp.plugin import Plugin
@@ -113,12 +113,12 @@ def tasks(folder: Path) -> list[Plugin]:
 def measured(folder: Path) -> dict[str, Any]:
     """Version and scores of each task, the mean over encoders that are the same everywhere."""
     chosen = tasks(folder)
-    opened = run.read_all(chosen)
+    opened = evaluation.read_all(chosen)
     of_encoders = []
     for seed in range(N_ENCODERS):
         encoder = material.hearing(material.random_encoder(seed), seed)
         encoder = coca.writing(encoder, coca.coca(folder, seed))
-        records, _ = run.evaluate(encoder, chosen, Context(workers=0), opened)
+        records, _ = evaluation.evaluate(encoder, chosen, Context(workers=0), opened)
         of_encoders.append([record["metrics"] for record in records])
 
     result = {}

@@ -12,7 +12,7 @@ import torch
 
 from tests.eval import material
 from vlp import plugin
-from vlp.eval import imagenet, prompts, run
+from vlp.eval import evaluation, imagenet, prompts
 from vlp.eval.embed import Context
 from vlp.eval.pictures import Contents, DataError, Picture
 
@@ -22,7 +22,9 @@ LABELS = [0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 5, 5]
 
 def evaluate(encoder, **options):
     tasks = plugin.keyed("vlp.eval.tasks", {"zeroshot": options})
-    records, items = run.evaluate(encoder, tasks, Context(batch=5, workers=2, contents=Contents()))
+    records, items = evaluation.evaluate(
+        encoder, tasks, Context(batch=5, workers=2, contents=Contents())
+    )
     return records[0], items
 
 
@@ -241,7 +243,7 @@ def test_an_imagenet_tree_takes_names_and_templates_from_open_clip(tmp_path):
     record, _ = evaluate(by_name(names), data=str(root), partial=True, templates="photo")
     assert record["metrics"]["acc1"] == 1
     data = plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(root), "partial": True}})
-    assert run.read_all(data)[0].templates == prompts.templates("imagenet80")
+    assert evaluation.read_all(data)[0].templates == prompts.templates("imagenet80")
     assert len(prompts.templates("imagenet80")) == 80
 
 
@@ -325,7 +327,9 @@ def test_objectnet_is_scored_among_its_overlapping_classes_without_the_frame(tmp
     record, _ = evaluate(encoder, data=str(tmp_path), templates="photo")
     assert record["metrics"]["acc1"] == 1
     assert record["counts"] == {"images": 2, "classes": 2, "templates": 1, "skipped": 0}
-    (usual,) = run.read_all(plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(tmp_path)}}))
+    (usual,) = evaluation.read_all(
+        plugin.keyed("vlp.eval.tasks", {"zeroshot": {"data": str(tmp_path)}})
+    )
     assert len(usual.templates) == 80
 
     # As the zip unpacks, the mappings lie beside the images.

@@ -15,7 +15,7 @@ from tests.models.tiny import TEXT as TEXT_TOWER
 from tests.models.tiny import language_model, settings, tiny
 from vlp import config, plugin
 from vlp.data.format import ShardWriter
-from vlp.eval import run
+from vlp.eval import evaluation
 from vlp.export.folder import export
 from vlp.models.build import build
 from vlp.models.load import load
@@ -258,7 +258,7 @@ def test_cut_captions_are_said_once_a_run_with_their_share(tmp_path, capsys):
 def test_evaluation_says_once_how_many_texts_were_cut(tmp_path, capsys):
     tasks = plugin.keyed("vlp.eval.tasks", {"retrieval": {"data": str(long_captions(tmp_path))}})
     for _ in range(2):
-        (record,) = run.in_training(tiny(), tasks)
+        (record,) = evaluation.in_training(tiny(), tasks)
         assert record["counts"]["truncated_texts"] == 1
     told = capsys.readouterr().err
     assert told.count("texts were cut to the model's context: 1 of 10 in retrieval;") == 1

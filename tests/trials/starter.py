@@ -141,7 +141,7 @@ def _of_rank(rank: int, n_ranks: int, port: int) -> dict[str, str]:
 
 def serve() -> None:
     """Answer a JSON line from standard input with one on standard output, until the input ends."""
-    import vlp.eval.run
+    import vlp.eval.evaluation
     import vlp.train  # noqa: F401 - the imports that every life would do
 
     for line in sys.stdin:

@@ -103,7 +103,11 @@ def status_of(error: BaseException) -> int:
     while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
         cause = cause.__cause__
 
-    # aiohttp's errors have a status, those of the Hub's client a response that has one.
+    # aiohttp's errors have a status, gcsfs's a code, Azure's a status_code, those of the Hub's
+    # client a response that has one; gcsfs puts a 403 into words.
     response = getattr(cause, "response", None)
-    status = getattr(cause, "status", None) or getattr(response, "status_code", None)
-    return status if isinstance(status, int) else 0
+    named = [getattr(cause, name, None) for name in ("status", "code", "status_code")]
+    for status in (*named, getattr(response, "status_code", None)):
+        if isinstance(status, int) and status:
+            return int(status)
+    return 403 if type(cause) is OSError and str(cause).startswith("Forbidden: ") else 0

@@ -14,6 +14,7 @@ uses.
     folder/00000_stats.json   counts, and a digest of every sample (vlp.data.digests); written after
                               its tar, so a tar without it may be unfinished
     folder/_index.bin         vlp.data.index; rebuilt whenever missing or out of date
+    folder/_members.bin       vlp.data.member_file; made when a run reads sounds or frames
 
 A key is five digits of the shard and four (or more) of the sample. Foreign shards are read with any
 keys, member order and missing texts; `vlp.data.members` says what counts. Tars are reproducible (no
@@ -35,6 +36,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 from uuid import uuid4
 
+from vlp.data import member_index
 from vlp.data.captions import MAX_CLASS, MAX_TEXT_BYTES
 from vlp.data.digests import as_json, digest_of, stats_of
 from vlp.data.index import index, piece_of
@@ -245,6 +247,7 @@ class ShardWriter:
         shard = scan(self._temporary())
         shard.name = path.name
         save_index(piece_of(path), {path.name: shard})
+        member_index.save_piece(path, self._temporary(), shard)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -285,6 +288,7 @@ def index_written(paths: list[Path]) -> None:
     if not stored:
         return
 
+    member_index.join_pieces(paths, shards)
     # Whoever read the folder before has an index of it in the cache, which others do not see.
     beside = stored[0].parent / NAME
     if not beside.is_file():

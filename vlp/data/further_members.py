@@ -12,14 +12,11 @@ sample's digest: a shard that is packed again with other sounds is to training t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple
 
-import numpy as np
-import torch
-
-from vlp import config, log
+from vlp import config
 from vlp.data import tar
 from vlp.data.members import IMAGE_TYPES, SOUND_TYPES, Name, kind_of_guest, parse_name, separate
 
@@ -69,12 +66,17 @@ class Files(NamedTuple):
 
     path: str  # of the tar
     members: list[Member]
+    # Reads bytes at an offset of the tar as it was opened with the sample; None: it is opened anew.
+    # A copy of a remote tar may be cleared away between the sample and its members.
+    opened: Callable[[int, int], bytes] | None = None
 
     def read(self, i: int) -> bytes:
         """Member i; ValueError where the tar grew shorter."""
-        # Opened anew each time: a process meets thousands of shards.
+        member = self.members[i]
+        if self.opened is not None:
+            return self.opened(member.offset, member.size)
         with open(self.path, "rb") as file:
-            return self.members[i].read(file)
+            return member.read(file)
 
 
 def of_tar(path: Path) -> OfTar:
@@ -158,64 +160,6 @@ def members_of(of_sample: list[Member], members: config.Members) -> list[Member]
     if isinstance(members, config.Frames):
         return frames_of(of_sample)
     return sound_of(of_sample, members.member)
-
-
-class Table:
-    """Where the members that make a modality lie in the tars of a source. Sent to every loader
-    process: it lies in shared memory, 24 bytes a member.
-    """
-
-    def __init__(self, members: config.Members) -> None:
-        self.members = members
-        self.extensions: set[str] = set()
-        self.kinds: set[str] = set()  # of `Shard.left_out`
-        self.n_samples = 0  # that have it
-        self._rows = torch.zeros(0, 3, dtype=torch.int64)
-        self._ends = [0]
-
-    @classmethod
-    def of_tars(cls, paths: Sequence[str], wanted: Mapping[str, config.Members]) -> dict[str, Self]:
-        """A table of each modality, by name; warns of what damage to a tar hides."""
-        tables = {name: cls(members) for name, members in wanted.items()}
-        parts: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
-        for path in paths:
-            # One after another: the members of all tars by name would be gigabytes.
-            of_one = of_tar(Path(path))
-            if of_one.damage:
-                log.warn(
-                    f"{path}: {', '.join(wanted)} of the samples after damage is lacking "
-                    f"({of_one.damage}); restore the shard"
-                )
-            for name, table in tables.items():
-                parts[name].append(table._read(of_one))
-        for name, table in tables.items():
-            table._rows = torch.from_numpy(np.concatenate(parts[name])).share_memory_()
-        return tables
-
-    def _read(self, of_one: OfTar) -> np.ndarray:
-        """The rows of one more tar: key's number, offset and bytes, int64 [m, 3]."""
-        rows = []
-        for key, of_sample in of_one.members.items():
-            chosen = members_of(of_sample, self.members)
-            if not chosen:
-                continue
-            self.n_samples += 1
-            self.extensions.update(member.extension for member in chosen)
-            self.kinds.update(member.kind for member in chosen)
-            number = number_of(key)
-            rows += [(number, member.offset, member.size) for member in chosen]
-        part = np.array(rows, np.int64).reshape(-1, 3)
-        self._ends.append(self._ends[-1] + len(part))
-        # By key, and for each key in the order in which they were chosen.
-        return part[np.argsort(part[:, 0], kind="stable")]
-
-    def files(self, shard: int, path: str, key: str) -> Files:
-        """The members of the sample `key` of the tar number `shard`, which lies at `path`."""
-        rows = self._rows[self._ends[shard] : self._ends[shard + 1]].numpy()
-        number = number_of(key)
-        first = np.searchsorted(rows[:, 0], number, "left")
-        last = np.searchsorted(rows[:, 0], number, "right")
-        return Files(path, [Member("", "", *row[1:]) for row in rows[first:last].tolist()])
 
 
 def number_of(key: str) -> int:

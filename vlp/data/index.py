@@ -23,10 +23,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from vlp import locks, log
 from vlp.caches import cache_folder
@@ -44,6 +45,8 @@ _POLL_S = 0.2  # between two looks whether another process is done
 _TOLD_AFTER_S = 2.0  # that one waits; then each time that it took four times as long
 _ADVICE = "Ctrl-C ends this process only, and loses nothing"
 _MEMORY = Path("/dev/shm")
+
+Known = TypeVar("Known")  # what is known of a shard
 
 
 def index(paths: list[Path]) -> list[Shard]:
@@ -81,7 +84,7 @@ def located(paths: list[Path], anew: Collection[Path] = ()) -> list[Shard]:
 def _of_folder(folder: Path, paths: list[Path], anew: Collection[Path]) -> list[Shard]:
     shards = _current(folder, paths, anew)
     if shards is None:
-        with alone(_places(folder)[1], f"the index of {folder}"):
+        with alone(places(folder)[1], f"the index of {folder}"):
             # Whoever this one waited for may have made it.
             shards = _current(folder, paths, anew) or _made(folder, paths, anew)
     return [shards[path.name] for path in paths]
@@ -89,7 +92,7 @@ def _of_folder(folder: Path, paths: list[Path], anew: Collection[Path]) -> list[
 
 def _current(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, Shard] | None:
     """What a folder's index says of its shards, where one is there that fits all of `paths`."""
-    for place in _places(folder):
+    for place in places(folder):
         try:
             shards = open_index(place, oldest=VERSION)
         except (OSError, ValueError):
@@ -112,19 +115,34 @@ def _made(folder: Path, paths: list[Path], anew: Collection[Path]) -> dict[str, 
     if any(shard.stored is None for shard in shards.values()):
         log.warn(f"the index of {folder} is of an older version; it is written anew")
     names = {path.name for path in paths}
-    started = saved = time.monotonic()
+    saving = Saving()
     try:
         for n_done, path in enumerate(stale):
-            now = time.monotonic()
-            # Who is ended in the middle, or followed by another, loses a part only.
-            if n_done and now - saved > max(_SAVED_AFTER_S, (saved - started) / 2):
+            if n_done and saving.is_due():
                 log.warn(f"indexed {n_done:,} of {len(stale):,} shards of {folder}")
                 _save(folder, shards, names)
-                saved = time.monotonic()
+                saving.done()
             shards[path.name] = _scanned(path)
     finally:  # where one cannot be read, the others are known the next time
         _save(folder, shards, names)
     return shards
+
+
+class Saving:
+    """When to save what is made of many shards: who is ended in the middle, or followed by another,
+    loses a part only.
+    """
+
+    def __init__(self) -> None:
+        self._started = self._saved = time.monotonic()
+
+    def is_due(self) -> bool:
+        made_s = self._saved - self._started
+        return time.monotonic() - self._saved > max(_SAVED_AFTER_S, made_s / 2)
+
+    def done(self) -> None:
+        """It is saved."""
+        self._saved = time.monotonic()
 
 
 def piece_of(path: Path) -> Path:
@@ -153,7 +171,7 @@ def _scanned(path: Path) -> Shard:
 
 def _indices(folder: Path) -> Iterator[dict[str, Shard]]:
     """The indices that there are of a folder, also older ones; says which are of no use."""
-    for place in _places(folder):
+    for place in places(folder):
         try:
             yield open_index(place)
         except OldIndex as error:
@@ -244,10 +262,14 @@ def alone(place: Path, making: str) -> Iterator[None]:
         yield
 
 
-def _places(folder: Path) -> list[Path]:
+def places(folder: Path, name: str = NAME) -> list[Path]:
+    """Where the file `name` of a folder of shards may lie: beside them, in the cache, or in the
+    memory of this process.
+    """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-    name = f"{digest}.bin"
-    return [folder / NAME, cache_folder() / "index" / name, *_in_memory(name)]
+    kind = "" if name == NAME else name.removesuffix(".bin")
+    in_cache = f"{digest}{kind}.bin"
+    return [folder / name, cache_folder() / "index" / in_cache, *_in_memory(in_cache)]
 
 
 def _in_memory(name: str) -> list[Path]:
@@ -269,29 +291,42 @@ def _save(folder: Path, shards: dict[str, Shard], names: Collection[str]) -> Non
 
     `names`: of the shards that are wanted now.
     """
-    try:
-        present = {*os.listdir(folder), *names}
-    except OSError:  # one that may be entered, but not listed
-        present = set(shards)
-    kept = {name: shards[name] for name in sorted(shards) if name in present}
+    kept = present(folder, shards, names)
+    save(folder, NAME, f"the index of {folder}", lambda place: save_index(place, kept))
 
+
+def present(folder: Path, known: dict[str, Known], names: Collection[str]) -> dict[str, Known]:
+    """What is known of the shards of a folder, without those that are gone, in order. `names`: of
+    the shards that are wanted now.
+    """
+    try:
+        there = {*os.listdir(folder), *names}
+    except OSError:  # one that may be entered, but not listed
+        there = set(known)
+    return {name: known[name] for name in sorted(known) if name in there}
+
+
+def save(folder: Path, name: str, what: str, write: Callable[[Path], None]) -> None:
+    """Write the file `name` of a folder of shards where that is possible: beside them, in the
+    cache, or in memory. `what`: in words.
+    """
     # A read-only folder is normal for shared data: the cache is the second place.
-    beside, cached = _places(folder)[:2]
+    beside, cached = places(folder, name)[:2]
     reason = None
     for place in (beside, cached):
         try:
-            return save_index(place, kept)
+            return write(place)
         except OSError as error:
             # Training looks for it there alone; a source that cannot be written is normal.
             if isinstance(place, StoredPath) and error.errno != errno.EROFS:
                 raise
             reason = error
 
-    log.warn(f"the index of {folder} could not be saved ({reason}); it is built again next time")
+    log.warn(f"{what} could not be saved ({reason}); it is built again next time")
     try:
-        save_index(_temporary_folder() / cached.name, kept)
+        write(_temporary_folder() / cached.name)
     except OSError as error:
         raise ValueError(
-            f"the index of {folder} can be written neither there nor to {cached.parent} "
+            f"{what} can be written neither there nor to {cached.parent} "
             f"({reason}) nor to {_MEMORY} ({error}); make room, or set VLP_CACHE to another folder"
         ) from None

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from io import BytesIO
 from pathlib import Path
@@ -46,7 +46,8 @@ _ROW_BEFORE = struct.Struct("<QIIBBH")  # as ROW, without the digest
 _APART = ("forms", "rows", "extents", "stored")
 
 
-_MOST_OPEN = 64  # index files of a process; a folder of shards has one
+_MOST_OPEN = 64  # files of a process; a folder of shards has one or two
+_MAGIC_BYTES = 1024  # that a magic has at most
 _handles: dict[tuple[str, bytes], Handle] = {}
 
 
@@ -74,22 +75,29 @@ class Handle:
 
 
 def opened(path: str, head: bytes, again: bool = False) -> Handle:
-    """The index file at `path` with the check sum `head`, which this process may have opened before
-    another took its place; raises OSError, ValueError where it is another by now. `again`: what
-    was opened before is not used.
+    """The file at `path` whose header has the check sum `head`, an index or one of
+    `vlp.data.member_file`, which this process may have opened before another took its place; raises
+    OSError, ValueError where it is another by now. `again`: what was opened before is not used.
     """
     handle = None if again else _handles.get((path, head))
     if handle is None:
         # Read in pieces instead of mapped: on a network a mapped file that was replaced ends the
         # process by a signal, where reading raises an error.
         handle = Handle(path)
-        if handle.read(len(_MAGIC), _SUM_BYTES) != head:
+        beginning = os.pread(handle.fd, _MAGIC_BYTES, 0)
+        if _head(beginning) != head:
             raise ValueError(f"{path} was replaced")
 
         while len(_handles) >= _MOST_OPEN:
             _handles.pop(next(iter(_handles)))
         _handles[path, head] = handle
     return handle
+
+
+def _head(beginning: bytes) -> bytes:
+    """The check sum of the header, which lies behind the magic's line."""
+    place = beginning.find(b"\n") + 1
+    return beginning[place : place + _SUM_BYTES]
 
 
 def load(shard: Shard) -> None:
@@ -169,15 +177,9 @@ def _read(file: BinaryIO, size: int, path: str, oldest: int) -> dict[str, Shard]
 
 def _with_places(file: BinaryIO, size: int, path: str) -> dict[str, Shard]:
     """The shards of this version's file, without rows, from behind its magic on."""
-    head = file.read(_SUM_BYTES)
-    length = file.read(8)
-    encoded = file.read(min(int.from_bytes(length, "little"), size))
-    if hashlib.sha256(length + encoded).digest() != head:
-        raise ValueError("the check sum of its header is that of other bytes")
-
-    header = json.loads(encoded)
+    head, header = read_header(file, size)
+    position = file.tell()
     forms = header["forms"]
-    position = len(_MAGIC) + _SUM_BYTES + len(length) + len(encoded)
     shards = {}
     for entry in header["shards"]:
         digest, n_extents = entry.pop("digest"), entry.pop("n_extents")
@@ -192,6 +194,18 @@ def _with_places(file: BinaryIO, size: int, path: str) -> dict[str, Shard]:
     if position != size:
         raise ValueError(f"it has {size} bytes instead of {position}")
     return shards
+
+
+def read_header(file: BinaryIO, size: int) -> tuple[bytes, Any]:
+    """The check sum of a header, and what it says, from behind the magic on; ValueError where these
+    are other bytes. Of a file of `size` bytes, which then stands behind it.
+    """
+    head = file.read(_SUM_BYTES)
+    length = file.read(8)
+    encoded = file.read(min(int.from_bytes(length, "little"), size))
+    if hashlib.sha256(length + encoded).digest() != head:
+        raise ValueError("the check sum of its header is that of other bytes")
+    return head, json.loads(encoded)
 
 
 def _whole(data: bytes, version: int) -> dict[str, Shard]:
@@ -256,16 +270,7 @@ def save_index(path: Path, shards: Mapping[str, Shard]) -> None:
             bodies.append(Body(len(shard.extents) // EXTENT.size, digest))
 
     beginning = header(list(shards.values()), bodies)
-    head = beginning[len(_MAGIC) : len(_MAGIC) + _SUM_BYTES]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    extents = []
-    with replacing(path) as temporary, temporary.open("xb") as file:
-        file.write(beginning)
-        for shard in shards.values():
-            offset = file.tell()
-            for part in _parts(shard):
-                file.write(part)
-            extents.append((offset, file.tell() - offset))
+    head, extents = write(path, beginning, map(_parts, shards.values()))
 
     # Only where the file is complete.
     place = os.fspath(path)
@@ -273,6 +278,30 @@ def save_index(path: Path, shards: Mapping[str, Shard]) -> None:
         stored = Stored(place, head, offset, n_bytes, *body)
         shard.rows, shard.extents, shard.stored = b"", b"", stored
     opened(place, head, again=True)
+
+
+def write(
+    path: Path, beginning: bytes, bodies: Iterable[Iterable[bytes]]
+) -> tuple[bytes, list[tuple[int, int]]]:
+    """Write a file that starts so (`framed`), with bodies in parts. Returns the header's check sum,
+    and where each body lies: (offset, bytes).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extents = []
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(beginning)
+        for parts in bodies:
+            offset = file.tell()
+            for part in parts:
+                file.write(part)
+            extents.append((offset, file.tell() - offset))
+    return _head(beginning), extents
+
+
+def framed(magic: bytes, encoded: bytes) -> bytes:
+    """The beginning of a file of this form, up to its first body."""
+    length = len(encoded).to_bytes(8, "little")
+    return magic + hashlib.sha256(length + encoded).digest() + length + encoded
 
 
 class Body(NamedTuple):
@@ -292,9 +321,7 @@ def header(shards: Sequence[Shard], bodies: Sequence[Body]) -> bytes:
         entries.append({**_changed_fields(shard), **body._asdict(), "form_list": form_list})
 
     lists = ",".join(forms)
-    encoded = f'{{"forms":[{lists}],"shards":{json.dumps(entries)}}}'.encode()
-    length = len(encoded).to_bytes(8, "little")
-    return _MAGIC + hashlib.sha256(length + encoded).digest() + length + encoded
+    return framed(_MAGIC, f'{{"forms":[{lists}],"shards":{json.dumps(entries)}}}'.encode())
 
 
 def _changed_fields(shard: Shard) -> dict[str, Any]:

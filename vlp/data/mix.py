@@ -274,6 +274,8 @@ class Mixture:
                 "a weight, such as its number of samples"
             )
         for s, (source, units) in enumerate(zip(self.sources, self.units)):
+            if not len(source):
+                raise ValueError(f"source {s} holds no samples; leave it out, or fill it")
             if not len(units):
                 raise ValueError(
                     f"data.together is {self.together}, but no origin in source {s} has as many "

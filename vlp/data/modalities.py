@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
@@ -31,11 +31,13 @@ from vlp import dist, log
 from vlp.config import Frames, Members, Sound
 from vlp.data import frames, sounds
 from vlp.data.embedded import files_beside
-from vlp.data.further_members import Table
 from vlp.data.members import SOUND_TYPES
 from vlp.data.rows import Shard
 from vlp.data.tensor_file import header, of_each, part
 from vlp.types import Sample
+
+if TYPE_CHECKING:
+    from vlp.data.sources._stored_members import Table
 
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
 
@@ -144,7 +146,7 @@ def check_members(
         if not of_source and dist.is_main():
             log.warn(
                 f"the samples of the source {source} lack {', '.join(wanted)}: sounds and frames "
-                "are read of local shards alone (the source shards)"
+                "are read of shards alone (the sources shards and remote)"
             )
 
 

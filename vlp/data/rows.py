@@ -37,6 +37,7 @@ LABELS = _FIRST_LABELS | {name: 128 << i for i, name in enumerate(FURTHER_LABELS
 
 # So `Shard.left_out` counts members that are no texts, and text files that are not read.
 _UNREAD = ("members ", "a .")
+FURTHER_MEMBERS = "members of further kinds"  # where there are too many to tell apart
 
 _OF_MODALITIES = re.compile(
     rf"members \.({'|'.join(SOUND_TYPES)}|npy|{FRAMES}\.({'|'.join(IMAGE_TYPES)}))"
@@ -45,7 +46,9 @@ _OF_MODALITIES = re.compile(
 # Of the reader of tars; raised where it takes for samples or texts what it passed over before.
 READER = 1
 _KEPT = 20  # problems of a shard that are kept in words; the others are only counted
-_KINDS = 40  # different kinds of what was left out; further ones are counted together
+# Different kinds of what was left out; further ones are counted together. Those that modalities are
+# made of, a few dozen at most, are always told apart: readers and tools look for them by name.
+_KINDS = 40
 
 
 class Kind(NamedTuple):
@@ -115,8 +118,9 @@ class Shard:
     def pass_over(self, kind: str, n: int = 1) -> None:
         """Count what no reader looks at."""
         # A hostile tar may hold a million extensions.
-        if kind not in self.left_out and len(self.left_out) >= _KINDS:
-            kind = "of further kinds"
+        is_full = len(self.left_out) >= _KINDS and kind not in self.left_out
+        if is_full and not _OF_MODALITIES.fullmatch(kind):
+            kind = FURTHER_MEMBERS if kind.startswith(_UNREAD) else "of further kinds"
         self.left_out[kind] = self.left_out.get(kind, 0) + n
 
     def is_outdated(self) -> bool:

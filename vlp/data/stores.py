@@ -8,13 +8,14 @@ What opens it is kept apart (`bare`, `use`) and stands in no message, note or ma
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from vlp.data.asking import in_words, is_full, is_refused, tried
+from vlp.data.asking import in_words, is_full, is_refused, status_of, tried
 from vlp.privacy import address, remember, scrubbed
 
 # Stores that show an object only when all of it is there.
@@ -23,8 +24,8 @@ _AZURE = ("abfs", "abfss", "az")
 HTTP = ("http", "https")
 _PACKAGES = {
     **dict.fromkeys(("s3", "s3a", *HTTP), "'vlp[remote]'"),
-    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
-    **dict.fromkeys(_AZURE, "adlfs"),
+    **dict.fromkeys(("gs", "gcs"), "'vlp[gs]'"),
+    **dict.fromkeys(_AZURE, "'vlp[azure]'"),
 }
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://")
 
@@ -103,6 +104,10 @@ def use(further: Mapping[str, Mapping[str, Any]]) -> None:
     """
     for scheme, of_scheme in further.items():
         remember(dict(of_scheme), "storage")
+        # Before gcsfs is imported: it would ask any server by gRPC and TLS what kind of bucket this
+        # is, and one that stands in for Google's never answers.
+        if scheme in ("", "gs", "gcs") and "endpoint_url" in of_scheme:
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         options[scheme] = {**options.get(scheme, {}), **of_scheme}
 
 
@@ -176,14 +181,14 @@ def _tried(work: Callable[[], _Result], verb: str, place: str) -> _Result:
         return tried(work, lambda error: _is_final(error, place), told)
     except FileNotFoundError:
         raise
-    except PermissionError as error:
-        raise PermissionError(
-            f"the store does not let {place} be {verb} ({_told(error)}); look at the "
-            f"credentials: they may have ended, or lack the right. {goes_on}"
-        ) from error
     except NotImplementedError as error:
         raise OSError(f"{place} cannot be {verb}: its store cannot ({_told(error)})") from error
     except Exception as error:
+        if _is_denied(error):
+            raise PermissionError(
+                f"the store does not let {place} be {verb} ({_told(error)}); look at the "
+                f"credentials: they may have ended, or lack the right. {goes_on}"
+            ) from error
         if _is_of_credentials(error):
             raise OSError(told(error, 1)) from error
         raise
@@ -194,8 +199,16 @@ def _is_final(error: Exception, place: str) -> bool:
     # fsspec's http says of errors of a moment, too, that there is no such file.
     if isinstance(error, FileNotFoundError):
         return is_refused(error, place)
-    refusals = (PermissionError, NotImplementedError)
-    return isinstance(error, refusals) or _is_of_credentials(error)
+    is_final = isinstance(error, NotImplementedError) or _is_of_credentials(error)
+    return is_final or _is_denied(error)
+
+
+def _is_denied(error: Exception) -> bool:
+    """Whether the store knows who asks, and does not let it, or no longer knows."""
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
+        return True
+    # What google.auth, which fetches new ones itself, and azure raise without a status.
+    return type(error).__name__ in ("RefreshError", "ClientAuthenticationError")
 
 
 def _is_of_credentials(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vlp.data.captions import listed
-from vlp.data.rows import said, unread
+from vlp.data.rows import of_modalities, said, unread
 from vlp.data.tables import fetched
 from vlp.data.text_files import TEXT_FILES
 
@@ -25,7 +25,8 @@ def unread_texts(left_out: Mapping[str, int], problems: Iterable[str]) -> str:
     images.
     """
     told = ""
-    members = unread(left_out)
+    # Sounds, frames and numbers are read by towers of their own, and hold no text.
+    members = {kind: n for kind, n in unread(left_out).items() if not of_modalities({kind: n})}
     if members:
         extensions = ", ".join(f".{extension}" for extension in (*TEXT_FILES, "json"))
         told = (

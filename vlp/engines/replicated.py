@@ -23,6 +23,7 @@ from vlp.models.batch_norm import batch_norms
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.recomputing import recompute_activations
 from vlp.pretrained.read_once import read_once
+from vlp.pretrained.restoring import restore
 
 
 class Replicated:
@@ -158,7 +159,7 @@ class Replicated:
         # A copy, because the weights go on changing under it.
         copied = copy.deepcopy(self.module).requires_grad_(False)
         if weights is not None:
-            copied.load_state_dict(dict(weights))
+            restore(copied, weights, "the checkpoint's moving average")
         return copied.eval()
 
     def follow(self, average: nn.Module, decay: float, counts: Tensor) -> None:

@@ -28,6 +28,7 @@ from vlp.engines.processes import accelerator
 from vlp.joining import LaunchError
 from vlp.models.dual_encoder import DualEncoder
 from vlp.models.recomputing import recompute_activations
+from vlp.pretrained.read_once import read_once
 
 
 class ZeRO:
@@ -199,6 +200,10 @@ class ZeRO:
             for parameter in self.module.parameters()
             if parameter.requires_grad
         }
+        # DeepSpeed takes its part of whole moments, but at stage 3.
+        if self.stage < 3:
+            moments = read_once(moments)
+
         numbers: dict[str, Tensor] = {}
         for name, full_names in optim.by_parameter(moments).items():
             if name not in trained:

@@ -44,11 +44,13 @@ class ReadOnce(Mapping[str, Tensor]):
         self._names = list(stored)
         self._places = {name: place for place, name in enumerate(self._names)}
         self._brought: dict[str, Tensor] = {}
+        self._asked: set[str] = set()
         self._group = dist.world()
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._brought:
             self._bring(self._together_with(name))
+        self._asked.add(name)
         return self._brought.pop(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -67,6 +69,9 @@ class ReadOnce(Mapping[str, Tensor]):
         """The names from this one on, as many as are exchanged at once."""
         names, n_bytes = [name], self._n_bytes(name)
         for other in self._names[self._places[name] + 1 :]:
+            # A model's order is not that of a file: what was asked for before is wanted no more.
+            if other in self._asked:
+                continue
             n_bytes += self._n_bytes(other)
             if n_bytes > PIECE or other in self._brought:
                 break
@@ -100,17 +105,36 @@ class ReadOnce(Mapping[str, Tensor]):
             self._brought[name] = deal.whole(place, shares)
 
     def _read_share(self, names: list[str], deal: Deal, own: Tensor) -> None:
-        index = self._group.index
         for place, name in enumerate(names):
-            begin, end = deal.rows(place, index)
-            if begin == end:
-                continue
-            whole_too = not deal.shapes[place]
-            rows = self.stored[name] if whole_too else rows_of(self.stored, name, begin, end)
-            deal.share(place, index, own).copy_(rows.reshape(-1))
+            rows = own_rows(self.stored, name, deal, place, self._group.index)
+            if rows is not None:
+                deal.share(place, self._group.index, own).copy_(rows.reshape(-1))
 
     def _n_bytes(self, name: str) -> int:
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+
+def own_share(stored: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Name and rows of what this rank has to read where each tensor is read by all ranks together,
+    one at a time; of a tensor of few rows all or nothing. Nothing is exchanged.
+    """
+    group = dist.world()
+    deal = Deal(group.size)
+    for place, name in enumerate(stored):
+        deal.add(shape_of(stored, name), dtype_of(stored, name))
+        rows = own_rows(stored, name, deal, place, group.index)
+        if rows is not None:
+            yield name, rows
+
+
+def own_rows(
+    stored: Mapping[str, Tensor], name: str, deal: Deal, place: int, rank: int
+) -> Tensor | None:
+    """The rows of a tensor, at `place` in a deal, that a rank reads; None where it reads none."""
+    begin, end = deal.rows(place, rank)
+    if begin == end:
+        return None
+    return rows_of(stored, name, begin, end) if deal.shapes[place] else stored[name]
 
 
 class Deal:

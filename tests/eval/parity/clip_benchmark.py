@@ -17,7 +17,7 @@ import torch
 from tests.eval.parity import inputs, open_clip
 from tests.eval.parity.compare import Declared, Figures
 from vlp import plugin
-from vlp.eval import metrics, models, run
+from vlp.eval import evaluation, metrics, models
 from vlp.eval.models import Encoder
 from vlp.eval.tasks import sugarcrepe
 
@@ -198,7 +198,7 @@ def ours(root: Path) -> Figures:
 
 def _evaluated(root: Path, encoder: Encoder, task: str, **options: Any) -> dict[str, float]:
     chosen = plugin.keyed("vlp.eval.tasks", {task: options})
-    (record,), _ = run.evaluate(encoder, chosen, inputs.context(root))
+    (record,), _ = evaluation.evaluate(encoder, chosen, inputs.context(root))
     return record["metrics"]
 
 

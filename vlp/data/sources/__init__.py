@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from vlp.config import Captions, Members
     from vlp.data.embedded import Ensemble
-    from vlp.data.further_members import Table
     from vlp.data.modalities import Rows
+    from vlp.data.sources._stored_members import Table
     from vlp.types import Sample
 
 

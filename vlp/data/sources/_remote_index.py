@@ -21,6 +21,7 @@ from vlp.data.asking import fetching, is_refused, status_of, tried
 from vlp.data.fetch import Cache, folder_and_name
 from vlp.data.index import alone
 from vlp.data.index_file import NAME, UNDIGESTED, open_index, save_index
+from vlp.data.member_file import OfShard, may_have, of_shard, save_members, usable_members
 from vlp.data.paths import is_packed
 from vlp.data.rows import Shard
 from vlp.data.scan import scan
@@ -158,7 +159,7 @@ def _of_folder(
 ) -> dict[str, Shard]:
     """The shards of one folder, by address; `named`: their addresses by name."""
     beside = _copied(next(iter(named.values())), cache)
-    made_here = cache_folder() / "index" / f"{_digest(folder)[:16]}.bin"
+    made_here = cache_folder() / "index" / f"{digest(folder)[:16]}.bin"
 
     known = _known(named, sized, changed, beside, _opened(made_here))
     if len(known) == len(named):
@@ -175,14 +176,22 @@ def _of_folder(
             f"{len(stale)} of {len(named)} shards have no index beside them; "
             "each is fetched once to make it"
         )
+        with_members: dict[str, OfShard] = {}
         try:
             for url in stale:
-                known[url] = scan(Path(cache.get(url)))
+                tar = Path(cache.get(url))
+                shard = known[url] = scan(tar)
+                # While it is here: a run that reads them would have to fetch it again.
+                if may_have(shard):
+                    with_members[folder_and_name(url)[1]] = of_shard(tar, shard)
         except ValueError as error:
             raise ValueError(f"{url}: {error}") from None
         finally:  # where one cannot be read, the others are known the next time
             used = {name: known[url] for name, url in named.items() if url in known}
             save_index(made_here, others | used)
+            if with_members:
+                place = members_made_here(folder)
+                save_members(place, usable_members(place) | with_members)
     return known
 
 
@@ -222,38 +231,21 @@ def _opened(place: Path) -> dict[str, Shard]:
     return shards
 
 
+def members_made_here(folder: str) -> Path:
+    """Where the file that tells of the members of a folder's shards lies if it is made here."""
+    return cache_folder() / "index" / f"{digest(folder)[:16]}_members.bin"
+
+
 def _copied(url: str, cache: Cache) -> dict[str, Shard]:
-    """What the index beside remote shards says, of which a copy is kept here; empty where there is
-    none.
-
-    `url` is one of the folder's shards: its credentials and signature may open the index, too.
-    """
-    place, question, query = url.partition("?")
-    beside = f"{place.rpartition('/')[0]}/{NAME}{question}{query}"
-
-    def once() -> Path:
-        with fsspec.open(beside, "rb", **cache.storage) as source:
-            first = source.read(_FIRST_BYTES)
-            name = _digest(address(beside).encode() + first)[:24]
-            copy = cache_folder() / "index" / f"{name}.bin"
-            if not copy.exists():
-                _copy(first, source, copy, address(beside))
-            return copy
-
-    # An index that is taken for missing costs the transfer of all shards.
-    try:
-        copy = tried(
-            once,
-            lambda error: is_refused(error, beside),
-            fetching(address(beside), cache_folder()),
-        )
-    except (FileNotFoundError, PermissionError):
+    """What the index beside remote shards says; empty where there is none."""
+    copy = copied(url, NAME, cache)
+    if copy is None:
         return {}
-
     try:
         # An index without digests spares fetching all shards; their samples go unchecked.
         shards = open_index(copy, oldest=UNDIGESTED)
     except ValueError as error:
+        beside = _beside(url, NAME)
         log.warn(f"{beside} is not a usable index ({error}); its shards are scanned again")
         copy.unlink(missing_ok=True)
         return {}
@@ -261,6 +253,38 @@ def _copied(url: str, cache: Cache) -> dict[str, Shard]:
     if any(shard.stored is None for shard in shards.values()):  # of a version before
         save_index(copy, shards)
     return shards
+
+
+def copied(url: str, name: str, cache: Cache) -> Path | None:
+    """A copy of the file `name` beside remote shards, which is kept here; None where there is none.
+
+    `url` is one of the folder's shards: its credentials and signature may open the file, too.
+    """
+    beside = _beside(url, name)
+
+    def once() -> Path:
+        with fsspec.open(beside, "rb", **cache.storage) as source:
+            first = source.read(_FIRST_BYTES)
+            in_cache = digest(address(beside).encode() + first)[:24]
+            copy = cache_folder() / "index" / f"{in_cache}.bin"
+            if not copy.exists():
+                _copy(first, source, copy, address(beside))
+            return copy
+
+    # A file that is taken for missing costs the transfer of all shards.
+    try:
+        return tried(
+            once,
+            lambda error: is_refused(error, beside),
+            fetching(address(beside), cache_folder()),
+        )
+    except (FileNotFoundError, PermissionError):
+        return None
+
+
+def _beside(url: str, name: str) -> str:
+    place, question, query = url.partition("?")
+    return f"{place.rpartition('/')[0]}/{name}{question}{query}"
 
 
 def _copy(first: bytes, source: BinaryIO, copy: Path, name: str) -> None:
@@ -279,5 +303,6 @@ def _copy(first: bytes, source: BinaryIO, copy: Path, name: str) -> None:
                 raise OSError(f"{name} gave {target.tell()} of {expected} bytes")
 
 
-def _digest(name: str | bytes) -> str:
+def digest(name: str | bytes) -> str:
+    """SHA-256 of a name, in hex."""
     return hashlib.sha256(name.encode() if isinstance(name, str) else name).hexdigest()

@@ -15,13 +15,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from vlp import log
-from vlp.config import Captions
+from vlp.config import Captions, Members
 from vlp.data import looks
 from vlp.data.ahead import Ahead
 from vlp.data.asking import cause_of, is_full, is_refused
@@ -30,6 +31,7 @@ from vlp.data.fetch import Cache, version_of
 from vlp.data.looks import Listed
 from vlp.data.sources import Contents, Source, StoreAway
 from vlp.data.sources._remote_index import index_of, list_shards
+from vlp.data.sources._remote_members import members_of
 from vlp.data.sources.shards import Shards
 from vlp.privacy import address
 from vlp.types import Sample
@@ -77,7 +79,8 @@ def open(options: Options, captions: Captions) -> Remote:
     sizes = [shard.size for shard in listed]
     shards = index_of(urls, sizes, changed, cache)
 
-    return Remote(Shards(urls, shards, captions, options), cache, options, max(sizes))
+    of_shards = Shards(urls, shards, captions, options)
+    return Remote(of_shards, cache, options, max(sizes), frozenset(changed))
 
 
 def listing(options: Options) -> list[Listed]:
@@ -109,8 +112,16 @@ def _storage(options: Options) -> dict[str, Any]:
 class Remote(Source):
     """Samples of remote shards through the cache."""
 
-    def __init__(self, shards: Shards, cache: Cache, options: Options, largest_bytes: int) -> None:
+    def __init__(
+        self,
+        shards: Shards,
+        cache: Cache,
+        options: Options,
+        largest_bytes: int,
+        changed: frozenset[str],  # addresses of shards that changed since they were fetched here
+    ) -> None:
         self.shards = shards
+        self._changed = changed
         self.cache = cache
         self.window = options.window
         self.patience_s = options.patience_s
@@ -136,6 +147,11 @@ class Remote(Source):
 
     def __getitem__(self, i: int) -> Sample:
         return self.shards.sample(i, self._copy(self._url_of(i)))
+
+    def find_members(self, wanted: Mapping[str, Members]) -> None:
+        of_shards = members_of(self.shards.paths, self.shards.indexed(), self._changed, self.cache)
+        self.shards.use_members(wanted, of_shards)
+        self.members = self.shards.members
 
     def check_room(self, n_shards: int) -> None:
         # This window, the next, and the one that slower processes still read.

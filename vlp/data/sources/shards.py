@@ -22,17 +22,18 @@ from typing import Any
 import numpy as np
 
 from vlp.config import Captions, Members
-from vlp.data import looks, splits, stores
+from vlp.data import looks, member_index, splits, stores
 from vlp.data.captions import USUAL, Choice, Texts, listed
 from vlp.data.embedded import Embeddings, Ensemble, Stored
 from vlp.data.further_members import Files
-from vlp.data.further_members import Table as MemberTable
 from vlp.data.index import located
+from vlp.data.member_file import OfShard
 from vlp.data.members import open_sample
 from vlp.data.modalities import Rows
 from vlp.data.modalities import Stored as StoredModalities
 from vlp.data.rows import CONTINUES, Shard, said
 from vlp.data.sources import Contents, Source, captions_of
+from vlp.data.sources._stored_members import tables
 from vlp.data.sources._stored_rows import StoredRows
 from vlp.data.sources._table import (
     Kinds,
@@ -282,7 +283,8 @@ class Shards(Source):
     def sample(self, i: int, path: str) -> Sample:
         """Sample i, read from `path`, a copy of its shard."""
         places, digest = self._rows.members(i, path)
-        stored = b"".join(_read(path, *place) for place in places)
+        tar = _Handle(path)
+        stored = b"".join(tar.read(*place) for place in places)
         self.n_bytes_read += len(stored)
         # The digest tells a shard that changed since, and a damaged one.
         content = open_sample(stored, digest)
@@ -309,11 +311,23 @@ class Shards(Source):
             self.choice.weights(content.meta, content.text),
             self.choice.roles_of(content.meta, content.text),
             self._modalities_of(i, path),
-            self._members_of(i, path, content.key),
+            self._members_of(i, tar, content.key, places),
         )
 
     def find_members(self, wanted: Mapping[str, Members]) -> None:
-        self.members = MemberTable.of_tars(self.paths, wanted)
+        paths = [Path(path) for path in self.paths]
+        self.use_members(wanted, member_index.located(paths, self.indexed()))
+
+    def indexed(self) -> list[Shard]:
+        """What the index says of each shard; asked before the source is sent to other processes."""
+        assert self._shards is not None, "loader processes read samples alone"
+        return self._shards
+
+    def use_members(
+        self, wanted: Mapping[str, Members], of_shards: Sequence[OfShard | None]
+    ) -> None:
+        """Fill in `members`, of what is known of each shard's."""
+        self.members = tables(self.paths, of_shards, wanted)
         self.take_back(frozenset().union(*(table.kinds for table in self.members.values())))
 
     def take_back(self, kinds: Set[str]) -> None:
@@ -330,12 +344,22 @@ class Shards(Source):
     def _passed_over(self) -> str:
         return f"{self._name()}: odd or passed over: {said(self.left_out)}"
 
-    def _members_of(self, i: int, path: str, key: str) -> dict[str, Files]:
-        """The members of sample i that make further modalities."""
+    def _members_of(
+        self, i: int, tar: _Handle, key: str, read: Sequence[tuple[int, int]]
+    ) -> dict[str, Files]:
+        """The members of sample i that make further modalities. `read`: what was read of its tar,
+        (offset, bytes), for the count of bytes that samples take.
+        """
         if not self.members:
             return {}
-        shard = self.shard_of(i)
-        return {name: table.files(shard, path, key) for name, table in self.members.items()}
+        shard, files = self.shard_of(i), {}
+        for name, table in self.members.items():
+            members = table.places(shard, tar.path, key)
+            files[name] = Files(tar.path, members, tar.read)
+            for member in members:
+                is_read = any(start <= member.offset < start + n for start, n in read)
+                self.n_bytes_read += 0 if is_read else member.size
+        return files
 
     def _modalities_of(self, i: int, path: str) -> StoredModalities | None:
         """The further modalities of sample i."""
@@ -378,7 +402,7 @@ class Shards(Source):
 
     def _tables(self) -> Iterator[Table]:
         """The usable samples of each shard, read one shard at a time."""
-        for s, (path, shard) in enumerate(zip(self.paths, self._shards)):
+        for s, (path, shard) in enumerate(zip(self.paths, self.indexed())):
             without = self._kinds.left_out.get(s, frozenset())
             yield table_of(self._rows.body(s, path), shard, self.choice, without)
 
@@ -404,18 +428,18 @@ class _Handle:
     """An open file that closes when it falls out of the cache."""
 
     def __init__(self, path: str) -> None:
+        self.path = path
         self.fd = os.open(source(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):  # opening may have failed
             os.close(self.fd)
 
-
-def _read(path: str, offset: int, length: int) -> bytes:
-    """Bytes of a shard at a position; a shard that grew shorter is a ValueError."""
-    data = os.pread(_Handle(path).fd, length, offset)
-    if len(data) != length:
-        raise ValueError(
-            f"{path} ends before byte {offset + length}; it changed after it was indexed"
-        )
-    return data
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of a shard at a position; a shard that grew shorter is a ValueError."""
+        data = os.pread(self.fd, length, offset)
+        if len(data) != length:
+            raise ValueError(
+                f"{self.path} ends before byte {offset + length}; it changed after it was indexed"
+            )
+        return data
