@@ -171,6 +171,11 @@ class Head:
         self.place: str = ray.get_runtime_context().gcs_address
         self._looked_at = self._heard_at = time.monotonic()
 
+    @property
+    def answers(self) -> bool:
+        """Whether it did at the last look; asked for anything, Ray waits for one that does not."""
+        return self._heard_at == self._looked_at
+
     def check(self) -> None:
         """Look now and then whether it answers; raises HeadLost once it has not for long."""
         now = time.monotonic()
@@ -262,6 +267,11 @@ def _name(node: dict[str, Any]) -> str:
     return (
         f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:6]})"
     )
+
+
+def nodes_of(ray: Any, *, alive: bool) -> set[str]:
+    """The ids of the nodes that live, or of those that were lost or have left."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"] == alive}
 
 
 def check_device(device: str) -> None:

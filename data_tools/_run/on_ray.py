@@ -4,8 +4,8 @@ A process is an actor. It is sent the work once and given one item after another
 this machine is (`local`), so that a model is loaded once a process. It has one core and, where the
 work runs a model and the cluster has GPUs, one GPU. More processes are asked for than there is room
 for, so that a cluster that scales grows. An item whose process is lost, with its node or alone,
-goes to another process, which begins it anew. At the end of a round processes wait for the next
-(`waiting`), which sends them other work.
+goes to another process, which begins it anew (`tries`). At the end of a round processes wait for
+the next (`waiting`), which sends them other work.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from vlp.data_tools._run import cluster, nodes
 from vlp.data_tools._run.local import WorkerLost, sent_back
 from vlp.data_tools._run.nodes import ClusterError
 from vlp.data_tools._run.progress import say
+from vlp.data_tools._run.tries import TRIES, Task
 from vlp.data_tools._run.waiting import Kind, Waiting
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
 
-TRIES = 4  # of an item whose process is lost
 _SPARE = 4  # processes that are asked for beyond those that work, at least
 _NOTICE_S = 30  # without a process that works, until that is said
+_AGAIN_S = 60  # until it is said again
 _END_S = 20  # for processes to be gone
 
 
@@ -65,7 +66,7 @@ def finished(
         options = {"num_cpus": 1, "num_gpus": int(on_gpu), "scheduling_strategy": "SPREAD"}
         workers = _Workers(ray, call, ray.put(work), options, most or len(items))
         try:
-            yield from workers.results(deque(_Task(item) for item in items))
+            yield from workers.results(deque(Task(item) for item in items))
         except cluster.HeadLost:
             # Nothing that is asked of the cluster would be answered, and Ray is about to end this.
             _waiting.forget()
@@ -92,33 +93,26 @@ class Worker:
     def __init__(self) -> None:
         self.do: Callable[[Any], Any] | None = None
 
-    def prepare(self, call: nodes.Call, work: bytes) -> str:
-        """Take over the call; returns what this node lacks, in words."""
+    def prepare(self, call: nodes.Call, work: bytes) -> tuple[str, str]:
+        """Take over the call; returns this node's id, and what the node lacks, in words."""
         name = f"node {socket.gethostname()}"
         # A node may have come since the call began.
         nodes.refuse_differing(call.versions, {name: nodes.versions()})
         # It may have worked for an earlier round, since which others have written.
         stored.look_again()
         call.adopt()
+        node: str = cluster.import_ray().get_runtime_context().get_node_id()
         missing = call.missing()
         if missing:
-            return f"{name} {missing}"
+            return node, f"{name} {missing}"
 
         self.do = pickle.loads(work)
-        return ""
+        return node, ""
 
     def work(self, item: Any) -> Any:
         """Do one item."""
         assert self.do is not None  # `prepare` has returned
         return sent_back(self.do, item)
-
-
-@dataclass
-class _Task:
-    """An item, and how often it was begun."""
-
-    item: Any
-    n_begun: int = 0
 
 
 @dataclass
@@ -131,9 +125,11 @@ class _Workers:
     options: dict[str, Any]
     most: int  # processes at the same time
     preparing: dict[Future[Any], Any] = field(default_factory=dict)  # to its actor
-    working: dict[Future[Any], tuple[Any, _Task]] = field(default_factory=dict)
+    working: dict[Future[Any], tuple[Any, Task]] = field(default_factory=dict)
     kept: set[Any] = field(default_factory=set)  # those of `preparing` that had waited
-    n_lost_starts: int = 0  # since one has succeeded
+    node_of: dict[Any, str] = field(default_factory=dict)  # by actor, once it has said
+    n_lost_starts: int = 0  # since one has succeeded, or a node was lost
+    lost_nodes: set[str] = field(default_factory=set)  # of the cluster, when it last looked
 
     @property
     def kind(self) -> Kind:
@@ -147,21 +143,22 @@ class _Workers:
         job = self.ray.get_runtime_context().get_job_id()
         return Kind(job, self.options, deepcopy(surroundings))
 
-    def results(self, waiting: deque[_Task]) -> Iterator[tuple[Any, Any]]:
+    def results(self, waiting: deque[Task]) -> Iterator[tuple[Any, Any]]:
         """The items with what became of them; `waiting`: all of them."""
-        was_told = False
         head = cluster.Head(self.ray)
-        worked_at = time.monotonic()
+        self.lost_nodes = cluster.nodes_of(self.ray, alive=False)
+        to_say_at = time.monotonic() + _NOTICE_S
         while waiting or self.working:
             head.check()
             self._ask_for_more(len(waiting))
             futures = [*self.preparing, *self.working]
             ended, _ = wait(futures, cluster.LOOK_S, FIRST_COMPLETED)
-            if ended or self.working:
-                worked_at = time.monotonic()
-            elif time.monotonic() - worked_at > _NOTICE_S and not was_told:
-                was_told = True
-                say("the cluster has no room for a process yet; ray status tells who uses it")
+            # A start that has ended is no work: all may be lost, one after another.
+            if self.working:
+                to_say_at = time.monotonic() + _NOTICE_S
+            elif time.monotonic() > to_say_at and head.answers:
+                to_say_at = time.monotonic() + _AGAIN_S
+                say(self._what_is_waited_for(len(waiting)))
 
             for future in ended:
                 if future in self.preparing:
@@ -171,6 +168,7 @@ class _Workers:
                 if self._is_lost(future):
                     # It may be out of reach for a moment only.
                     _end(actor)
+                    task.lost_at.append(self.node_of.pop(actor))
                     self._put_back(task, waiting)
                 else:
                     self._give(actor, waiting)
@@ -206,7 +204,7 @@ class _Workers:
         for actor in [*kept, *new]:
             self.preparing[actor.prepare.remote(self.call, self.work).future()] = actor
 
-    def _begin(self, future: Future[Any], waiting: deque[_Task]) -> None:
+    def _begin(self, future: Future[Any], waiting: deque[Task]) -> None:
         """Let a process that has started have its first item."""
         actor = self.preparing.pop(future)
         if self._is_lost(future):
@@ -214,7 +212,8 @@ class _Workers:
             if actor in self.kept:
                 return
             self.n_lost_starts += 1
-            if self.n_lost_starts > TRIES * max(_SPARE, len(self.preparing)):
+            limit = TRIES * max(_SPARE, len(self.preparing))
+            if self.n_lost_starts > limit and not self._has_lost_nodes():
                 raise WorkerLost(
                     "no process stays alive on the cluster, most often for want of memory; its "
                     "logs (/tmp/ray/session_latest/logs on each node) say why. One without tokens "
@@ -223,30 +222,50 @@ class _Workers:
             return
 
         self.n_lost_starts = 0
-        if future.result():
+        self.node_of[actor], lacking = future.result()
+        if lacking:
             raise ClusterError(
-                f"{future.result()}, which this machine does; use a folder that all nodes share "
+                f"{lacking}, which this machine does; use a folder that all nodes share "
                 "under one name, or addresses such as s3://…"
             )
         self._give(actor, waiting)
 
-    def _give(self, actor: Any, waiting: deque[_Task]) -> None:
+    def _has_lost_nodes(self) -> bool:
+        """Whether nodes went since it last looked, or since the round began: starts that are lost
+        with them say nothing, and are counted anew.
+        """
+        lost = cluster.nodes_of(self.ray, alive=False)
+        has_more = not lost <= self.lost_nodes
+        self.lost_nodes = lost
+        if has_more:
+            self.n_lost_starts = 0
+        return has_more
+
+    def _what_is_waited_for(self, n_waiting: int) -> str:
+        """What to say while no process works."""
+        wanted = "a core and a GPU" if self.options["num_gpus"] else "a core"
+        n_living = len(cluster.nodes_of(self.ray, alive=True))
+        n_lost = len(cluster.nodes_of(self.ray, alive=False) - self.lost_nodes)
+        return (
+            f"the cluster has no room for a process yet: {n_waiting:,} tasks wait for a node with "
+            f"{wanted} to spare (nodes now: {n_living}, lost meanwhile: {n_lost}); ray status "
+            "tells who uses them"
+        )
+
+    def _give(self, actor: Any, waiting: deque[Task]) -> None:
         """Let a process do the next item, or wait for the next round."""
         if not waiting:
             _waiting.add(self.kind, actor)
             return
         task = waiting.popleft()
-        task.n_begun += 1
         self.working[actor.work.remote(task.item).future()] = (actor, task)
 
-    def _put_back(self, task: _Task, waiting: deque[_Task]) -> None:
+    def _put_back(self, task: Task, waiting: deque[Task]) -> None:
         """Let an item whose process was lost be the next."""
-        if task.n_begun == TRIES:
-            raise WorkerLost(
-                f"{TRIES} processes ended without a word at one shard, most often for want of "
-                "memory; call again, with fewer --processes: what is finished stays",
-                task.item,
-            )
+        if task.may_be_hopeless():
+            reason = task.why_hopeless(cluster.nodes_of(self.ray, alive=True))
+            if reason:
+                raise WorkerLost(reason, task.item)
         say("a process was lost, with its node or alone; its shard begins anew")
         waiting.appendleft(task)
 

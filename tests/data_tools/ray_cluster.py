@@ -33,15 +33,19 @@ HEALTH = {
 
 
 class Nodes:
-    """A cluster on this machine: a head, and a node that has a GPU by its own account."""
+    """A cluster on this machine: a head, and a node that has a GPU by its own account; or a head
+    alone without a core, as one that scales begins.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, empty: bool = False) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 1, "_system_config": HEALTH, **ALONE, **STORE}
+        n_cores = 0 if empty else 1
+        head = {"num_cpus": n_cores, "_system_config": HEALTH, **ALONE, **STORE}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
+            if not empty:
+                self.second = self.cluster.add_node(num_cpus=1, num_gpus=1, **STORE)
         except BaseException:
             self.end()
             raise
@@ -82,8 +86,8 @@ class Nodes:
 
 
 @contextmanager
-def joined() -> Iterator[Nodes]:
-    """Two nodes, which this process has joined. Nothing of them stays."""
+def joined(*, empty: bool = False) -> Iterator[Nodes]:
+    """A cluster as `Nodes` says, which this process has joined. Nothing of it stays."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
     # Short, because sockets lie in it.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
@@ -103,7 +107,7 @@ def joined() -> Iterator[Nodes]:
             for name, value in settings.items():
                 environment.setenv(name, value)
             environment.delenv("RAY_ADDRESS", raising=False)
-            made = Nodes()
+            made = Nodes(empty=empty)
             try:
                 cluster.connect(made.address)
                 yield made

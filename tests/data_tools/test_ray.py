@@ -23,7 +23,7 @@ from tests.data_tools.tools import call
 from vlp.cli import _data, _ended_by_signals
 from vlp.data_tools import filter as filtering
 from vlp.data_tools import scenes, stats
-from vlp.data_tools._run import cluster, nodes, on_ray, waiting, work
+from vlp.data_tools._run import cluster, nodes, on_ray, tries, waiting, work
 from vlp.lifetime import Stopped
 
 
@@ -137,16 +137,16 @@ def test_an_error_of_the_work_comes_as_it_is(running: Nodes, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tries", [1, 3])
+@pytest.mark.parametrize("n_tries", [1, 3])
 def test_an_item_is_begun_so_many_times(
-    running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tries: int
+    running: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_tries: int
 ) -> None:
     """A process that ends without a word, twice: the item is begun three times, unless nobody
     tries again.
     """
-    monkeypatch.setattr(on_ray, "TRIES", tries)
+    monkeypatch.setattr(tries, "TRIES", n_tries)
     ends = ray_works.EndsItself(tmp_path / "log", at=1, times=2)
-    if tries == 1:
+    if n_tries == 1:
         with pytest.raises(work.WorkerLost, match=r"1 processes ended.*fewer --processes"):
             work.carry_out("test", jobs(tmp_path, 3), ends, ON_RAY)
         return

@@ -55,7 +55,7 @@ from vlp.data_tools import (
     validate,
 )
 from vlp.data_tools import filter as filtering
-from vlp.data_tools._run import nodes, on_ray, work
+from vlp.data_tools._run import nodes, tries, work
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -289,7 +289,7 @@ def test_without_tries_a_lost_node_ends_the_call(
     from tests.data_tools import ray_works
     from tests.data_tools.ray_cluster import ON_RAY, jobs
 
-    monkeypatch.setattr(on_ray, "TRIES", 1)
+    monkeypatch.setattr(tries, "LOST_NODES", 1)
     log, leave = tmp_path / "log", tmp_path / "leave"
 
     def lose() -> None:
@@ -299,7 +299,7 @@ def test_without_tries_a_lost_node_ends_the_call(
 
     thread = threading.Thread(target=lose)
     thread.start()
-    with pytest.raises(work.WorkerLost):
+    with pytest.raises(work.WorkerLost, match="1 nodes were lost at one shard"):
         waits = ray_works.WaitsForLeave(log, leave)
         work.carry_out("slow", jobs(tmp_path, 6), waits, ON_RAY)
     thread.join()
