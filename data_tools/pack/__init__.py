@@ -2,9 +2,10 @@
 layout.
 
 SOURCE is a folder or a tar: images with a caption table, images with a .txt, .json or .caption
-beside each (img2dataset's `files`), or one sub-folder a class. Every image is decoded once before
-anything is written; the output appears at its place only when it is whole. A call that was killed
-goes on when it is repeated. The samples of one "origin" stay together, in one shard and one part.
+beside each (img2dataset's `files`), img2dataset's parquet files with the images in them, or one
+sub-folder a class. Every image is decoded once before anything is written; the output appears at
+its place only when it is whole. A call that was killed goes on when it is repeated. The samples of
+one "origin" stay together, in one shard and one part.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlp.data_tools._run import work
-from vlp.data_tools.pack.items import items_in_part, read_table, sort_out
+from vlp.data_tools.pack.items import complete, items_in_part, read_table, sort_out
 from vlp.data_tools.pack.options import arguments as arguments
 from vlp.data_tools.pack.options import check_options, check_source
 from vlp.data_tools.pack.pictures import Pictures, loss_of
@@ -86,7 +87,7 @@ def _pack(args: argparse.Namespace, target: Path, name: Path, copied: Copied | N
     from vlp.data.archives import Archive
     from vlp.data.listing import settle
     from vlp.data.tables import fetched
-    from vlp.data.trees import read_tree
+    from vlp.data.trees import read_tree, refuse_without_images
     from vlp.data_tools.pack import chunks
     from vlp.data_tools.pack.write import plan_of, write_shards
 
@@ -97,7 +98,9 @@ def _pack(args: argparse.Namespace, target: Path, name: Path, copied: Copied | N
     pool = work.undivided(args)
 
     texts = copied.texts if copied else None
-    archive = Archive(args.source, args.split_folder, args.links == "follow", texts)
+    follow = args.links == "follow"
+    archive = Archive(args.source, args.split_folder, follow, texts, in_rows=True)
+    refuse_without_images(archive)
     inputs = chunks.Inputs(archive)
     if copied:
         inputs = chunks.Inputs(archive, copied.address, copied.pictures)
@@ -106,6 +109,8 @@ def _pack(args: argparse.Namespace, target: Path, name: Path, copied: Copied | N
         args.captions = str(archive.path) if fetched.files_in(archive.path) else None
     listing = read_table(args) if args.captions else None
     tree = None if listing else read_tree(archive, args.lines)
+    if tree:
+        complete(tree, archive)
     contents = listing or tree
     assert contents is not None  # a tree where there is no table
     classes = contents.classes
@@ -222,4 +227,4 @@ def _say_rest(
 
 
 def _some(names: list[str]) -> str:
-    return f"{len(names)} images, such as {names[0]}" if names else "no image"
+    return f"{len(names)} images, such as {names[0]}"

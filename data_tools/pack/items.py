@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import zlib
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vlp.data.archives import Archive
     from vlp.data.listing import Named
     from vlp.data.tables import Item, Listing
+    from vlp.data.trees import Tree
 
 
 def items_in_part(items: list[Item], args: argparse.Namespace) -> list[Item]:
@@ -74,6 +76,42 @@ def read_table(args: argparse.Namespace) -> Listing:
     for note in listing.notes:
         print(f"note: {note}")
     return listing
+
+
+def complete(tree: Tree, archive: Archive) -> None:
+    """Give pairs the columns that their JSON lacks, of img2dataset's parquet files beside them."""
+    from vlp.data.stored import StoredPath
+    from vlp.data.tables import fetched
+
+    if not tree.paired or isinstance(archive.path, StoredPath):
+        return
+    items: dict[str, list[Item]] = {}
+    for item in tree.items:
+        items.setdefault(item.image.rpartition("/")[0], []).append(item)
+
+    n_completed = 0
+    for folder in filter(None, items):
+        try:
+            rows = fetched.rows_beside(archive.path / folder)
+        # The pairs are whole without it, and it stays among what is left out.
+        except (ValueError, OSError) as error:
+            tree.notes.append(str(error))
+            continue
+        for item in items[folder]:
+            row = rows.get(PurePosixPath(item.image).stem)
+            # A row of another fetch into the same folder is told by its address.
+            if row is None or item.meta.get("url", row["url"]) != row["url"]:
+                continue
+            # What lies beside the picture is its caption.
+            row = {name: value for name, value in row.items() if name != "caption"}
+            item.meta = fetched.completed(item.meta, row)
+            n_completed += 1
+        if rows:
+            archive.left_out.remove(".parquet", f"{folder}.parquet")
+    if n_completed:
+        tree.notes.append(
+            f"{n_completed:,} images were completed from img2dataset's parquet files beside them"
+        )
 
 
 def sort_out(

@@ -21,6 +21,7 @@ from vlp.data.members import IMAGE_TYPES, MAX_IMAGE_BYTES, TEXT_TYPES, is_hidden
 from vlp.data.names import Names, cleaned
 from vlp.data.stored import StoredPath
 from vlp.data.stored_files import files_below, hidden_part, top_folder_of
+from vlp.data.tables import fetched, pictured
 from vlp.data.tar import DamagedTar, Member, foreign, packed_with, walk
 
 _SHOWN = 3  # names that are given for a reason
@@ -28,11 +29,15 @@ _LONGEST_EXTENSION = 10  # what is longer is the end of a sentence
 
 
 class Place(NamedTuple):
-    """Bytes in a file; size −1 is the whole file."""
+    """Bytes in a file; size −1 is the whole file.
+
+    `column`: of a parquet file, whose row `offset`, counted from 0, holds the bytes.
+    """
 
     path: str
     offset: int = 0
     size: int = -1
+    column: str = ""
 
     def read(self) -> bytes:
         """The bytes of an image; raises OSError, or ValueError where they are no longer there or
@@ -51,6 +56,8 @@ class Place(NamedTuple):
         return self._bytes(MAX_TEXT_BYTES)
 
     def _bytes(self, most: int) -> bytes:
+        if self.column:
+            return pictured.read(self.path, self.column, self.offset)
         # One byte too many tells the caller that there are more.
         size = most + 1 if self.size < 0 else self.size
         with open(self.path, "rb") as file:
@@ -89,6 +96,14 @@ class LeftOut:
         if len(self.names[reason]) < _SHOWN:
             self.names[reason].append(printable(name))
 
+    def remove(self, reason: str, name: str) -> None:
+        """Count one name no longer."""
+        self.counts[reason] -= 1
+        if not self.counts[reason]:
+            del self.counts[reason]
+        if name in self.names[reason]:
+            self.names[reason].remove(name)
+
     def __str__(self) -> str:
         """Such as "12 .webm (a.webm, b.webm, c.webm, …), 1 hidden (.ipynb_checkpoints/)"; empty for
         nothing."""
@@ -110,12 +125,18 @@ class Archive:
 
     `below`: only what lies in this sub-folder, whose name is then no part of the names. `leave`:
     whether links that lead out of the folder are followed. `copies`: where texts of a folder in a
-    store are brought; pictures stay there, and their places are addresses. Raises ValueError, and
-    OSError where a store fails.
+    store are brought; pictures stay there, and their places are addresses. `in_rows`: whether
+    pictures in the rows of img2dataset's parquet files count, for who reads them in their order.
+    Raises ValueError, and OSError where a store fails.
     """
 
     def __init__(
-        self, path: str | Path, below: str = "", leave: bool = True, copies: Path | None = None
+        self,
+        path: str | Path,
+        below: str = "",
+        leave: bool = True,
+        copies: Path | None = None,
+        in_rows: bool = False,
     ) -> None:
         self.path = stored.source(str(path))
         self.below = below
@@ -139,6 +160,9 @@ class Archive:
             self._check_below(below, self.path / below)
             self.path = self.path / below
             self._take_folder(leave)
+            # Beside pictures in files, as it mostly is, a table says more of them and holds none.
+            if in_rows and not self._places:
+                self._take_rows()
         elif self.path.is_file():
             self._take_tar("/".join(cleaned(below)))
         else:
@@ -263,6 +287,15 @@ class Archive:
     def _take_folder(self, leave: bool) -> None:
         for name, path in sorted(self._files(leave)):
             self._take(name, Place(path))
+
+    def _take_rows(self) -> None:
+        """Take the pictures in the rows of img2dataset's parquet files at the top."""
+        for path in fetched.files_in(self.path):
+            column, rows = fetched.pictures_in(path)
+            for name, row in rows.items():
+                self._take(name, Place(str(path), row, column=column))
+            if column:
+                self.left_out.remove(".parquet", path.name)
 
     def _take_stored(self, below: str, copies: Path) -> None:
         """Take the files of a folder in a store, and bring its texts."""

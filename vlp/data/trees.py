@@ -20,6 +20,7 @@ from typing import Any, Literal
 from vlp.data import splits
 from vlp.data.archives import Archive, extension_of, printable
 from vlp.data.captions import Choice, form_of, lines_of, read_texts
+from vlp.data.stored import StoredPath
 from vlp.data.tables import Item, fetched
 from vlp.data.texts_beside import stem_of, texts_beside, with_loose_texts
 
@@ -49,9 +50,7 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
 
     `lines`: a text file of several lines is one caption, or each of its lines is one.
     """
-    if not archive.names:
-        others = f"{_found_instead(archive)}{_other_hint(archive)}"
-        raise ValueError(f"{archive.path} holds no images{others}")
+    refuse_without_images(archive)
 
     beside = texts_beside(archive)
     texts, n_loose = with_loose_texts(archive, beside)
@@ -74,6 +73,14 @@ def read_tree(archive: Archive, lines: Literal["one", "each"] = "one") -> Tree:
             f"name its tables: --captions {archive.path} (configuration: captions: {archive.path})"
         )
     return _classes(archive)
+
+
+def refuse_without_images(archive: Archive) -> None:
+    """Raise ValueError for an archive without an image, saying what it holds and what can be done
+    with that."""
+    if not archive.names:
+        others = f"{_found_instead(archive)}{_other_hint(archive)}"
+        raise ValueError(f"{archive.path} holds no images{others}")
 
 
 def splits_in(archive: Archive) -> list[str]:
@@ -101,16 +108,26 @@ def _other_hint(archive: Archive) -> str:
     counts = archive.left_out.counts
     if counts[".tar"]:
         return (
-            ". Its .tar files may be shards already: train on them with {name: shards}, "
-            "or name one of them"
+            ". Its .tar files may be shards already: train on them with {name: shards}, change "
+            "them with vlp data filter or vlp data reshard, or name one of them"
         )
+    if not counts[".parquet"]:
+        return ""
 
-    if counts[".parquet"]:
+    if isinstance(archive.path, StoredPath):
         return (
-            ". Parquet files that hold pictures are read by the source {name: huggingface} and by "
-            "vlp eval"
+            ". Pictures in parquet files are packed of a folder of this machine: copy it here "
+            "first (img2dataset's output_format: parquet), or train with {name: huggingface}"
         )
-    return ""
+    if any(map(fetched.picture_column, fetched.files_in(archive.path))):
+        return (
+            ". Its parquet files hold the pictures that img2dataset fetched; make shards of them: "
+            f"vlp data pack {archive.path} --to DIR"
+        )
+    return (
+        ". Parquet files that hold pictures are read by the source {name: huggingface} and by "
+        "vlp eval"
+    )
 
 
 def _tables_in(archive: Archive) -> list[str]:

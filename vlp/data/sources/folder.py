@@ -17,6 +17,7 @@ from vlp.data.listing import Named
 from vlp.data.sources import check_roles
 from vlp.data.sources._listed import Listed, open_tree
 from vlp.data.tables import TableOptions, items
+from vlp.data.trees import refuse_without_images
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def open(options: Options, captions: Captions) -> Listed:
         return open_tree(options.path, options.split, options.on_missing, captions, paired=True)
 
     archive = Archive(options.path, options.split)
+    refuse_without_images(archive)
     listing = items(options.captions, options)
     check_roles(listing.chosen.captions, captions, options.captions)
 

@@ -10,16 +10,20 @@ from vlp.data.tables.values import jsonable
 
 
 def parse_parquet(
-    path: Path, only: Mapping[str, Collection[str]] | None = None
+    path: Path, only: Mapping[str, Collection[str]] | None = None, unsaid: str = ""
 ) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
     """Numbered rows of a parquet file of names and texts, and what was left out; raises
     ValueError. only: the texts of a column whose rows are wanted, which are numbered among
-    themselves.
+    themselves. unsaid: a column of bytes that is used elsewhere.
     """
     from pyarrow import ArrowException, array, compute, parquet, string
 
     try:
-        table = parquet.ParquetFile(path).read()
+        file = parquet.ParquetFile(path)
+        # Unread: a file of pictures may be larger than memory.
+        with_bytes = columns_of_bytes(file.schema_arrow)
+        names = [name for name in file.schema_arrow.names if name not in with_bytes]
+        table = file.read(columns=names)
         # Before values become Python's, which is what takes the time.
         for name, texts in (only or {}).items():
             column = table.column(name).cast(string())
@@ -30,7 +34,7 @@ def parse_parquet(
         ) from None
 
     columns: dict[str, list[Any]] = {}
-    notes: list[str] = []
+    notes = [_left_out(path, name) for name in with_bytes if name != unsaid]
     for name in table.column_names:
         _refuse_pictures(path, name, table.column(name))
         # pyarrow reads a damaged column without complaint, and fails at its first value.
@@ -42,7 +46,7 @@ def parse_parquet(
             ) from None
         # Noted, not refused: stored features beside captions do no harm.
         if any(isinstance(value, bytes) for value in values):
-            notes.append(f"{path}: the column {name!r} holds bytes and was left out")
+            notes.append(_left_out(path, name))
         else:
             columns[name] = values
 
@@ -51,6 +55,18 @@ def parse_parquet(
         row = {name: jsonable(values[number]) for name, values in columns.items()}
         rows.append((number + 1, row))
     return rows, notes
+
+
+def columns_of_bytes(schema: Any) -> list[str]:
+    """The columns of a file whose values are bytes."""
+    from pyarrow import types
+
+    is_bytes = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    return [field.name for field in schema if any(check(field.type) for check in is_bytes)]
+
+
+def _left_out(path: Path, name: str) -> str:
+    return f"{path}: the column {name!r} holds bytes and was left out"
 
 
 def _refuse_pictures(path: Path, name: str, column: Any) -> None:

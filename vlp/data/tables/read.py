@@ -82,7 +82,7 @@ def read(path: str | Path, options: TableOptions | None = None) -> Table:
     if kind == ".parquet":
         # Says what is wrong with a path, which pyarrow would in its own words.
         files.load(path)
-        rows, notes = parse_parquet(path)
+        rows, notes = parse_parquet(path, unsaid=fetched.picture_column(path))
         if not rows:
             raise ValueError(f"{path} has no rows")
         return Table(
@@ -118,7 +118,7 @@ def _of_fetched(folder: Path, paths: list[Path]) -> Table:
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for path in paths:
-        numbered, some_notes = parse_parquet(path)
+        numbered, some_notes = parse_parquet(path, unsaid=fetched.picture_column(path))
         rows += [row for _, row in numbered]
         notes += some_notes
 
