@@ -64,10 +64,10 @@ def check_recursion(terms, weights, state):
 @pytest.mark.parametrize(
     "engine",
     [
-        "fsdp2",
+        "ddp",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("ddp", "zero1", "zero2", "zero3")
+            for name in ("fsdp2", "zero1", "zero2", "zero3")
         ),
     ],
 )

@@ -156,6 +156,7 @@ def test_an_item_is_begun_so_many_times(
     assert sum(words == ["1"] for words in ray_works.told(tmp_path / "log")) == 3
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_call_with_the_same_words(running: Nodes, tmp_path: Path) -> None:
     ends = EndsAtThird(os.getpid())
 

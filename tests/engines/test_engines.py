@@ -114,7 +114,9 @@ def states(engine, steps, read=None, write=None):
     return as_lists(model), as_lists(moments)
 
 
-@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+# What four ranks read again, tests/test_read_once.py shows in the fast suite.
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_four_ranks_go_on_bit_for_bit(engine, tmp_path):
     """Sums of more than two numbers depend on where they lie in what the ranks exchange."""
     whole = ranks.run(4, states, engine, 3)

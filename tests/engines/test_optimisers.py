@@ -110,21 +110,18 @@ def test_sharded_optimisers_go_the_way_of_one_process(names, refused):
         assert f"{name} looks at whole tensors, and fsdp2 cuts them into parts" in ways[name]
 
 
+# Of AdamW's, tests/engines/test_engines.py shows it in the fast suite.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "name"),
     [
         ("zero2", "lion"),
-        *(
-            pytest.param(engine, name, marks=pytest.mark.slow)
-            for engine, name in (
-                ("zero2", "rmsproptf"),
-                ("zero1", "lion"),
-                ("zero1", "nadamw"),
-                ("zero3", "lion"),
-                ("zero3", "nadamw"),
-                ("zero3", "sgd"),
-            )
-        ),
+        ("zero2", "rmsproptf"),
+        ("zero1", "lion"),
+        ("zero1", "nadamw"),
+        ("zero3", "lion"),
+        ("zero3", "nadamw"),
+        ("zero3", "sgd"),
     ],
 )
 def test_flat_shards_go_the_way_of_one_process(engine, name):

@@ -15,21 +15,21 @@ from vlp import checkpoint
 from vlp.pretrained.runs import FOLDER, looks_complete
 
 N_STEPS = STEP + 2
-SLOW = [pytest.mark.slow, pytest.mark.timeout(1200)]
-FEW = [(1, "has removed one file")]
-ALL = [(n_ranks, moment) for n_ranks in (1, 2) for moment in (*MOMENTS, *INSIDE)]
+CASES = [(n_ranks, moment) for n_ranks in (1, 2) for moment in (*MOMENTS, *INSIDE)]
 
 
-@pytest.mark.parametrize("cases", [FEW, pytest.param(ALL, marks=SLOW)], ids=["few", "all"])
-def test_a_run_killed_at_a_moment_of_a_save_goes_on_as_if_it_had_not_been(runs: Runs, cases):
+# Killed at a random moment, tests/trials/test_kills.py shows it in the fast suite.
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_run_killed_at_a_moment_of_a_save_goes_on_as_if_it_had_not_been(runs: Runs):
     short = (f"train.duration={N_STEPS}",)
     whole = {}
-    for n_ranks in dict.fromkeys(n_ranks for n_ranks, _ in cases):
+    for n_ranks in (1, 2):
         runs.finish(f"whole{n_ranks}", *short, n_ranks=n_ranks)
         whole[n_ranks] = runs.outcome(f"whole{n_ranks}")
 
     n_killed = 0
-    for number, (n_ranks, moment) in enumerate(cases):
+    for number, (n_ranks, moment) in enumerate(CASES):
         name = f"run{number}"
         life = runs.start(name, *short, n_ranks=n_ranks, ends_at=moment)
         # The second rank waits for the first one, and may not have seen its end yet.
@@ -51,7 +51,7 @@ def test_a_run_killed_at_a_moment_of_a_save_goes_on_as_if_it_had_not_been(runs: 
         assert runs.outcome(name) == whole[n_ranks], moment
         left = sorted(path.name for path in newest.parent.glob("step_*"))
         assert left == [f"step_{step:08d}" for step in (N_STEPS - 1, N_STEPS)], moment
-    assert n_killed == len(cases) and len(ALL) == 16
+    assert n_killed == 16
 
 
 def check_left_behind(folder: Path, moment: str) -> None:
