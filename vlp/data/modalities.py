@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import safe_open
@@ -36,10 +36,14 @@ from vlp.data.rows import Shard
 from vlp.data.tensor_file import header, of_each, part
 from vlp.types import Sample
 
-if TYPE_CHECKING:
-    from vlp.data.sources._stored_members import Table
-
 Shapes = Mapping[str, tuple[int, int]]  # (T, F) of each modality that a model reads, by name
+
+
+class Table(Protocol):
+    """The members of some shards' samples that make one modality."""
+
+    n_samples: int  # that have it
+    extensions: set[str]
 
 
 class Rows:
