@@ -185,9 +185,12 @@ def _check_further(path: Path, shard: Shard) -> Counter[str]:
             # A second member of a name, which no reader gets, stays among what is odd.
             members = carried_of(of_sample)
             frames = frames_of(members)
-            counts["samples with frames"] += bool(frames)
-            counts["samples with a sound"] += bool(sound_of(members, ""))
-            counts["samples with numbers"] += any(m.extension == "npy" for m in members)
+            if frames:
+                counts["samples with frames"] += 1
+            if sound_of(members, ""):
+                counts["samples with a sound"] += 1
+            if any(member.extension == "npy" for member in members):
+                counts["samples with numbers"] += 1
 
             for member in members:
                 _take_back(shard, member.kind)
@@ -195,7 +198,7 @@ def _check_further(path: Path, shard: Shard) -> Counter[str]:
                     _check_member(member, member in frames, file)
                 except ValueError as error:
                     shard.report(f"{key}{member.ending}", str(error))
-    return +counts
+    return counts
 
 
 def _take_back(shard: Shard, kind: str) -> None:

@@ -10,10 +10,11 @@ import torch
 
 from tests import ranks
 from tests.engines.test_own_rows import save_parts
+from tests.mapped_bytes import n_bytes_read
 from tests.test_step import make_training
 from vlp import checkpoint, config, dist, resume, teacher
 from vlp.pretrained import read_once as reading
-from vlp.pretrained.parts import CheckpointError, Joined
+from vlp.pretrained.parts import CheckpointError
 from vlp.pretrained.read_once import ReadOnce, read_once
 
 SHAPES = [(), (1,), (2,), (3,), (4,), (5,), (17,), (0,), (0, 3), (3, 0), (2, 3), (9, 2, 3), (64, 8)]
@@ -76,27 +77,21 @@ def bytes_read(run, engine):
         sum(value.nbytes for value in of_kind.values())
         for of_kind in (contents.model, contents.optimizer)
     ]
-    part, n_read = Joined.part, []
-
-    def counted(*args):
-        result = part(*args)
-        n_read.append(result.nbytes)
-        return result
 
     training = make_training(engine=engine, double=False)
     model = training.engine.evaluation_model()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Joined, "part", counted)
-        assert resume._spoilt(run, contents.model) is None
-        looked_at, n_read[:] = sum(n_read), []
-        checkpoint.restore(model, read_once(contents.model), run)
-        of_model, n_read[:] = sum(n_read), []
-        training.engine.load_moments(contents.optimizer)
+    problems = []
+    n_read = (
+        n_bytes_read(lambda: problems.append(resume._spoilt(run, contents.model))),
+        n_bytes_read(lambda: checkpoint.restore(model, read_once(contents.model), run)),
+        n_bytes_read(lambda: training.engine.load_moments(contents.optimizer)),
+    )
+    assert problems == [None]
 
     same = [torch.equal(value, contents.model[name]) for name, value in model.state_dict().items()]
     _, moments = training.engine.state(everywhere=True)
     same += [torch.equal(value, contents.optimizer[name]) for name, value in moments.items()]
-    return same, (looked_at, of_model, sum(n_read)), [sizes[0], *sizes]
+    return same, n_read, [sizes[0], *sizes]
 
 
 def saved_and_read(run, engine):

@@ -25,10 +25,10 @@ from torch import Tensor
 from tests import ranks
 from tests.benchmarks import report
 from tests.engines.test_engines import save
+from tests.mapped_bytes import n_bytes_read
 from tests.test_step import make_batch, make_training, own_rows
 from vlp import checkpoint, resume
 from vlp.engines import replicated
-from vlp.pretrained.parts import Joined
 from vlp.pretrained.read_once import read_once
 from vlp.step import Training, train_step
 
@@ -117,20 +117,6 @@ def read(engine: str, width: int, folder: str) -> dict[str, float]:
         "moments": n_bytes_read(lambda: moments(read_once)),
         "moments alone": n_bytes_read(lambda: moments(alone)),
     }
-
-
-def n_bytes_read(reads: Callable[[], Any]) -> int:
-    """Bytes of parts that a call maps from their files."""
-    part, sizes = Joined.part, []
-
-    def counted(*args: Any) -> Tensor:
-        values = part(*args)
-        sizes.append(values.nbytes)
-        return values
-
-    with patch.object(Joined, "part", counted):
-        reads()
-    return sum(sizes)
 
 
 if __name__ == "__main__":

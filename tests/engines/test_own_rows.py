@@ -8,10 +8,10 @@ import torch
 
 from tests import ranks
 from tests.engines.test_engines import save
+from tests.mapped_bytes import n_bytes_read
 from tests.test_step import make_batch, make_training, own_rows
 from vlp import checkpoint, staging
 from vlp.engines.own_rows import elements_of
-from vlp.pretrained.parts import Joined
 from vlp.step import train_step
 
 
@@ -32,26 +32,18 @@ def resumed(run, engine):
     read; bytes of all; bytes of what is no row of a parameter.
     """
     contents = checkpoint.load(checkpoint.newest(run))
-    part, n_read = Joined.part, []
-
-    def counted(*args):
-        result = part(*args)
-        n_read.append(result.nbytes)
-        return result
 
     # DeepSpeed looks for ninja.
     os.environ["PATH"] = os.path.dirname(os.sys.executable) + os.pathsep + os.environ["PATH"]
     training = make_training(engine=engine, double=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Joined, "part", counted)
-        training.engine.load_moments(contents.optimizer)
+    n_read = n_bytes_read(lambda: training.engine.load_moments(contents.optimizer))
 
     is_same = whole_moments(training) == {
         name: value.tolist() for name, value in contents.optimizer.items()
     }
     sizes = {name: value.nbytes for name, value in contents.optimizer.items()}
     n_bytes_of_steps = sum(size for name, size in sizes.items() if name.startswith("step."))
-    return is_same, sum(n_read), sum(sizes.values()), n_bytes_of_steps
+    return is_same, n_read, sum(sizes.values()), n_bytes_of_steps
 
 
 def saved_and_resumed(run, engine):
