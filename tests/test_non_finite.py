@@ -83,7 +83,7 @@ SLOW = [
         pytest.param("ddp", "embedding", marks=pytest.mark.slow),
         ("ddp", "gradient"),
         ("fsdp2", "gradient"),
-        ("zero2", "gradient"),
+        pytest.param("zero2", "gradient", marks=pytest.mark.slow),
         *SLOW,
     ],
 )

@@ -75,7 +75,7 @@ def measured(path, overrides):
     return values
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_ranks_measure_what_one_does(settings, scenes, tmp_path, micro_batches):
     settings()
     common = [

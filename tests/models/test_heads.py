@@ -115,7 +115,7 @@ def test_micro_batches_change_nothing(reference, text_tower):
     assert_close(weights, reference[1], 1e-9)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_ranks_change_nothing(reference, text_tower, engine):
     for gradients, weights, _ in ranks.run(2, run, text_tower, 2, engine):
         assert_close(gradients, reference[0], 1e-9)

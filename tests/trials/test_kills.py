@@ -22,7 +22,7 @@ def at_scale(n_few: int, n_many: int):
     return pytest.mark.parametrize("trials", [n_few, pytest.param(n_many, marks=slow)])
 
 
-@at_scale(2, 200)
+@at_scale(1, 200)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(runs: Runs, trials):
     runs.finish("whole")
     whole = runs.outcome("whole")
@@ -73,13 +73,15 @@ def test_ranks_killed_while_they_save_go_on_as_if_they_had_not_been(runs: Runs, 
     assert n_inside >= (trials - 1) * 0.3
 
 
-@at_scale(1, 50)
-def test_a_killed_loader_process_ends_the_run_with_advice_and_it_goes_on_exactly(runs, trials):
+# That it is told, tests/data/test_processes.py shows in the fast suite.
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_killed_loader_process_ends_the_run_with_advice_and_it_goes_on_exactly(runs: Runs):
     runs.finish("whole", "train.duration=40", "checkpoint.every=100%")
     whole = runs.outcome("whole")
 
     n_killed = 0
-    for trial in range(trials):
+    for trial in range(50):
         name = f"run{trial}"
         overrides = ("train.duration=40", "checkpoint.every=5", f"data.workers={1 + trial % 2}")
         life = runs.start(name, *overrides)
@@ -98,7 +100,7 @@ def test_a_killed_loader_process_ends_the_run_with_advice_and_it_goes_on_exactly
             runs.finish(name, *overrides, "resume=auto")
         assert not life.remains()
         assert runs.outcome(name) == whole, trial
-    assert n_killed >= trials * 0.6
+    assert n_killed >= 30
 
 
 # One that fails, tests/trials/test_failing_rank.py shows in the fast suite.
